@@ -1,0 +1,5 @@
+"""The attacks. Each is one file here (learners in ``learners/``); importing the package registers them all."""
+
+from bench.registry import import_all
+
+import_all(__name__)

@@ -1,0 +1,1 @@
+"""Learners: attacks on a released data set, each a recipe for training on it all the same."""

@@ -1,0 +1,3 @@
+"""Parry: robustness evaluation for models, data and services that defend themselves."""
+
+__version__ = "0.1.0"

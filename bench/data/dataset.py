@@ -1,0 +1,107 @@
+"""What a data set is, wherever it came from."""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from bench.errors import DataError
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images and their labels.
+
+    ``images`` (N, C, H, W) is uint8 grey levels, or float32 in [0, 1] where the source has no levels; ``labels`` (N,)
+    is int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        _, channels, height, width = self.images.shape
+        return channels, height, width
+
+    def pixels(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """The images at ``rows`` as float32 (n, C, H, W) in [0, 1]."""
+        images = self.images[rows]
+        return images.float() / 255 if images.dtype == torch.uint8 else images
+
+    def subset(self, rows: Tensor | slice) -> "Split":
+        """The samples at ``rows``, in that order."""
+        return Split(self.images[rows], self.labels[rows])
+
+    def to(self, device: torch.device | str) -> "Split":
+        """The same split on ``device``."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def fingerprint(self) -> str:
+        """A hash of every pixel and label."""
+        digest = sha256(str((self.images.dtype, tuple(self.images.shape))).encode())
+        digest.update(self.images.contiguous().numpy().data)
+        digest.update(self.labels.contiguous().numpy().data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Three disjoint splits. Defenses tune on ``calibration``; nothing but the final evaluation touches ``test``.
+
+    ``train`` and ``calibration`` may be empty where a source has none; ``flip`` and ``shift`` say which standard
+    augmentations leave the meaning of an image alone (mirroring, and moving by up to ``shift`` pixels).
+
+    Raises:
+        DataError: images outside [0, 1], labels outside the classes, or shapes that do not fit together.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    train: Split
+    calibration: Split
+    test: Split
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        for part, split in self._splits().items():
+            _check(split, len(self.classes), f"{self.name}, {part} split")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the three splits."""
+        return sha256("".join(split.fingerprint() for split in self._splits().values()).encode()).hexdigest()
+
+    def released(self, train: Split) -> "Dataset":
+        """This data set with another training split, as a data defense releases it."""
+        return replace(self, train=train)
+
+    def _splits(self) -> dict[str, Split]:
+        return {"train": self.train, "calibration": self.calibration, "test": self.test}
+
+
+def _check(split: Split, classes: int, where: str) -> None:
+    images, labels = split.images, split.labels
+    if images.ndim != 4 or len(images) != len(labels):
+        raise DataError(
+            f"{where}: images {tuple(images.shape)} and labels {tuple(labels.shape)}; "
+            "expected images (N, C, H, W) and one label for each"
+        )
+    if images.dtype not in (torch.uint8, torch.float32):
+        raise DataError(f"{where}: images are {images.dtype}; store uint8 levels or float32 in [0, 1]")
+    if len(images) == 0:
+        return
+    if images.dtype == torch.float32:
+        low, high = images.aminmax()
+        if not (low >= 0 and high <= 1):  # NaN fails, too
+            raise DataError(f"{where}: pixels from {low:g} to {high:g}; expected [0, 1] (divide grey levels by 255)")
+    low, high = labels.aminmax()
+    if low < 0 or high >= classes:
+        raise DataError(f"{where}: labels from {low} to {high}; expected 0 to {classes - 1}")

@@ -1,0 +1,44 @@
+"""The errors that a caller may want to catch.
+
+    BenchError                  anything that the user can mend; the CLI prints its one line and exits with 2
+    ├── ConfigError             a name, an argument, a suite key or a cell that makes no sense
+    ├── DataError               a data set that is missing, malformed or outside its range
+    ├── WeightsError            weights that are missing, unsafe, or of another architecture
+    └── StoreError              a results folder that cannot be written, or a row that cannot be trusted
+
+    RefereeError                an attack or a defense broke a rule; the cell fails, the grid goes on
+    ├── AccessError             it asked for what its threat does not grant
+    └── ThreatViolation         it left the ball or the box
+"""
+
+
+class BenchError(Exception):
+    """Something the user can mend; the message names what came, what was expected and the fix."""
+
+
+class ConfigError(BenchError, ValueError):
+    """A name, an argument, a suite key or a cell that makes no sense."""
+
+
+class DataError(BenchError):
+    """A data set that is missing, malformed or outside its range."""
+
+
+class WeightsError(BenchError):
+    """Weights that are missing, unsafe to load, or of another architecture."""
+
+
+class StoreError(BenchError):
+    """A results folder that cannot be written, or a row that cannot be trusted."""
+
+
+class RefereeError(Exception):
+    """A component broke a rule of the game; its cell becomes a failed row and the grid goes on."""
+
+
+class AccessError(RefereeError):
+    """An attack asked the oracle for something that its threat does not grant."""
+
+
+class ThreatViolation(RefereeError):
+    """An attack queried or returned an input outside the ball or the box."""

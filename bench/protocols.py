@@ -1,0 +1,147 @@
+"""The signatures that components follow. No base class: whatever has these attributes and this call takes part.
+
+Every component is a frozen dataclass of its hyper-parameters, with a ``version`` that rises whenever its results change
+and a ``paper`` that says where it comes from.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from bench.data import Dataset, Split
+from bench.rng import SampleRng
+from bench.threat import Access, Norm, Threat
+
+if TYPE_CHECKING:
+    from bench.oracle import Oracle
+
+Stage = Literal["data", "training", "output"]
+
+
+@runtime_checkable
+class Attack(Protocol):
+    """Moves images of a served model.
+
+    Class attributes: ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``; optionally
+    ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
+    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget.
+    """
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def norms(self) -> frozenset[Norm]: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def __call__(self, oracle: "Oracle", x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """Return ``x_adv`` (B, C, H, W), shaped and typed like ``x``, which stays as it was.
+
+        ``x`` (B, C, H, W) in [0, 1] and ``y`` (B,) int64 are samples that the served model gets right. The oracle
+        answers for them by their row in this batch. Whatever is returned, the runner measures.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training run is given beside its data: where to run, its seed, and whom to tell about progress."""
+
+    seed: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    progress: Callable[[int, int], None] = lambda done, total: None  # epochs done, of how many
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Trains on a released data set, which is how it attacks one; class attribute ``access = "training-data"``."""
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
+        """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
+        ...
+
+
+class Defense(Protocol):
+    """Acts at one of three stages; a chain holds at most one of each.
+
+    - ``stage = "output"``: ``defense(model, calibration, seed) -> model``, the served model (a module in eval mode).
+      With ``random = True`` the served module is called ``model(x, rng)``: ``rng`` is a SampleRng with one stream for
+      each row, new at each query, and the only source of randomness it may use.
+    - ``stage = "training"``: ``defense(build, data, job) -> model``, the signature of a learner.
+    - ``stage = "data"``: ``defense(data, job) -> Split``, the training split to release: same length, order and labels,
+      uint8, inside the defense's own ``norm`` and ``eps``.
+    """
+
+    @property
+    def stage(self) -> Stage: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+    @property
+    def __call__(self) -> Callable[..., Any]: ...
+
+
+class OutputDefense(Defense, Protocol):
+    """See :class:`Defense`, stage ``output``."""
+
+    @property
+    def random(self) -> bool: ...
+    @property
+    def __call__(self) -> Callable[[nn.Module, Split, int], nn.Module]: ...
+
+
+class TrainingDefense(Defense, Protocol):
+    """See :class:`Defense`, stage ``training``."""
+
+    @property
+    def __call__(self) -> Callable[[Callable[[], nn.Module], Dataset, Job], nn.Module]: ...
+
+
+class DataDefense(Defense, Protocol):
+    """See :class:`Defense`, stage ``data``."""
+
+    @property
+    def norm(self) -> Norm: ...
+    @property
+    def eps(self) -> float: ...
+    @property
+    def __call__(self) -> Callable[[Dataset, Job], Split]: ...
+
+
+class Architecture(Protocol):
+    """A network by name: logits (B, K) from images (B, C, H, W) in [0, 1], normalising inside."""
+
+    @property
+    def trained(self) -> bool:
+        """Whether it comes with weights; an untrained one is trained on the data set first."""
+        ...
+
+    def __call__(self, classes: int, shape: tuple[int, int, int], model_dir: Path | None) -> nn.Module:
+        """Build it for ``classes`` and images of ``shape`` (C, H, W), weights loaded where it comes with some.
+
+        Initial weights are drawn from torch's global generator, which the caller seeds. ``model_dir`` is a folder in
+        which weights named by a relative path are looked for, after the working directory.
+        """
+        ...
+
+
+class DatasetSource(Protocol):
+    """A data set by name."""
+
+    def __call__(self, data_dir: Path | None) -> Dataset:
+        """Load it; ``data_dir`` is the folder that holds downloaded data sets, one folder each."""
+        ...

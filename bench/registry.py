@@ -1,0 +1,180 @@
+"""Every component by name: the one door through which attacks, defenses, models and data sets come in."""
+
+import dataclasses
+import importlib
+import importlib.util
+import pkgutil
+import sys
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import lru_cache
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_type_hints
+
+import pydantic
+
+from bench.errors import ConfigError
+from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
+from bench.spec import Spec
+
+T = TypeVar("T")
+Factory = TypeVar("Factory", bound=Callable[..., Any])
+
+
+class Registry(Generic[T]):
+    """The components of one kind by name.
+
+    A component is a frozen dataclass of its hyper-parameters. Its class attributes say what it is (``access``,
+    ``norms``, ``stage``, ``version``, ``paper``); its fields are the arguments that users may give.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._factories: dict[str, Callable[..., T]] = {}
+        self._families: dict[str, Callable[..., T]] = {}
+
+    def __call__(self, name: str) -> Callable[[Factory], Factory]:
+        """Register the decorated dataclass as ``name``; ``name`` ending in ":" registers a whole family.
+
+        A family is called with what follows the colon as its first argument: ``torchattacks:PGD``.
+
+        Raises:
+            ConfigError: the name is taken.
+        """
+        table = self._families if name.endswith(":") else self._factories
+
+        def add(factory: Factory) -> Factory:
+            if name in table:
+                raise ConfigError(f"two {self.kind}s are named {name!r}; rename the one in {factory.__module__}")
+            table[name] = factory
+            return factory
+
+        return add
+
+    def names(self) -> list[str]:
+        """The registered names, families last."""
+        return sorted(self._factories) + sorted(self._families)
+
+    def factory(self, name: str) -> Callable[..., T]:
+        """What makes the component ``name``, before its arguments.
+
+        Raises:
+            ConfigError: nothing has this name; the nearest one is offered.
+        """
+        if name in self._factories:
+            return self._factories[name]
+        prefix, colon, rest = name.partition(":")
+        if prefix.endswith(".py"):
+            return _from_file(prefix, rest, self.kind)  # type: ignore[no-any-return]
+        if colon and rest and prefix + ":" in self._families:
+            family = self._families[prefix + ":"]
+            return lambda **args: family(rest, **args)
+        if name in self._families:
+            return self._families[name]
+        near = get_close_matches(name, self.names(), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names())}"
+        raise ConfigError(f"no {self.kind} is named {name!r}; {hint}")
+
+    def create(self, spec: Spec | str) -> T:
+        """The component that ``spec`` describes, with its arguments checked against the types of its fields.
+
+        Raises:
+            ConfigError: an unknown name, an unknown argument, or a value of the wrong type.
+        """
+        spec = Spec.parse(spec) if isinstance(spec, str) else spec
+        factory = self.factory(spec.name)
+        args = dict(spec.args)
+        known = parameters(factory)
+        if known is not None:
+            for key in args:
+                if key not in known:
+                    near = get_close_matches(key, known, n=1)
+                    hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known) or 'nothing'}"
+                    raise ConfigError(f"{self.kind} {spec.name!r} has no parameter {key!r}; {hint}")
+            args = _typed(factory, args, f"{self.kind} {spec.name!r}")
+        try:
+            return factory(**args)
+        except TypeError as error:
+            raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
+        except ConfigError as error:
+            raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
+
+
+attacks: Registry[Attack | Learner] = Registry("attack")
+defenses: Registry[Defense] = Registry("defense")
+models: Registry[Architecture] = Registry("model")
+datasets: Registry[DatasetSource] = Registry("data set")
+
+
+def parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:
+    """The arguments of a component and their defaults; ``None`` where only the component itself can tell."""
+    if not dataclasses.is_dataclass(factory):
+        return None
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(factory)
+        if field.init
+    }
+
+
+def describe(component: Any) -> dict[str, Any]:
+    """The values of all parameters of a component, as a row stores them."""
+    return dataclasses.asdict(component) if dataclasses.is_dataclass(component) else {}  # type: ignore[arg-type]
+
+
+@lru_cache
+def load_plugins() -> None:
+    """Import every module that announces itself under ``bench.plugins``; ours come in by the same door."""
+    for plugin in entry_points(group="bench.plugins"):
+        plugin.load()  # importing runs the decorators; a broken plug-in fails here, not later
+
+
+def import_all(package: str) -> None:
+    """Import every module below ``package``, so that a component is one new file and no list to keep."""
+    for module in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):
+        importlib.import_module(module.name)
+
+
+def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> dict[str, Any]:
+    """``args`` converted to the types of the dataclass's fields (so ``eps=1`` is a float)."""
+    hints = get_type_hints(factory)
+    typed = {}
+    for key, value in args.items():
+        try:
+            typed[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
+        except pydantic.ValidationError as error:
+            problem = error.errors()[0]
+            raise ConfigError(f"{who}: {key} is {value!r}; {problem['msg'].lower()}") from None
+    return typed
+
+
+def _from_file(path: str, name: str, kind: str) -> Callable[..., Any]:
+    """A component in the user's own file, ``path/to/file.py:Name``; the file's hash becomes its version."""
+    file = Path(path)
+    if not name:
+        raise ConfigError(f"{path!r} names a file; add the component in it, as in {path}:Name")
+    if not file.is_file():
+        raise ConfigError(f"no file {path!r} for {kind} {path}:{name}; check the path")
+    digest = sha256(file.read_bytes()).hexdigest()[:12]
+    module_name = f"bench_user_{digest}"
+    if module_name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(module_name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module_name] = module
+        try:
+            spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise ConfigError(f"{path} does not import: {type(error).__name__}: {error}") from error
+    factory = getattr(sys.modules[module_name], name, None)
+    if factory is None:
+        raise ConfigError(f"{path} has no {name!r}; it defines {', '.join(_public(sys.modules[module_name]))}")
+    return factory  # type: ignore[no-any-return]
+
+
+def _public(module: Any) -> list[str]:
+    return [name for name, value in vars(module).items() if getattr(value, "__module__", None) == module.__name__]

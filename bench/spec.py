@@ -1,0 +1,90 @@
+"""Component names with arguments, in one string: ``square(preset=eccv2020, p_init=0.3)``."""
+
+import ast
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from bench.errors import ConfigError
+
+# A name is a word, a library's entry ("torchattacks:PGD") or a file's ("path/to/file.py:Name").
+_CALL = re.compile(r"\s*(?P<name>[^\s()]+)\s*(?:\((?P<args>.*)\))?\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The name of a component and the arguments that were given for it."""
+
+    name: str
+    args: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> "Spec":
+        """Read ``name`` or ``name(key=value, ...)``; values are Python literals, a bare word is a string.
+
+        Raises:
+            ConfigError: anything else, with the text as it came.
+        """
+        call = _CALL.fullmatch(text)
+        if call is None:
+            raise ConfigError(f"cannot read {text!r}; write name or name(key=value, key=value)")
+        args: dict[str, Any] = {}
+        for item in _split(call["args"] or "", ","):
+            key, equals, value = item.partition("=")
+            if not equals or not key.strip().isidentifier() or not value.strip():
+                raise ConfigError(f"cannot read {item.strip()!r} in {text!r}; write key=value")
+            if key.strip() in args:
+                raise ConfigError(f"{text!r} gives {key.strip()!r} twice; keep one")
+            args[key.strip()] = _literal(value.strip())
+        return cls(call["name"], args)
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{key}={_write(value)}" for key, value in self.args.items())
+        return f"{self.name}({inside})" if inside else self.name
+
+
+def parse_chain(text: str) -> tuple[Spec, ...]:
+    """Read a chain such as ``pgd-at(eps=0.1) + aaa-linear``; ``none`` is the empty chain."""
+    specs = tuple(Spec.parse(part) for part in _split(text, "+"))
+    if not specs:
+        raise ConfigError("an empty defense; write none for the undefended model")
+    return () if [spec.name for spec in specs] == ["none"] else specs
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """Cut at separators outside brackets and quotes; empty text gives no parts."""
+    parts, depth, quote, start = [], 0, "", 0
+    for position, char in enumerate(text):
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        elif char in "([{":
+            depth += 1
+        elif char in ")]}":
+            depth -= 1
+        elif char == separator and depth == 0:
+            parts.append(text[start:position])
+            start = position + 1
+    parts.append(text[start:])
+    return [part for part in parts if part.strip()]
+
+
+def _literal(text: str) -> Any:
+    fraction = re.fullmatch(r"([\d.]+)\s*/\s*([\d.]+)", text)  # radii are written 8/255
+    if fraction:
+        try:
+            return float(fraction[1]) / float(fraction[2])
+        except (ValueError, ZeroDivisionError):
+            return text
+    if text in ("true", "false"):  # as TOML writes them
+        return text == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text.strip("'\"")
+
+
+def _write(value: Any) -> str:
+    return value if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) else repr(value)

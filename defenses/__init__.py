@@ -1,0 +1,5 @@
+"""The defenses. Each is one file here; importing the package registers them all."""
+
+from bench.registry import import_all
+
+import_all(__name__)
