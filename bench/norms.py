@@ -24,7 +24,7 @@ def lp_norm(delta: Tensor, norm: Norm) -> Tensor:
     if norm == "l1":
         return delta.flatten(1).abs().sum(dim=1)
     if norm == "l2":
-        return torch.linalg.vector_norm(delta.flatten(1), dim=1)
+        return delta.flatten(1).norm(dim=1)
     if norm == "linf":
         low, high = delta.flatten(1).aminmax(dim=1)  # one pass, no |delta| in memory
         return torch.maximum(high, -low)

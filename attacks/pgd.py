@@ -1,0 +1,78 @@
+"""Projected gradient descent."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.errors import ConfigError
+from bench.losses import LOSSES
+from bench.norms import lp_norm, per_sample, project, steepest
+from bench.oracle import Oracle
+from bench.registry import attacks
+from bench.rng import SampleRng
+from bench.threat import Access, Norm, Threat
+
+
+@attacks("pgd")
+@dataclass(frozen=True, kw_only=True)
+class PGD:
+    """Steepest descent on the margin (or on the log-likelihood) with projection, from random starts.
+
+    Costs ``restarts * (steps + 1)`` forward and ``restarts * steps`` backward passes; a sample stops at its first
+    success, and the last iterate of every restart is asked about, too.
+
+    Source: Madry et al., 2018, arXiv:1706.06083, section 2.1; random l2 starts are uniform in the ball.
+    """
+
+    steps: int = 40
+    rel_step: float = 0.1
+    restarts: int = 1
+    loss: Literal["margin", "ce"] = "margin"
+    start: Literal["random", "clean"] = "random"
+
+    access: ClassVar[Access] = "gradients"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Madry et al., 2018, arXiv:1706.06083"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.restarts < 1 or self.rel_step <= 0:
+            raise ConfigError(
+                f"steps={self.steps}, restarts={self.restarts}, rel_step={self.rel_step:g}; all must be above zero"
+            )
+
+    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """See :class:`bench.protocols.Attack`; returns each sample's iterate of the largest loss."""
+        best, lowest = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)
+        loss = LOSSES[self.loss]
+        for restart in range(self.restarts):
+            u = x.clone() if self.start == "clean" and restart == 0 else self._start(x, threat, rng.fork(restart))
+            for step in range(self.steps + 1):
+                rows = oracle.active()
+                if len(rows) == 0:
+                    return best
+                now = u[rows]
+                if step < self.steps:
+                    logits, gradient = oracle.gradients(now, loss, rows)
+                    move = self.rel_step * threat.eps * steepest(gradient, threat.norm)
+                    u[rows] = project(now - move, x[rows], threat)
+                else:
+                    logits = oracle.scores(now, rows)
+                value = loss(logits, y[rows]).to(x.dtype)
+                better = value < lowest[rows]
+                best[rows] = torch.where(per_sample(better), now, best[rows])
+                lowest[rows] = torch.where(better, value, lowest[rows])
+        return best
+
+    def _start(self, x: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """Points drawn uniformly from the ball around ``x``, then clamped to the box."""
+        shape = x.shape[1:]
+        if threat.norm == "linf":
+            direction, radius = rng.uniform(*shape).to(x) * 2 - 1, torch.ones(len(x), dtype=x.dtype, device=x.device)
+        else:
+            normal = rng.normal(*shape).to(x)
+            direction = normal / per_sample(lp_norm(normal, "l2"))
+            radius = rng.fork("radius").uniform().to(x) ** (1 / shape.numel())
+        return project(x + threat.eps * per_sample(radius) * direction, x, threat)

@@ -1,0 +1,252 @@
+"""Square: random search over square windows, from scores alone."""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.errors import ConfigError
+from bench.losses import LOSSES, margin
+from bench.norms import TINY, box, lp_norm, per_sample
+from bench.oracle import Oracle
+from bench.registry import attacks
+from bench.rng import SampleRng
+from bench.threat import Access, Norm, Threat
+
+# Iterations, of a run of 10,000, after which the share of changed pixels halves.
+HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+# What each public code does, where it changes a figure; methods.md 0.4 has the table. Windows are drawn for each sample
+# by itself in all of them: sharing them, as two of the three do, only correlates the samples.
+PRESETS: dict[str | None, dict[str, Any]] = {
+    None: {},
+    "eccv2020": {"rescale": True, "edges": "reference", "accept": "loss"},
+    "autoattack": {"p_init": 0.8, "edges": "reference", "accept": "loss_or_fooled"},
+    "aaa": {"p_init": 0.3, "edges": "reference", "accept": "loss"},
+}
+DEFAULTS = {"rescale": False, "edges": "inclusive", "accept": "loss_or_fooled"}
+P_INIT: dict[str, float] = {"linf": 0.05, "l2": 0.1}  # the paper's choice for undefended models
+
+
+@attacks("square")
+@dataclass(frozen=True, kw_only=True)
+class Square:
+    """Square attack (Andriushchenko et al., ECCV 2020), untargeted, in linf and l2.
+
+    One query for the start and one for each proposal; a sample stops at its first misclassified query. Every sample
+    draws its own windows and signs.
+
+    Args:
+        preset: ``eccv2020`` (schedule rescaled to the budget), ``autoattack`` (p_init 0.8) or ``aaa`` (p_init 0.3,
+            schedule of a run of 10,000); arguments that are given win over the preset.
+        p_init: share of the pixels in the first windows; 0.05 (linf) or 0.1 (l2) by default.
+        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
+        accept: take a proposal when the ``loss`` falls, or also when it is misclassified (``loss_or_fooled``).
+        rescale: stretch the schedule over the query budget; then one run does not answer for smaller budgets.
+        edges: ``inclusive`` lets windows reach the last row and column, ``reference`` never does, like the public code.
+
+    Source: arXiv:1912.00049, algorithms 1 to 3; schedule and l2 windows as in the authors' code.
+    """
+
+    preset: Literal["eccv2020", "autoattack", "aaa"] | None = None
+    p_init: float | None = None
+    loss: Literal["margin", "ce"] = "margin"
+    accept: Literal["loss", "loss_or_fooled"] | None = None
+    rescale: bool | None = None
+    edges: Literal["inclusive", "reference"] | None = None
+
+    access: ClassVar[Access] = "scores"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Andriushchenko et al., 2020, arXiv:1912.00049"
+
+    def __post_init__(self) -> None:
+        for name, value in {**DEFAULTS, **PRESETS[self.preset]}.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.p_init is not None and not 0 < self.p_init <= 1:
+            raise ConfigError(f"p_init is {self.p_init:g}; it is a share of the pixels, above 0 and at most 1")
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the schedule follows the budget, so that smaller budgets cannot be read off this run."""
+        return bool(self.rescale)
+
+    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
+        proposals = _Linf if threat.norm == "linf" else _L2
+        inset = 1 if self.edges == "reference" else 0
+        u = proposals(x, threat, inset).start(rng.fork("start"))
+        best = self._loss(oracle.scores(u), y)
+        p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
+
+        rows = work = None
+        for step in range(1, oracle.query_budget):
+            active = oracle.active()
+            if len(active) == 0:
+                break
+            if active is not rows:  # gather anew only when somebody has dropped out
+                if work is not None:
+                    u[rows], best[rows] = work
+                rows, labels, streams = active, y[active], rng[active]
+                search, work = proposals(x[active], threat, inset), (u[active], best[active])
+            incumbent, lowest = work
+            side = window_side(self._share(p_init, step - 1, oracle.query_budget), x.shape[2:])
+            candidate = search.propose(incumbent, side, streams.fork(step))
+            value = self._loss(oracle.scores(candidate, rows), labels)
+            better = value < lowest  # never for NaN, the answer of a finished sample
+            work = torch.where(per_sample(better), candidate, incumbent), torch.where(better, value, lowest)
+        if work is not None:
+            u[rows], best[rows] = work
+        return u
+
+    def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
+        value = LOSSES[self.loss](logits, y)
+        if self.accept == "loss_or_fooled" and self.loss != "margin":  # under the margin, fooled is lower already
+            value = torch.where(margin(logits, y) <= 0, -math.inf, value)
+        return value
+
+    def _share(self, p_init: float, iteration: int, budget: int) -> float:
+        """The share of pixels in a window at ``iteration``, counted from 0."""
+        if self.rescale:
+            iteration = int(iteration / budget * 10_000)
+        return p_init / 2 ** sum(iteration > bound for bound in HALVINGS)
+
+
+def window_side(share: float, size: tuple[int, ...] | torch.Size) -> int:
+    """The side of a square that covers ``share`` of an image of ``size`` (H, W), 1 .. min(H, W) - 1."""
+    height, width = size
+    return max(1, min(round(math.sqrt(share * height * width)), min(height, width) - 1))
+
+
+class _Linf:
+    """Proposals in the linf ball: each pixel of a window goes to one end of its range, one sign for each channel."""
+
+    def __init__(self, x: Tensor, threat: Threat, inset: int) -> None:
+        self.low, self.high = box(x, threat)
+        self.inset = inset
+
+    def start(self, rng: SampleRng) -> Tensor:
+        """Vertical stripes: one sign for each channel and column."""
+        _, channels, _, width = self.low.shape
+        return torch.where(rng.coins(channels, 1, width), self.high, self.low)
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
+        """``incumbent`` (n, C, H, W) with one new window each."""
+        channels, height, width = incumbent.shape[1:]
+        corner = _corners(rng, (height, width), side, self.inset)
+        window = _window(corner, side, (height, width))                             # (n, 1, H, W)
+        signs = rng.fork("signs").coins(channels)
+        if side == 1:  # one proposal in eight would repeat a three-channel pixel and waste its query
+            signs = self._changing(incumbent, corner, signs, rng)
+        target = torch.where(signs[:, :, None, None], self.high, self.low)
+        return torch.where(window, target, incumbent)
+
+    def _changing(self, incumbent: Tensor, corner: Tensor, signs: Tensor, rng: SampleRng) -> Tensor:
+        """``signs`` (n, C), or the first of three further draws that changes the pixel at ``corner`` (n, 2)."""
+        samples = torch.arange(len(incumbent), device=incumbent.device)
+        pixel = samples, slice(None), corner[:, 0], corner[:, 1]
+        now, low, high = incumbent[pixel], self.low[pixel], self.high[pixel]        # (n, C)
+        draws = torch.cat((signs[:, None], rng.fork("more signs").coins(3, signs.shape[1])), dim=1)  # (n, 4, C)
+        changes = (torch.where(draws, high[:, None], low[:, None]) != now[:, None]).any(dim=2)
+        return draws[samples, changes.long().argmax(dim=1)]
+
+
+class _L2:
+    """Proposals on the l2 sphere: energy moves from one window into another, in a two-lobed pattern."""
+
+    def __init__(self, x: Tensor, threat: Threat, inset: int) -> None:
+        self.x, self.eps, self.inset = x, threat.eps, inset
+
+    def start(self, rng: SampleRng) -> Tensor:
+        """A 5 x 5 grid of patterns, with one sign for each tile and channel and an orientation for each tile."""
+        n, channels, height, width = self.x.shape
+        side = max(1, min(height, width) // 5)
+        tiles = min(5, height // side), min(5, width // side)
+        lobes = bump(side).to(self.x)
+        shape = torch.where(rng.fork("turn").coins(*tiles)[..., None, None], lobes.T, lobes)     # (n, 5, 5, s, s)
+        signs = rng.fork("signs").coins(channels, *tiles).to(self.x) * 2 - 1
+        grid = (signs[..., None, None] * shape[:, None]).transpose(3, 4).flatten(4, 5).flatten(2, 3)
+        delta = torch.zeros_like(self.x)
+        top, left = (height - tiles[0] * side) // 2, (width - tiles[1] * side) // 2
+        delta[:, :, top : top + grid.shape[2], left : left + grid.shape[3]] = grid
+        return self._on_sphere(delta)
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
+        """``incumbent`` (n, C, H, W) with the energy of two windows, and what the box has eaten, in the first."""
+        channels, height, width = incumbent.shape[1:]
+        side = odd_side(side, min(height, width))
+        first = _corners(rng.fork("first"), (height, width), side, self.inset)
+        second = _corners(rng.fork("second"), (height, width), side, self.inset)
+        delta = incumbent - self.x
+        into, out_of = _window(first, side, (height, width)), _window(second, side, (height, width))
+        spare = (self.eps**2 - lp_norm(delta, "l2") ** 2).clamp(min=0) / channels           # (n,)
+        room = spare[:, None] + (delta.square() * (into | out_of)).sum(dim=(2, 3))                 # (n, C)
+
+        line = torch.arange(side, device=delta.device)
+        cells = (first[:, 0, None, None] + line[:, None]) * width + first[:, 1, None, None] + line  # (n, s, s)
+        cells = cells.flatten(1)[:, None].expand(-1, channels, -1)                                 # (n, C, s * s)
+        lobes = bump(side).to(delta)
+        turned = torch.where(rng.fork("turn").coins(1, 1), lobes.T, lobes)                         # (n, s, s)
+        signs = rng.fork("signs").coins(channels).to(delta) * 2 - 1
+        old = delta.flatten(2).gather(2, cells)
+        new = signs[..., None] * turned.flatten(1)[:, None] + _unit(old)
+        new = _unit(new) * room.sqrt()[..., None]
+        moved = delta.masked_fill(out_of, 0).flatten(2).scatter(2, cells, new).view_as(delta)
+        return self._on_sphere(moved)
+
+    def _on_sphere(self, delta: Tensor) -> Tensor:
+        scale = self.eps / (lp_norm(delta, "l2") + TINY)
+        return (self.x + delta * per_sample(scale)).clamp(0, 1)
+
+
+def odd_side(side: int, size: int) -> int:
+    """The odd side of an l2 window, at least 3 where the image of ``size`` allows it."""
+    side = max(side, 3)
+    side += 1 - side % 2
+    return side if side <= size else size - (1 - size % 2)
+
+
+@lru_cache(maxsize=256)
+def bump(side: int) -> Tensor:
+    """The two-lobed pattern (side, side) of unit l2 norm: one lobe up, one down, each falling off in rings."""
+    half = side // 2
+    lobes = [_rings(half, side), -_rings(side - half, side)]
+    pattern = torch.cat(lobes)
+    return pattern / pattern.norm()
+
+
+def _rings(rows: int, columns: int) -> Tensor:
+    """A lobe (rows, columns) of unit l2 norm: sum of 1 / (j + 1)^2 over the concentric rectangles that cover a cell."""
+    if rows == 0:
+        return torch.zeros(0, columns)
+    down = (torch.arange(rows) - rows // 2).abs()
+    across = (torch.arange(columns) - columns // 2).abs()
+    ring = torch.maximum(down[:, None], across)
+    weights = 1 / torch.arange(1, max(rows // 2, columns // 2) + 2).double() ** 2
+    lobe = weights.flip(0).cumsum(0).flip(0)[ring]
+    return (lobe / lobe.norm()).float()
+
+
+def _unit(values: Tensor) -> Tensor:
+    """(n, C, m) scaled to unit l2 norm along the last dimension."""
+    return values / (values.norm(dim=2, keepdim=True) + TINY)
+
+
+def _corners(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Tensor:
+    """Top left corners (n, 2) of windows, uniform over the image less ``inset`` rows and columns at its end."""
+    rows, columns = (max(length - side + 1 - inset, 1) for length in size)
+    return torch.stack((rng.fork("row").integers(rows), rng.fork("column").integers(columns)), dim=1)
+
+
+def _window(corner: Tensor, side: int, size: tuple[int, int]) -> Tensor:
+    """Masks (n, 1, H, W) of the windows at ``corner`` (n, 2)."""
+    inside = []
+    for axis, length in enumerate(size):
+        offset = torch.arange(length, device=corner.device) - corner[:, axis, None]
+        inside.append((offset >= 0) & (offset < side))
+    rows, columns = inside
+    return (rows[:, :, None] & columns[:, None, :])[:, None]

@@ -1,0 +1,76 @@
+"""One cell of the grid: everything that decides its result, and the key that follows from it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from typing import Any
+
+from bench.numerics import Numerics
+from bench.threat import Threat
+
+
+@dataclass(frozen=True)
+class Component:
+    """A component as a cell pins it: what the user wrote, every parameter it means, and its version."""
+
+    spec: str
+    version: int | str = 1
+    params: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model, its chain of defenses and one attack on one set of samples.
+
+    Two cells with equal fields give equal results (up to the rounding of the hardware), and ``key`` is a hash of all
+    of them but ``limited``, which only remembers that the samples are fewer than the suite asks for.
+    """
+
+    dataset: Component
+    model: Component
+    defense: tuple[Component, ...]
+    attack: Component
+    threat: Threat
+    ids: tuple[int, ...]   # rows of the test split
+    seed: int
+    numerics: Numerics = "fast"
+    quantise: bool = False
+    data_hash: str = ""
+    weights_hash: str = ""  # of the network before any training; empty where the recipe decides
+    limited: bool = False
+
+    @property
+    def key(self) -> str:
+        """64 hexadecimal digits that name this cell and no other."""
+        fields = asdict(self)
+        del fields["limited"]
+        return sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def defense_name(self) -> str:
+        """The chain as it is written in a suite."""
+        return " + ".join(component.spec for component in self.defense) or "none"
+
+    def __str__(self) -> str:
+        parts = (self.dataset.spec, self.model.spec, self.defense_name, self.attack.spec)
+        return f"{' | '.join(parts)} | seed {self.seed}"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, for a file; read back by :meth:`from_json`."""
+        return {**asdict(self), "ids": list(self.ids)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Cell":
+        """The cell that ``as_json`` wrote.
+
+        Raises:
+            KeyError, TypeError: the data is not a cell.
+        """
+        fields = dict(data)
+        for name in ("dataset", "model", "attack"):
+            fields[name] = Component(**fields[name])
+        fields["defense"] = tuple(Component(**component) for component in fields["defense"])
+        fields["threat"] = Threat(**fields["threat"])
+        fields["ids"] = tuple(fields["ids"])
+        return cls(**fields)

@@ -1,0 +1,271 @@
+"""The referee: what an attack meets in place of the model, and the ledger of what it did there."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import AccessError, ThreatViolation
+from bench.losses import margin
+from bench.norms import lp_norm
+from bench.rng import SampleRng
+from bench.served import ServedModel
+from bench.threat import Threat
+
+NEVER = -1  # first hit of a sample that no query beat
+TOLERANCE = 1e-6  # what float32 rounding may add to a distance; grows with radii above 1
+REFRESH = 16  # queries between two looks at who is still alive, where looking means waiting for a GPU
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What each sample of a batch has cost and suffered; tensors (B,), and (B, C, H, W) for ``hits``."""
+
+    forwards: Tensor     # int64, queries answered
+    backwards: Tensor    # int64, gradients answered
+    first_hit: Tensor    # int64, number of the first misclassified query, NEVER without one
+    best_margin: Tensor  # smallest margin that a query has shown
+    invalid: Tensor      # bool, the model answered NaN or infinity
+    hits: Tensor         # the first misclassified query itself; the clean image without one
+
+    @classmethod
+    def blank(cls, x: Tensor) -> "Ledger":
+        """The ledger of a batch ``x`` that nobody has asked about."""
+        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return cls(
+            forwards=count,
+            backwards=count.clone(),
+            first_hit=torch.full_like(count, NEVER),
+            best_margin=torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device),
+            invalid=torch.zeros_like(count, dtype=torch.bool),
+            hits=x.clone(),
+        )
+
+
+class Oracle:
+    """Answers what the threat allows, for as long as it allows it, and writes everything down.
+
+    An attack names the samples it asks about by ``rows`` (n,), their distinct positions in the batch; ``None`` means
+    all. Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order.
+    A sample that was misclassified once, or that has spent its budget, gets no more answers: NaN scores, label -1,
+    zero gradients. The ball and the box are checked before anything is answered.
+
+    Args:
+        model: the defended model.
+        x, y: the batch, images (B, C, H, W) in [0, 1] and true labels (B,) int64.
+        threat: what the attack may change, see and spend; its ``query_budget`` counts for each sample by itself.
+        rng: one stream for each sample, the model's own randomness.
+        quantise: round every query to 8 bit first, as a service that takes images does.
+        attack: the name to put in complaints.
+        on_spent: called now and then with the queries that are spent, or saved because their sample fell.
+    """
+
+    def __init__(
+        self,
+        model: ServedModel,
+        x: Tensor,
+        y: Tensor,
+        threat: Threat,
+        rng: SampleRng,
+        *,
+        quantise: bool = False,
+        attack: str = "attack",
+        on_spent: Callable[[int], None] = lambda queries: None,
+    ) -> None:
+        if threat.query_budget is None:
+            raise AccessError(f"{attack}: a threat without a query budget grants no queries")
+        self.ledger = Ledger.blank(x)
+        self.query_budget = threat.query_budget
+        self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
+        self._quantise, self._attack, self._on_spent = quantise, attack, on_spent
+        self._limit = threat.eps + TOLERANCE * max(1.0, threat.eps)
+        self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
+        self._active = torch.arange(len(x), device=x.device)
+        self._active_x = x
+        self._asked_since_refresh = 0
+
+    @property
+    def live(self) -> Tensor:
+        """(B,) bool: the samples that still get answers."""
+        return (self.ledger.first_hit == NEVER) & (self.ledger.forwards < self.query_budget)
+
+    def active(self) -> Tensor:
+        """The rows (n,) worth asking about; empty when the attack is over.
+
+        The same tensor object comes back until somebody has dropped out. On a GPU it is looked at only every 16th
+        call, since looking waits for the device; until then it may hold rows that get no answers.
+        """
+        self._asked_since_refresh += 1
+        if self._x.is_cuda and self._asked_since_refresh < REFRESH:
+            return self._active
+        self._asked_since_refresh = 0
+        self._complain()
+        live = self.live
+        rows = live.nonzero().squeeze(1)
+        if len(rows) < len(self._active):
+            self._active, self._active_x = rows, self._x[rows]
+        saved = self.query_budget * (len(live) - len(rows))
+        self._on_spent(int(self.ledger.forwards[rows].sum()) + saved)
+        return self._active
+
+    def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits (n, K) or (n, k, K) of the queries ``x``, one query each; NaN where the sample gets no answer.
+
+        Raises:
+            AccessError: the threat grants labels only.
+            ThreatViolation: a query outside the ball or the box.
+        """
+        self._grant("scores", "gradients")
+        with torch.no_grad():
+            return self._ask(x, rows)[0]
+
+    def labels(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Predicted classes (n,) or (n, k) int64, one query each; -1 where the sample gets no answer.
+
+        Raises:
+            ThreatViolation: a query outside the ball or the box.
+        """
+        with torch.no_grad():
+            logits, answered = self._ask(x, rows)
+            return torch.where(answered, logits.nan_to_num().argmax(dim=-1), -1)
+
+    def gradients(
+        self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (n, K), and the gradient (n, C, H, W) of ``loss(logits, y)`` (n,) for each query of ``x`` by itself.
+
+        Costs one forward and one backward pass each.
+
+        Raises:
+            AccessError: the threat grants no gradients.
+            ThreatViolation: a query outside the ball or the box.
+        """
+        self._grant("gradients")
+        rows = self._all_rows() if rows is None else rows
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            logits, answered = self._ask(x, rows)
+            values = torch.where(answered, loss(logits.nan_to_num(), self._y[rows]), 0)
+            (gradient,) = torch.autograd.grad(values.sum(), x)  # a sum keeps the samples independent
+        self.ledger.backwards.index_add_(0, rows, answered.long())
+        return logits.detach(), gradient
+
+    def as_module(self) -> nn.Module:
+        """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
+        return _ForeignView(self)
+
+    def close(self) -> Ledger:
+        """End the attack and hand over the ledger.
+
+        Raises:
+            ThreatViolation: a query that was outside the ball or the box and has not been complained about yet.
+        """
+        self._complain()
+        self._on_spent(self.query_budget * len(self._x))
+        return self.ledger
+
+    def _all_rows(self) -> Tensor:
+        return torch.arange(len(self._x), device=self._x.device)
+
+    def _grant(self, *access: str) -> None:
+        if self._threat.access not in access:
+            raise AccessError(
+                f"{self._attack} asked for {access[0]}, but its threat grants {self._threat.access}; "
+                f"declare access = {access[0]!r}"
+            )
+
+    def _ask(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (n[, k], K) with NaN for those who get no answer, and who got one (n[, k])."""
+        rows = self._all_rows() if rows is None else rows
+        clean = self._active_x if rows is self._active else self._x[rows]
+        probes = x if x.ndim == 5 else x[:, None]                                       # (n, k, C, H, W)
+        k = probes.shape[1]
+        legal = self._legal(probes.detach(), clean, rows)
+        number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=x.device)  # (n, k)
+        images = probes.flatten(0, 1)
+        if self._quantise:
+            images = self._eight_bit(images, clean.repeat_interleave(k, dim=0))
+        streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
+        logits = self._model(images, streams).unflatten(0, (len(rows), k))              # (n, k, K)
+        answered = self._record(logits.detach(), probes.detach(), rows, number, legal)
+        logits = torch.where(answered[..., None], logits, torch.nan)
+        return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
+
+    def _record(self, logits: Tensor, x: Tensor, rows: Tensor, number: Tensor, legal: Tensor) -> Tensor:
+        """Enter queries into the ledger; returns which of them (n, k) are answered."""
+        ledger = self.ledger
+        answered = legal & self.live[rows, None] & (number <= self.query_budget)
+        finite = logits.isfinite().all(dim=-1)
+        wrong = answered & finite & (logits.argmax(dim=-1) != self._y[rows, None])
+        earlier_hits = wrong.cumsum(dim=1) - wrong.long()
+        answered = answered & (earlier_hits == 0)
+        wrong = wrong & (earlier_hits == 0)
+        hit = wrong.any(dim=1)
+        margins = margin(logits.flatten(0, 1), self._y[rows].repeat_interleave(x.shape[1])).view_as(wrong)
+        lowest = torch.where(answered & finite, margins, torch.inf).amin(dim=1).to(ledger.best_margin.dtype)
+
+        ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
+        ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
+        ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
+        ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
+        if x.is_cuda or hit.any():
+            winner = x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
+            ledger.hits[rows] = torch.where(hit[:, None, None, None], winner, ledger.hits[rows])
+        return answered
+
+    def _legal(self, x: Tensor, clean: Tensor, rows: Tensor) -> Tensor:
+        """Which queries (n, k) are inside the ball and the box; trespasses are noted, and raised at once on a CPU."""
+        n, k = x.shape[:2]
+        distance = lp_norm((x - clean[:, None]).flatten(0, 1), self._threat.norm).view(n, k)
+        low, high = x.flatten(2).aminmax(dim=2)
+        outside = torch.maximum(torch.maximum(-low, high - 1), distance - self._threat.eps)
+        legal = (distance <= self._limit) & (low >= -TOLERANCE) & (high <= 1 + TOLERANCE)  # NaN is not legal
+        trespass = torch.where(legal, 0, outside.nan_to_num(torch.inf)).amax(dim=1)
+        self._excess[rows] = torch.maximum(self._excess[rows], trespass)
+        if not x.is_cuda:
+            self._complain()
+        return legal
+
+    def _complain(self) -> None:
+        worst = float(self._excess.max()) if len(self._excess) else 0.0
+        if worst > 0:
+            raise ThreatViolation(
+                f"{self._attack} left the {self._threat} ball or the box [0, 1] on {int((self._excess > 0).sum())} of "
+                f"{len(self._excess)} samples, by up to {worst:.3g}; project every query"
+            )
+
+    def _eight_bit(self, x: Tensor, clean: Tensor) -> Tensor:
+        """The nearest image of whole grey levels that is inside the ball; gradients pass as if nothing had happened."""
+        levels = (x * 255).round()
+        if self._threat.norm != "linf":  # rounding can lengthen an l2 step; moving each pixel towards x cannot
+            start = (clean * 255).round()
+            levels = start + ((x - clean) * 255).trunc()
+        return x + (levels.clamp(0, 255) / 255 - x).detach()
+
+
+class _ForeignView(nn.Module):
+    """An oracle behind a network's call. Foreign code does not say whose image it asks about, so each image is taken
+    for the sample whose clean image is nearest; a sample that gets no more answers hears its last one again."""
+
+    def __init__(self, oracle: Oracle) -> None:
+        super().__init__()
+        self._oracle = [oracle]  # in a list, so that it is not searched for parameters
+        self._clean = oracle._x.flatten(1)
+        self._half_norms = self._clean.square().sum(dim=1) / 2
+        self._last: Tensor | None = None
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (n, K), with a graph where the threat grants gradients; its backward pass is counted."""
+        oracle = self._oracle[0]
+        flat = x.detach().flatten(1)
+        rows = (flat @ self._clean.T - self._half_norms).argmax(dim=1)  # nearest in l2
+        with torch.set_grad_enabled(torch.is_grad_enabled() and oracle._threat.access == "gradients"):
+            logits, answered = oracle._ask(x, rows)
+        if self._last is None:
+            self._last = torch.zeros(len(self._clean), logits.shape[1], dtype=logits.dtype, device=logits.device)
+        self._last[rows] = torch.where(answered[:, None], logits.detach(), self._last[rows])
+        if logits.requires_grad:
+            logits.register_hook(lambda _: oracle.ledger.backwards.index_add_(0, rows, answered.long()))
+        return torch.where(answered[:, None], logits, self._last[rows])

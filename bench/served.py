@@ -1,0 +1,31 @@
+"""A model as it is deployed: its output defense around it, its randomness keyed by sample and query."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.rng import SampleRng
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.
+
+    ``random`` models take a SampleRng beside the images, with one stream for each of them.
+    """
+
+    module: nn.Module
+    random: bool = False
+    batch_size: int = 256
+
+    def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
+        """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic."""
+        if len(x) <= self.batch_size:
+            return self._forward(x, rng)
+        parts = torch.arange(len(x), device=x.device).split(self.batch_size)
+        return torch.cat([self._forward(x[part], rng[part] if self.random else rng) for part in parts])
+
+    def _forward(self, x: Tensor, rng: SampleRng) -> Tensor:
+        logits: Tensor = self.module(x, rng) if self.random else self.module(x)
+        return logits
