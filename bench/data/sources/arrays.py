@@ -1,0 +1,94 @@
+"""One's own arrays, from a NumPy archive."""
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from bench.data import Dataset, Split
+from bench.data.sources.holdout import find, hold_out
+from bench.errors import DataError
+from bench.registry import datasets
+
+CHANNELS = (1, 3)  # the axis of this length holds the channels
+
+
+@datasets("npz")
+@dataclass(frozen=True)
+class Npz:
+    """Arrays ``x_test``, ``y_test`` and optionally ``x_train``, ``y_train`` of an ``.npz`` file.
+
+    Images are (N, C, H, W) or (N, H, W, C) with one or three channels, uint8 levels or floats in [0, 1]; labels are
+    integers from 0. The last tenth of the training images calibrates, at most 1,000. ``classes`` counts the classes
+    where the largest label does not tell; ``flip`` and ``shift`` allow augmentations (see ``Dataset``).
+    """
+
+    path: str
+    classes: int | None = None
+    flip: bool = False
+    shift: int = 0
+
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+
+    def __call__(self, data_dir: Path | None) -> Dataset:
+        """Load the file, looked for in the working directory and then in ``data_dir``.
+
+        Raises:
+            DataError: a missing or broken file, missing arrays, or shapes and types that cannot be meant.
+        """
+        file = find(self.path, data_dir, "npz")
+        arrays = _read(file)
+        test = _pair(arrays, "test", file)
+        if len(test) == 0:
+            raise DataError(f"{file}: x_test is empty; a data set needs test images")
+        train = _pair(arrays, "train", file) if {"x_train", "y_train"} & arrays.keys() else test.subset(slice(0))
+        if train.shape != test.shape or train.images.dtype != test.images.dtype:
+            raise DataError(
+                f"{file}: train images are {train.images.dtype} {train.shape}, test images {test.images.dtype} "
+                f"{test.shape}; store both alike"
+            )
+        train, calibration = hold_out(train)
+        top = max(int(split.labels.max()) for split in (train, calibration, test) if len(split))
+        names = tuple(str(label) for label in range(top + 1 if self.classes is None else self.classes))
+        return Dataset(file.stem, names, train, calibration, test, flip=self.flip, shift=self.shift)
+
+
+def _read(file: Path) -> dict[str, NDArray[Any]]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test") if key in archive}
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(
+            f"{file} is not a readable .npz file of plain arrays ({type(error).__name__}); "
+            "write it with numpy.savez(file, x_test=..., y_test=...)"
+        ) from error
+
+
+def _pair(arrays: dict[str, NDArray[Any]], part: str, file: Path) -> Split:
+    for key in (f"x_{part}", f"y_{part}"):
+        if key not in arrays:
+            raise DataError(f"{file} has no {key}, only {', '.join(arrays) or 'other names'}; add it")
+    labels = arrays[f"y_{part}"]
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"{file}: y_{part} is {labels.dtype} {labels.shape}; expected integers (N,)")
+    return Split(_images(arrays[f"x_{part}"], f"{file}: x_{part}"), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _images(images: NDArray[Any], where: str) -> Tensor:
+    """Images as (N, C, H, W), uint8 or float32."""
+    first, last = (images.ndim == 4 and images.shape[axis] in CHANNELS for axis in (1, 3))
+    if first == last:
+        problem = "both axis 1 and axis 3 could be channels" if first else "no axis holds the channels"
+        raise DataError(f"{where} has shape {images.shape}, {problem}; expected (N, C, H, W) or (N, H, W, C), C 1 or 3")
+    if images.dtype.kind != "f" and images.dtype != np.uint8:
+        raise DataError(f"{where} is {images.dtype}; store uint8 levels or floats in [0, 1]")
+    images = images if first else images.transpose(0, 3, 1, 2)
+    wanted = np.uint8 if images.dtype == np.uint8 else np.float32
+    return torch.from_numpy(np.ascontiguousarray(images, dtype=wanted))

@@ -1,0 +1,149 @@
+"""CIFAR-10 and CIFAR-100, from Parquet files in the Hugging Face layout or from torchvision's own files."""
+
+import io
+import os
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from bench.data import Dataset, Split
+from bench.data.sources.holdout import hold_out, require_folder
+from bench.errors import DataError
+from bench.registry import datasets
+
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+# fmt: off
+CIFAR100_CLASSES = (
+    "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl", "boy",
+    "bridge", "bus", "butterfly", "camel", "can", "castle", "caterpillar", "cattle", "chair", "chimpanzee", "clock",
+    "cloud", "cockroach", "couch", "crab", "crocodile", "cup", "dinosaur", "dolphin", "elephant", "flatfish",
+    "forest", "fox", "girl", "hamster", "house", "kangaroo", "keyboard", "lamp", "lawn_mower", "leopard", "lion",
+    "lizard", "lobster", "man", "maple_tree", "motorcycle", "mountain", "mouse", "mushroom", "oak_tree", "orange",
+    "orchid", "otter", "palm_tree", "pear", "pickup_truck", "pine_tree", "plain", "plate", "poppy", "porcupine",
+    "possum", "rabbit", "raccoon", "ray", "road", "rocket", "rose", "sea", "seal", "shark", "shrew", "skunk",
+    "skyscraper", "snail", "snake", "spider", "squirrel", "streetcar", "sunflower", "sweet_pepper", "table", "tank",
+    "telephone", "television", "tiger", "tractor", "train", "trout", "tulip", "turtle", "wardrobe", "whale",
+    "willow_tree", "wolf", "woman", "worm",
+)
+# fmt: on
+SIDE = 32  # pixels
+
+
+@datasets("cifar10")
+@dataclass(frozen=True)
+class Cifar10:
+    """60,000 colour images of 32x32 pixels in ten classes; the last 1,000 of the training images calibrate."""
+
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images"
+
+    def __call__(self, data_dir: Path | None) -> Dataset:
+        """Load it from ``data_dir/cifar10/*.parquet`` or ``data_dir/cifar-10-batches-py``.
+
+        Raises:
+            DataError: no such files and no way to download them, or files that are broken.
+        """
+        return _load("cifar10", CIFAR10_CLASSES, "label", "cifar-10-batches-py", data_dir)
+
+
+@datasets("cifar100")
+@dataclass(frozen=True)
+class Cifar100:
+    """60,000 colour images of 32x32 pixels in a hundred (fine) classes; split as for ``cifar10``."""
+
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images"
+
+    def __call__(self, data_dir: Path | None) -> Dataset:
+        """Load it from ``data_dir/cifar100/*.parquet`` or ``data_dir/cifar-100-python``.
+
+        Raises:
+            DataError: no such files and no way to download them, or files that are broken.
+        """
+        return _load("cifar100", CIFAR100_CLASSES, "fine_label", "cifar-100-python", data_dir)
+
+
+def _load(name: str, classes: tuple[str, ...], label: str, batches: str, data_dir: Path | None) -> Dataset:
+    folder = require_folder(data_dir, name)
+    files = {part: folder / name / f"{part}-00000-of-00001.parquet" for part in ("train", "test")}
+    if any(file.exists() for file in files.values()):
+        train, test = (_from_parquet(files[part], label) for part in ("train", "test"))
+    else:
+        train, test = (_from_torchvision(name, folder, batches, part == "train") for part in ("train", "test"))
+    train, calibration = hold_out(train)
+    return Dataset(name, classes, train, calibration, test, flip=True, shift=4)
+
+
+def _from_parquet(file: Path, label: str) -> Split:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise DataError(f"{file} is missing, though its other half is there; copy both the train and the test file")
+    try:
+        table = pq.read_table(file, columns=["img", label])
+        coded = table.column("img").combine_chunks().field("bytes").to_pylist()
+        labels = np.asarray(table.column(label).to_pylist(), dtype=np.int64)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{file} is not a readable Parquet file ({_line(error)}); download it again") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: {_line(error)}; expected the columns img {{bytes, path}} and {label}") from None
+    images = np.empty((len(coded), SIDE, SIDE, 3), dtype=np.uint8)
+
+    def decode(start: int) -> None:
+        for row in range(start, min(start + 1000, len(coded))):
+            images[row] = _decode(coded[row], f"{file}, row {row}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(decode, range(0, len(coded), 1000)))  # list() raises what a thread raised
+    return _split(images, labels)
+
+
+def _decode(coded: bytes | None, where: str) -> NDArray[np.uint8]:
+    try:
+        with Image.open(io.BytesIO(coded or b"")) as image:
+            pixels = np.asarray(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+        raise DataError(f"{where}: cannot decode the image ({type(error).__name__}); download the file again") from None
+    if pixels.shape != (SIDE, SIDE, 3):
+        height, width, _ = pixels.shape
+        raise DataError(f"{where}: the image is {width}x{height}; expected {SIDE}x{SIDE} (imagefolder takes any size)")
+    return pixels
+
+
+def _from_torchvision(name: str, folder: Path, batches: str, train: bool) -> Split:
+    """torchvision compares the MD5 sum of every file with the published one before it unpickles any."""
+    from torchvision import datasets as sources  # not above: torchvision does not import beside every torch build
+
+    source: Any = {"cifar10": sources.CIFAR10, "cifar100": sources.CIFAR100}[name]
+    present = (folder / batches).exists()
+    try:
+        with warnings.catch_warnings():
+            # The pickles of 2009 hold dtypes in a form that NumPy 2.4 deprecates.
+            warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
+            data = source(str(folder), train=train, download=not present)
+    except Exception as error:  # whatever a download can raise
+        if present:
+            raise DataError(f"{folder / batches} is damaged ({_line(error)}); remove it and download again") from error
+        raise DataError(
+            f"no {name} in {folder}, and it cannot be downloaded ({_line(error)}); put "
+            f"{name}/{{train,test}}-00000-of-00001.parquet or {batches}/ there, or name another folder with --data-dir"
+        ) from error
+    return _split(data.data, np.asarray(data.targets, dtype=np.int64))
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.int64]) -> Split:
+    """A split from images (N, H, W, C)."""
+    return Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(labels))
+
+
+def _line(error: Exception) -> str:
+    """The first line of what an error says."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
