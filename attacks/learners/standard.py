@@ -1,0 +1,38 @@
+"""Ordinary training: what protected data must withstand first of all."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from bench.data import Dataset
+from bench.protocols import Job
+from bench.registry import attacks
+from bench.threat import Access
+from bench.training import Recipe, fit, initialised
+
+
+@attacks("standard")
+@dataclass(frozen=True, kw_only=True)
+class Standard:
+    """Train on the released images as they are, with the data set's usual augmentation.
+
+    ``None`` stands for the data set's own recipe (:meth:`bench.training.Recipe.for_dataset`).
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    access: ClassVar[Access] = "training-data"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "empirical risk minimisation"
+
+    def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
+        """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
+        recipe = Recipe.for_dataset(
+            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
+        )
+        return fit(initialised(build, job), data, recipe, job)

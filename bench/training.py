@@ -1,0 +1,177 @@
+"""The one training loop, behind every learner and every training defense."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.data import Dataset
+from bench.errors import ConfigError
+from bench.norms import per_sample
+from bench.protocols import Job
+from bench.rng import SampleRng
+
+Perturb = Callable[[nn.Module, Tensor, Tensor, SampleRng], Tensor]
+
+WARM_UP = 0.2  # share of a one-cycle schedule in which the learning rate rises
+MILESTONES = (0.5, 0.75)  # shares of the training after which a stepwise schedule divides by ten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How to train: ``lr`` is the highest learning rate, ``flip`` and ``shift`` are the augmentation.
+
+    ``momentum`` (Nesterov's) matters to SGD alone. ``shift`` moves an image by up to that many pixels each way.
+
+    Raises:
+        ConfigError: a number that no training can use.
+    """
+
+    epochs: int
+    batch_size: int
+    optimizer: Literal["sgd", "adam"]
+    lr: float
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    schedule: Literal["cosine", "one-cycle", "steps"]
+    flip: bool = False
+    shift: int = 0
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ConfigError(f"{self.epochs} epochs in batches of {self.batch_size}; both are at least 1")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr is {self.lr}; a learning rate is positive and finite")
+        if self.shift < 0:
+            raise ConfigError(f"shift is {self.shift}; it is a number of pixels, zero or more")
+
+    @classmethod
+    def for_dataset(cls, data: Dataset, **changes: Any) -> "Recipe":
+        """What suits the data set, with ``changes`` to single fields; a change to ``None`` is none.
+
+        Images below 16 pixels (digits) are trained with Adam, larger ones with SGD and weight decay, both under one
+        cycle of the learning rate. The augmentation is what the data set says its images bear.
+        """
+        if max(data.train.shape[1:]) < 16:
+            recipe = cls(epochs=30, batch_size=64, optimizer="adam", lr=3e-3, schedule="one-cycle")
+        else:
+            recipe = cls(
+                epochs=30, batch_size=128, optimizer="sgd", lr=0.1, weight_decay=5e-4, schedule="one-cycle"
+            )
+        given = {name: value for name, value in changes.items() if value is not None}
+        return replace(recipe, flip=data.flip, shift=data.shift, **given)
+
+    def rate(self, done: float) -> float:
+        """The learning rate as a share of ``lr`` when a share ``done`` in [0, 1] of the training is over."""
+        if self.schedule == "steps":
+            return 0.1 ** sum(done >= milestone for milestone in MILESTONES)
+        if self.schedule == "one-cycle":
+            if done < WARM_UP:
+                return max(done / WARM_UP, 0.01)  # a first step of size zero would be wasted
+            done = (done - WARM_UP) / (1 - WARM_UP)
+        return (1 + math.cos(math.pi * done)) / 2
+
+    def build_optimizer(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimiser of ``parameters``, at the highest learning rate."""
+        if self.optimizer == "adam":
+            return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        nesterov = self.momentum > 0
+        return torch.optim.SGD(
+            parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=nesterov
+        )
+
+
+def fit(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, perturb: Perturb | None = None) -> nn.Module:
+    """Train ``model`` on ``data.train`` by cross-entropy.
+
+    The result is a function of the initial weights and ``job.seed``, up to the rounding of the device.
+
+    Args:
+        model: logits (B, K) from images (B, C, H, W) in [0, 1]; trained in place.
+        perturb: what becomes of a batch before its step, ``perturb(model, x, y, rng) -> x``: adversarial training.
+            The model is in training mode; ``rng`` is new for each sample and epoch.
+
+    Returns:
+        ``model`` in eval mode on ``job.device``.
+
+    Raises:
+        ConfigError: the data set has no training images.
+    """
+    if len(data.train) == 0:
+        raise ConfigError(
+            f"data set {data.name!r} has no training images; take a model that comes with weights, "
+            "or a data set with a train split"
+        )
+    train, model = data.train.to(job.device), model.to(job.device)
+    streams = SampleRng.create(job.seed, torch.arange(len(train), device=job.device), "training")
+    shuffle = torch.Generator().manual_seed(job.seed)
+    steps = math.ceil(len(train) / recipe.batch_size)
+    optimizer = recipe.build_optimizer(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step / (steps * recipe.epochs)))
+    model.train()
+    with seeded(job):
+        for epoch in range(recipe.epochs):
+            order = torch.randperm(len(train), generator=shuffle).to(job.device)
+            for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
+                rng = streams[rows].fork(epoch)
+                x, y = augment(train.pixels(rows), recipe.flip, recipe.shift, rng), train.labels[rows]
+                if perturb is not None:
+                    x = perturb(model, x, y, rng.fork("perturb"))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+            job.progress(epoch + 1, recipe.epochs)
+    return model.eval()
+
+
+def augment(x: Tensor, flip: bool, shift: int, rng: SampleRng) -> Tensor:
+    """Move each image of ``x`` (B, C, H, W) by an offset of its own, black moving in, and mirror half of them."""
+    height, width = x.shape[2:]
+    if shift:
+        padded = F.pad(x, (shift, shift, shift, shift))
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # (B, C, 2 shift + 1, 2 shift + 1, H, W)
+        down, right = rng.fork("shift").integers(2 * shift + 1, 2).unbind(1)
+        x = windows[torch.arange(len(x), device=x.device), :, down, right]
+    if flip:
+        x = torch.where(per_sample(rng.fork("flip").coins().view(-1)), x.flip(3), x)
+    return x
+
+
+def initialised(build: Callable[[], nn.Module], job: Job) -> nn.Module:
+    """The network from ``build`` with the initial weights that belong to ``job.seed``."""
+    with seeded(job):
+        return build()
+
+
+@contextmanager
+def seeded(job: Job) -> Iterator[None]:
+    """Torch's global generators (initial weights, dropout) at ``job.seed``, and afterwards as they were."""
+    with torch.random.fork_rng(devices=[job.device] if job.device.type == "cuda" else []):
+        torch.manual_seed(job.seed)
+        yield
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """``model`` in eval mode and without gradients of its parameters, afterwards as it was.
+
+    For attacks inside a training loop: batch statistics stay untouched and a backward pass computes the input's
+    gradient alone.
+    """
+    training = model.training
+    free = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.eval()
+    for parameter in free:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in free:
+            parameter.requires_grad_(True)
+        model.train(training)

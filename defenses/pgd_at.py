@@ -1,0 +1,70 @@
+"""PGD adversarial training, the reference among training defenses."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bench.data import Dataset
+from bench.errors import ConfigError
+from bench.norms import project, steepest
+from bench.protocols import Job, Stage
+from bench.registry import defenses
+from bench.rng import SampleRng
+from bench.threat import Threat
+from bench.training import Recipe, fit, frozen, initialised
+
+
+@defenses("pgd-at")
+@dataclass(frozen=True, kw_only=True)
+class PGDAdversarialTraining:
+    """Train on the worst images that projected gradient ascent finds in the linf ball.
+
+    The inner attack sees the network in eval mode, the step that follows is taken in training mode. It starts anywhere
+    in the ball with equal probability; APBench's variant starts from Gaussian noise with a deviation of one step.
+    An epoch costs ``steps + 1`` forward and backward passes per image. ``None`` stands for the data set's own recipe
+    (:meth:`bench.training.Recipe.for_dataset`).
+
+    Source:
+        Madry et al., 2018, arXiv:1706.06083, equation 2.1 and section 2.1.
+    """
+
+    eps: float = 8 / 255
+    steps: int = 10
+    rel_step: float = 0.25
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    stage: ClassVar[Stage] = "training"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Madry et al., ICLR 2018, arXiv:1706.06083"
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; the inner attack takes at least one")
+
+    def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
+        """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
+        recipe = Recipe.for_dataset(
+            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
+        )
+        return fit(initialised(build, job), data, recipe, job, perturb=self.perturb)
+
+    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
+        """The images (B, C, H, W) of high cross-entropy in the ball around ``x``; ``model`` is left as it was."""
+        threat = Threat("linf", self.eps, "gradients")
+        start = (2 * rng.uniform(*x.shape[1:]) - 1) * self.eps
+        x_adv = project(x + start, x, threat)
+        with frozen(model):
+            for _ in range(self.steps):
+                x_adv.requires_grad_(True)
+                loss = F.cross_entropy(model(x_adv), y, reduction="sum")  # a sum keeps the samples independent
+                (gradient,) = torch.autograd.grad(loss, x_adv)
+                step = self.rel_step * self.eps * steepest(gradient, threat.norm)
+                x_adv = project(x_adv.detach() + step, x, threat)
+        return x_adv
