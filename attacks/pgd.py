@@ -43,6 +43,11 @@ class PGD:
                 f"steps={self.steps}, restarts={self.restarts}, rel_step={self.rel_step:g}; all must be above zero"
             )
 
+    @property
+    def most_queries(self) -> int:
+        """Forward passes that a sample costs which never falls."""
+        return self.restarts * (self.steps + 1)
+
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's iterate of the largest loss."""
         best, lowest = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)

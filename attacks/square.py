@@ -83,14 +83,14 @@ class Square:
         best = self._loss(oracle.scores(u), y)
         p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
 
-        rows = work = None
+        rows = oracle.active()
+        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u, best)
         for step in range(1, oracle.query_budget):
             active = oracle.active()
             if len(active) == 0:
                 break
             if active is not rows:  # gather anew only when somebody has dropped out
-                if work is not None:
-                    u[rows], best[rows] = work
+                u[rows], best[rows] = work
                 rows, labels, streams = active, y[active], rng[active]
                 search, work = proposals(x[active], threat, inset), (u[active], best[active])
             incumbent, lowest = work
@@ -99,8 +99,7 @@ class Square:
             value = self._loss(oracle.scores(candidate, rows), labels)
             better = value < lowest  # never for NaN, the answer of a finished sample
             work = torch.where(per_sample(better), candidate, incumbent), torch.where(better, value, lowest)
-        if work is not None:
-            u[rows], best[rows] = work
+        u[rows], best[rows] = work
         return u
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class Square:
         """The share of pixels in a window at ``iteration``, counted from 0."""
         if self.rescale:
             iteration = int(iteration / budget * 10_000)
-        return p_init / 2 ** sum(iteration > bound for bound in HALVINGS)
+        return p_init * 0.5 ** sum(iteration > bound for bound in HALVINGS)
 
 
 def window_side(share: float, size: tuple[int, ...] | torch.Size) -> int:
@@ -215,8 +214,7 @@ def bump(side: int) -> Tensor:
     """The two-lobed pattern (side, side) of unit l2 norm: one lobe up, one down, each falling off in rings."""
     half = side // 2
     lobes = [_rings(half, side), -_rings(side - half, side)]
-    pattern = torch.cat(lobes)
-    return pattern / pattern.norm()
+    return _unit(torch.cat(lobes).view(1, 1, -1)).view(side, side)
 
 
 def _rings(rows: int, columns: int) -> Tensor:
@@ -227,13 +225,13 @@ def _rings(rows: int, columns: int) -> Tensor:
     across = (torch.arange(columns) - columns // 2).abs()
     ring = torch.maximum(down[:, None], across)
     weights = 1 / torch.arange(1, max(rows // 2, columns // 2) + 2).double() ** 2
-    lobe = weights.flip(0).cumsum(0).flip(0)[ring]
-    return (lobe / lobe.norm()).float()
+    lobe = weights.flip(0).cumsum(0).flip(0)[ring].float()
+    return _unit(lobe.view(1, 1, -1)).view(rows, columns)
 
 
 def _unit(values: Tensor) -> Tensor:
     """(n, C, m) scaled to unit l2 norm along the last dimension."""
-    return values / (values.norm(dim=2, keepdim=True) + TINY)
+    return values / (values.square().sum(dim=2, keepdim=True).sqrt() + TINY)
 
 
 def _corners(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Tensor:

@@ -12,11 +12,20 @@ from bench.threat import Threat
 
 @dataclass(frozen=True)
 class Component:
-    """A component as a cell pins it: what the user wrote, every parameter it means, and its version."""
+    """A component as a cell pins it: what the user wrote, every parameter it means, its version and its traits.
+
+    ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``.
+    """
 
     spec: str
     version: int | str = 1
     params: Mapping[str, Any] = field(default_factory=dict)
+    traits: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "Component":
+        """The component that was written as plain values."""
+        return cls(**{**data, "traits": tuple(data["traits"])})
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,8 @@ class Cell:
         """
         fields = dict(data)
         for name in ("dataset", "model", "attack"):
-            fields[name] = Component(**fields[name])
-        fields["defense"] = tuple(Component(**component) for component in fields["defense"])
+            fields[name] = Component.from_json(fields[name])
+        fields["defense"] = tuple(Component.from_json(component) for component in fields["defense"])
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])
         return cls(**fields)

@@ -24,7 +24,7 @@ def lp_norm(delta: Tensor, norm: Norm) -> Tensor:
     if norm == "l1":
         return delta.flatten(1).abs().sum(dim=1)
     if norm == "l2":
-        return delta.flatten(1).norm(dim=1)
+        return delta.flatten(1).square().sum(dim=1).sqrt()
     if norm == "linf":
         low, high = delta.flatten(1).aminmax(dim=1)  # one pass, no |delta| in memory
         return torch.maximum(high, -low)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from bench.errors import AccessError, ThreatViolation
 from bench.losses import margin
-from bench.norms import lp_norm
+from bench.norms import lp_norm, per_sample
 from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Threat
@@ -155,15 +155,27 @@ class Oracle:
         """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
         return _ForeignView(self)
 
-    def close(self) -> Ledger:
-        """End the attack and hand over the ledger.
+    def finish(self, x_adv: Tensor) -> Tensor:
+        """End the attack: the final example (B, C, H, W) of each sample, which is the query that beat it, if one did.
+
+        Args:
+            x_adv: what the attack returned.
 
         Raises:
-            ThreatViolation: a query that was outside the ball or the box and has not been complained about yet.
+            ThreatViolation: a query or an example outside the ball or the box, or an example of another shape.
         """
+        if x_adv.shape != self._x.shape or x_adv.dtype != self._x.dtype:
+            raise ThreatViolation(
+                f"{self._attack} returned {x_adv.dtype} {tuple(x_adv.shape)}; "
+                f"expected x_adv like x, {self._x.dtype} {tuple(self._x.shape)}"
+            )
+        final = torch.where(per_sample(self.ledger.first_hit != NEVER), self.ledger.hits, x_adv.detach())
+        if self._quantise:
+            final = self._eight_bit(final, self._x)
+        self._legal(final[:, None], self._x, self._all_rows())
         self._complain()
         self._on_spent(self.query_budget * len(self._x))
-        return self.ledger
+        return final
 
     def _all_rows(self) -> Tensor:
         return torch.arange(len(self._x), device=self._x.device)
@@ -186,9 +198,10 @@ class Oracle:
         images = probes.flatten(0, 1)
         if self._quantise:
             images = self._eight_bit(images, clean.repeat_interleave(k, dim=0))
+        asked = images.detach().view_as(probes)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
         logits = self._model(images, streams).unflatten(0, (len(rows), k))              # (n, k, K)
-        answered = self._record(logits.detach(), probes.detach(), rows, number, legal)
+        answered = self._record(logits.detach(), asked, rows, number, legal)
         logits = torch.where(answered[..., None], logits, torch.nan)
         return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
 
@@ -211,7 +224,7 @@ class Oracle:
         ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
         if x.is_cuda or hit.any():
             winner = x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
-            ledger.hits[rows] = torch.where(hit[:, None, None, None], winner, ledger.hits[rows])
+            ledger.hits[rows] = torch.where(per_sample(hit), winner, ledger.hits[rows])
         return answered
 
     def _legal(self, x: Tensor, clean: Tensor, rows: Tensor) -> Tensor:
@@ -254,6 +267,7 @@ class _ForeignView(nn.Module):
         self._clean = oracle._x.flatten(1)
         self._half_norms = self._clean.square().sum(dim=1) / 2
         self._last: Tensor | None = None
+        self.anchor = nn.Parameter(torch.empty(0, device=oracle._x.device), requires_grad=False)  # tells the device
         self.eval()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ class Registry(Generic[T]):
             return self._factories[name]
         prefix, colon, rest = name.partition(":")
         if prefix.endswith(".py"):
-            return _from_file(prefix, rest, self.kind)  # type: ignore[no-any-return]
+            return _from_file(prefix, rest, self.kind)
         if colon and rest and prefix + ":" in self._families:
             family = self._families[prefix + ":"]
             return lambda **args: family(rest, **args)

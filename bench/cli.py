@@ -1,0 +1,229 @@
+"""The command line: arguments in, a grid run, tables out."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import bench
+from bench.errors import BenchError, ConfigError
+from bench.estimate import Estimate, estimate
+from bench.grid import Loader, Task, expand
+from bench.leaderboard import Format, render, tables
+from bench.pipeline import Pipeline
+from bench.progress import Screen, duration
+from bench.registry import Registry, attacks, datasets, defenses, load_plugins, models, parameters
+from bench.runner import run as run_tasks
+from bench.store import Store
+from bench.suite import load_suite, suite_names
+
+app = typer.Typer(
+    help="Parry: robustness evaluation for models, data and services that defend themselves.",
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+)  # fmt: skip
+console, errors = Console(), Console(stderr=True)
+
+Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        load_plugins()
+        app()
+    except BenchError as error:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        sys.exit(2)
+
+
+@app.command()
+def run(
+    suite: Annotated[str | None, typer.Argument(help="A suite by name (see `bench ls suites`) or a TOML file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set, as in `bench ls datasets`.")] = None,
+    n: Annotated[int | None, typer.Option(help="Test images.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated.")] = None,
+    defense: Annotated[list[str] | None, typer.Option(help="Chain such as 'pgd-at + rnd'; may be repeated.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Attack; may be repeated.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius on the pixel scale, such as 8/255.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Query budget of each sample.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; may be repeated.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="fast (default) or plain numbers for the search.")] = None,
+    quantise: Annotated[bool | None, typer.Option("--quantise/--no-quantise", help="8-bit service.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; marks the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder; runs/SUITE by default.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
+    ] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option(envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward.")] = 256,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples stored at once; a kill costs one shard.")] = 256,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
+) -> None:
+    """Run a grid of models, defenses and attacks, and print its table.
+
+    The same command again runs only what is missing or has failed.
+    """
+    overrides = {
+        "dataset": dataset, "n": n, "model": model, "defense": defense, "attack": attack, "norm": norm, "eps": eps,
+        "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
+    }  # fmt: skip
+    plan = load_suite(suite, overrides)
+    where = _device(device)
+    if model_dir is None and data_dir is not None:
+        model_dir = data_dir.resolve().parent / "models"
+    _say_whose_code(tasks := expand(plan, Loader(data_dir, model_dir), limit))
+    store = Store(out or Path("runs") / plan.name)
+    if dry_run:
+        _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
+        return
+    store.open()
+    pipeline = Pipeline(store.root / "networks", where, batch_size)
+    with Screen(console, len(tasks)) as screen:
+        outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
+    rows = [store.row(task.cell) for task in tasks]
+    console.print(f"\n{_markdown(rows, plan.budgets)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    style: Annotated[str, typer.Option("--format", help="md, csv, latex or json.")] = "md",
+    budget: Annotated[list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated.")] = None,
+) -> None:
+    """Print the tables of the rows in a folder."""
+    if style not in get_args(Format):
+        raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
+    rows, damaged = Store(folder).rows()
+    if not rows and not damaged:
+        raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    print(render(tables(rows, budget or ()), style))  # type: ignore[arg-type]
+    for error in damaged:
+        errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+    if damaged:
+        raise typer.Exit(2)
+
+
+@app.command()
+def ls(
+    kind: Annotated[str, typer.Argument(help="attacks, defenses, models, datasets or suites.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """List what can be named in a suite."""
+    if kind not in get_args(Kind):
+        raise ConfigError(f"cannot list {kind!r}; use one of {', '.join(get_args(Kind))}")
+    if kind == "suites":
+        entries: list[dict[str, Any]] = [{"name": name, "title": title} for name, title in suite_names().items()]
+    else:
+        registries: dict[str, Registry[Any]] = {
+            "attacks": attacks, "defenses": defenses, "models": models, "datasets": datasets,
+        }  # fmt: skip
+        entries = [_entry(registries[kind], name) for name in registries[kind].names()]
+    if as_json:
+        print(json.dumps(entries, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in entries[0]:
+        table.add_column(column, overflow="fold")
+    for entry in entries:
+        table.add_row(*(_cell(value) for value in entry.values()))
+    console.print(table)
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    print(f"parry-bench {bench.__version__}, torch {torch.__version__}")
+
+
+def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
+    """What a component says of itself."""
+    factory = registry.factory(name)
+    entry: dict[str, Any] = {"name": name}
+    if registry is defenses:
+        entry |= {"stage": factory.stage, "random": getattr(factory, "random", False)}  # type: ignore[attr-defined]
+    if registry is attacks:
+        norms = getattr(factory, "norms", ())
+        entry |= {
+            "access": _declared(getattr(factory, "access", None)),
+            "norms": [] if isinstance(norms, property) else sorted(norms),
+        }
+    return {**entry, "parameters": parameters(factory) or {}, "paper": _declared(getattr(factory, "paper", ""))}
+
+
+def _declared(value: Any) -> str:
+    """A class attribute; families decide only once they are named in full."""
+    return "depends" if isinstance(value, property) else value or ""
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key}={item}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(value)
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device {name!r} is not there; use cpu, or cuda where a GPU is installed") from None
+    return device
+
+
+def _markdown(rows: Any, budgets: Any) -> str:
+    return render(tables(rows, budgets), "md")
+
+
+def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("model", "defense", "attack", "threat"):
+        table.add_column(column, overflow="fold")
+    for column in ("samples", "queries at most", "time at most"):
+        table.add_column(column, justify="right")
+    for plan in plans:
+        cell = plan.task.cell
+        cost = "training" if plan.task.learns else duration(plan.seconds)
+        time = cost if plan.samples else "done"
+        training = " + training" if plan.task.trains and plan.samples else ""
+        table.add_row(
+            cell.model.spec, cell.defense_name, cell.attack.spec, str(cell.threat),
+            str(plan.samples), f"{plan.queries:,}", time + training,
+        )  # fmt: skip
+    console.print(table)
+    total = sum(plan.seconds for plan in plans)
+    console.print(
+        f"\n{name}: {len(plans)} cells, {sum(plan.queries for plan in plans):,} queries at most, "
+        f"{duration(total)} at most on {device.type}, training aside; nothing was run",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _say_whose_code(tasks: list[Task]) -> None:
+    """Tell the user which files of theirs this run executes."""
+    components = [part for task in tasks for part in (task.cell.model, task.cell.attack, *task.cell.defense)]
+    files = sorted({part.spec.split(".py:")[0] + ".py" for part in components if ".py:" in part.spec})
+    for file in files:
+        errors.print(f"running code from {file}", style="yellow", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

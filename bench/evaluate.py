@@ -1,0 +1,149 @@
+"""One shard of a cell, measured: an attack against a served model, or a learner against a released data set."""
+
+from collections.abc import Callable
+from hashlib import blake2b
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from bench.data import Dataset, Split
+from bench.grid import Task
+from bench.losses import margin
+from bench.norms import lp_norm
+from bench.oracle import Oracle
+from bench.protocols import Attack, Job
+from bench.rng import SampleRng
+from bench.served import ServedModel
+
+VOTES = 16  # fresh evaluations of a random model; the majority is its prediction
+
+
+def attack_served(
+    task: Task,
+    searched: ServedModel,
+    plain: ServedModel,
+    ids: list[int],
+    device: torch.device,
+    on_spent: Callable[[int], None] = lambda queries: None,
+) -> pd.DataFrame:
+    """Attack the samples ``ids`` and measure what came of it.
+
+    The attack meets ``searched`` through the oracle; clean images and final examples are judged on ``plain``, the
+    same model in plain float32. Samples that are misclassified when clean fell at query 0 and are not attacked.
+
+    Returns:
+        One record for each sample, columns as in :func:`_records`.
+
+    Raises:
+        RefereeError: the attack broke a rule.
+    """
+    attack = task.attack
+    assert isinstance(attack, Attack)
+    cell = task.cell
+    rows = torch.tensor(ids)
+    x, y = task.data.test.pixels(rows).to(device), task.data.test.labels[rows].to(device)
+    keys = rows.to(device)
+    noise = SampleRng.create(cell.seed, keys, "defense")
+
+    clean = _judge(plain, x, y, noise.fork("clean"))
+    todo = clean.correct.nonzero().squeeze(1)
+    oracle = Oracle(
+        searched, x[todo], y[todo], cell.threat, noise[todo],
+        quantise=cell.quantise, attack=cell.attack.spec, on_spent=on_spent,
+    )  # fmt: skip
+    before = x[todo].clone()
+    stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")
+    x_adv = attack(oracle, before, y[todo], cell.threat, stream) if len(todo) else before
+    final = x.clone()
+    final[todo] = oracle.finish(x_adv)
+    after = _judge(plain, final, y, noise.fork("final"))
+
+    ledger = oracle.ledger
+    table = {
+        "first_hit": torch.zeros_like(y).index_copy(0, todo, ledger.first_hit),
+        "forwards": torch.zeros_like(y).index_copy(0, todo, ledger.forwards),
+        "backwards": torch.zeros_like(y).index_copy(0, todo, ledger.backwards),
+        "best_margin": clean.margin.index_copy(0, todo, torch.minimum(ledger.best_margin, clean.margin[todo])),
+        "invalid": torch.zeros_like(clean.correct).index_copy(0, todo, ledger.invalid),
+        "clean_pred": clean.prediction,
+        "clean_margin": clean.margin,
+        "clean_share": clean.share,
+        "final_pred": after.prediction,
+        "final_margin": after.margin,
+        "final_share": after.share,
+        "norm_linf": lp_norm(final - x, "linf"),
+        "norm_l2": lp_norm(final - x, "l2"),
+        "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
+        "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
+        "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
+    }
+    return _records(task.data.test, rows, table, task)
+
+
+def learn_released(
+    task: Task, released: Dataset, ids: list[int], job: Job, build: Callable[[], nn.Module]
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    """Train the learner of ``task`` on ``released`` and test it on clean images.
+
+    Returns:
+        One record for each test sample of ``ids``, and figures of the whole: train accuracy on the released images,
+        and how far these are from the originals.
+    """
+    network: nn.Module = task.attack(build, released, job)  # type: ignore[call-arg, arg-type, assignment]
+    model = ServedModel(network)
+    rows = torch.tensor(ids)
+    test = task.data.test
+    y = test.labels[rows].to(job.device)
+    unused = SampleRng.create(job.seed, rows, "learner")  # what a learner returns is deterministic
+    judged = _judge(model, test.pixels(rows).to(job.device), y, unused)
+    train = released.train
+    fitted = _judge(model, train.pixels().to(job.device), train.labels.to(job.device), unused)
+    table = {"final_pred": judged.prediction, "final_margin": judged.margin}
+    figures = {"train_accuracy": float(fitted.correct.float().mean()), **_change(task.data.train, train)}
+    return _records(test, rows, table, task), figures
+
+
+class _Judgement:
+    """What a model says of images: its majority class, whether that is right, its margin, and the share of votes."""
+
+    def __init__(self, logits: Tensor, y: Tensor) -> None:  # logits (votes, B, K)
+        votes = logits.nan_to_num().argmax(dim=2)
+        counts = torch.nn.functional.one_hot(votes, logits.shape[2]).sum(dim=0)  # (B, K)
+        self.prediction = counts.argmax(dim=1)
+        self.correct = self.prediction == y
+        self.share = (votes == y).float().mean(dim=0)
+        self.margin = torch.stack([margin(one, y) for one in logits]).mean(dim=0)
+
+
+@torch.no_grad()
+def _judge(model: ServedModel, x: Tensor, y: Tensor, rng: SampleRng) -> _Judgement:
+    votes = VOTES if model.random else 1
+    return _Judgement(torch.stack([model(x, rng.fork(vote)) for vote in range(votes)]), y)
+
+
+def _records(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) -> pd.DataFrame:
+    """One line for each sample: what identifies it, then the columns of ``table`` (B,).
+
+    ``first_hit`` is the query that beat the sample: 0 if it was misclassified when clean, NEVER (-1) if none did.
+    """
+    cell = task.cell
+    identity = {
+        "sample_id": rows.numpy(),
+        "input_hash": [blake2b(test.images[row].numpy().tobytes(), digest_size=8).hexdigest() for row in rows],
+        "y": test.labels[rows].numpy(),
+    }
+    measured: dict[str, Any] = {name: column.cpu().numpy() for name, column in table.items()}
+    return pd.DataFrame({**identity, **measured, "seed": cell.seed, "attack_version": str(cell.attack.version)})
+
+
+def _change(original: Split, released: Split) -> dict[str, float]:
+    """How far released images are from the originals, on average and at most."""
+    delta = (released.pixels() - original.pixels()).to(torch.float32)
+    return {
+        "changed_pixels_mean": float(lp_norm(delta, "l0").mean()),
+        "changed_pixels_max": float(lp_norm(delta, "l0").max()),
+        "linf_max": float(lp_norm(delta, "linf").max()),
+        "rmse": float(delta.square().mean().sqrt()),
+    }

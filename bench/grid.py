@@ -1,0 +1,189 @@
+"""A suite, split into cells; every cell is checked before any runs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cell import Cell, Component
+from bench.data import Dataset
+from bench.errors import BenchError, ConfigError
+from bench.models import check_logits, resolve
+from bench.models.weights import state_fingerprint
+from bench.protocols import Architecture, Attack, Defense, Learner
+from bench.registry import attacks, datasets, defenses, describe
+from bench.rng import SampleRng
+from bench.spec import Spec, parse_chain
+from bench.suite import Grid, Suite
+from bench.threat import Norm, Threat
+
+STAGES = ("data", "training", "output")
+TRAITS = ("random", "rescaled", "batch-dependent")  # attributes of components that tables mark
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell and the components that it names, ready to run."""
+
+    cell: Cell
+    data: Dataset
+    architecture: Architecture
+    chain: dict[str, Any]  # the defense at each stage that has one, in the order of cell.defense
+    attack: Attack | Learner
+    model_dir: Path | None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the attack trains on released data; otherwise it queries a served model."""
+        return self.attack.access == "training-data"
+
+    @property
+    def trains(self) -> bool:
+        """Whether a network has to be trained before anything can be attacked."""
+        return not self.learns and not self.architecture.trained
+
+    def build(self) -> torch.nn.Module:
+        """The network of the cell, with its weights where it comes with some."""
+        return self.architecture(len(self.data.classes), self.data.test.shape, self.model_dir)
+
+
+class Loader:
+    """Makes components from their names and keeps what is slow to make."""
+
+    def __init__(self, data_dir: Path | None, model_dir: Path | None) -> None:
+        self.data_dir, self.model_dir = data_dir, model_dir
+        self._datasets: dict[str, Dataset] = {}
+        self._weights: dict[tuple[str, str], str] = {}
+
+    def dataset(self, text: str) -> tuple[Component, Dataset]:
+        """The data set that ``text`` names."""
+        source = datasets.create(text)
+        if text not in self._datasets:
+            self._datasets[text] = source(self.data_dir)
+        return pin(text, source), self._datasets[text]
+
+    def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
+        """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
+        if (text, data_name) not in self._weights:
+            classes, shape = len(data.classes), data.test.shape
+            with torch.random.fork_rng():
+                network = architecture(classes, shape, self.model_dir)
+            check_logits(network, classes, shape)
+            self._weights[text, data_name] = state_fingerprint(network) if architecture.trained else ""
+        return self._weights[text, data_name]
+
+
+def expand(suite: Suite, loader: Loader, limit: int | None = None) -> list[Task]:
+    """Every cell of ``suite``, in the order that reuses networks best, each checked; equal cells come once.
+
+    Args:
+        limit: the most samples a cell gets; cells that lose some are marked ``limited``.
+
+    Raises:
+        BenchError: something in a cell makes no sense or is not there; the message says which cell.
+    """
+    tasks: dict[str, Task] = {}
+    for grid in suite.grid:
+        for model, defense, attack, seed in product(grid.model, grid.defense, grid.attack, grid.seed):
+            try:
+                task = _task(grid, model, defense, attack, seed, loader, limit)
+            except BenchError as error:
+                raise type(error)(f"{grid.dataset} | {model} | {defense} | {attack}: {error}") from error
+            tasks.setdefault(task.cell.key, task)
+    return list(tasks.values())
+
+
+def sample_ids(data: Dataset, n: int) -> tuple[int, ...]:
+    """``n`` rows of the test split, ascending; a fixed choice that is nested in ``n`` and blind to the file's order."""
+    order = SampleRng.create(0, torch.arange(len(data.test)), "sample ids").keys.argsort()
+    return tuple(sorted(order[:n].tolist()))
+
+
+def pin(text: str, component: Any) -> Component:
+    """What a cell remembers of a component."""
+    version = getattr(component, "version", 1)
+    module = type(component).__module__
+    if module.startswith("bench_user_"):  # a user's own file: its hash tells one version from the next
+        version = f"{version}+{module.removeprefix('bench_user_')}"
+    traits = tuple(trait for trait in TRAITS if getattr(component, trait.replace("-", "_"), False))
+    return Component(str(Spec.parse(text)), version, describe(component), traits)
+
+
+def _task(
+    grid: Grid, model: str, defense: str, attack_text: str, seed: int, loader: Loader, limit: int | None
+) -> Task:
+    data_component, data = loader.dataset(grid.dataset)
+    if grid.n > len(data.test):
+        raise ConfigError(f"n is {grid.n}, but {grid.dataset} has {len(data.test)} test images; lower n")
+    architecture = resolve(model)
+    specs = parse_chain(defense)
+    chain = _chain([(str(spec), defenses.create(spec)) for spec in specs])
+    attack = attacks.create(attack_text)
+    learns = attack.access == "training-data"
+    _check_training(learns, chain, architecture, model, grid.dataset, data)
+    threat = _released_threat(chain) if learns else _served_threat(grid, attack)
+    n = min(grid.n, limit or grid.n)
+    cell = Cell(
+        dataset=data_component,
+        model=pin(model, architecture),
+        defense=tuple(pin(*named) for named in chain.values()),
+        attack=pin(attack_text, attack),
+        threat=threat,
+        ids=sample_ids(data, n),
+        seed=seed,
+        numerics=grid.numerics,
+        quantise=grid.quantise,
+        data_hash=data.fingerprint,
+        weights_hash=loader.weights_hash(model, architecture, grid.dataset, data),
+        limited=n < grid.n,
+    )
+    components = {stage: component for stage, (_, component) in chain.items()}
+    return Task(cell, data, architecture, components, attack, loader.model_dir)
+
+
+def _chain(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense]]:
+    """Defenses by stage, in the order in which they act."""
+    by_stage: dict[str, tuple[str, Defense]] = {}
+    for text, component in named:
+        if component.stage in by_stage:
+            raise ConfigError(
+                f"{by_stage[component.stage][0]} and {text} both act at the {component.stage} stage; "
+                "a chain holds one defense for each stage"
+            )
+        by_stage[component.stage] = text, component
+    return {stage: by_stage[stage] for stage in STAGES if stage in by_stage}
+
+
+def _check_training(
+    learns: bool, chain: dict[str, Any], architecture: Architecture, model: str, dataset: str, data: Dataset
+) -> None:
+    """Whether what this cell trains, if anything, can be trained."""
+    late = [chain[stage][0] for stage in ("training", "output") if stage in chain]
+    if learns and late:
+        raise ConfigError(f"a learner trains a network of its own, so {late[0]} has no say; use data defenses or none")
+    early = [chain[stage][0] for stage in ("data", "training") if stage in chain]
+    if architecture.trained and (learns or early):
+        raise ConfigError(
+            f"{'the learner' if learns else early[0]} needs a network to train, but {model} comes with its weights; "
+            "name an untrained model, such as resnet20 without weights"
+        )
+    if not architecture.trained and len(data.train) == 0:
+        raise ConfigError(f"{model} has no weights and {dataset} no training images; give weights or training images")
+
+
+def _served_threat(grid: Grid, attack: Attack | Learner) -> Threat:
+    norms: frozenset[Norm] = getattr(attack, "norms", frozenset())
+    if grid.norm not in norms:
+        raise ConfigError(f"this attack works in {', '.join(sorted(norms))}, not in {grid.norm}; change norm or attack")
+    return Threat(grid.norm, grid.eps, attack.access, grid.queries)
+
+
+def _released_threat(chain: dict[str, Any]) -> Threat:
+    """What the defender allows itself to change in the data."""
+    if "data" not in chain:
+        return Threat("linf", 0.0, "training-data")
+    defense = chain["data"][1]
+    return Threat(defense.norm, float(defense.eps), "training-data")

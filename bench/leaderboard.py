@@ -1,0 +1,297 @@
+"""Stored rows, read as tables: robust accuracy at every budget asked for, worst cases, intervals and ranks."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bench.oracle import NEVER
+from bench.stats import holm, mcnemar, wilson
+from bench.store import Row
+
+Format = Literal["md", "csv", "latex", "json"]
+
+MARKS = {
+    "limited": ("†", "run with --limit on fewer samples than its suite asks for; never ranked"),
+    "incomplete": ("…", "not all samples have run yet; never ranked"),
+    "failed": ("✗", "failed; run again, or read the traceback in its .failed.json; never ranked"),
+    "invalid": ("!", "the model answered NaN or infinity; never ranked"),
+    "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
+    "batch-dependent": ("∥", "foreign attack whose samples are not independent of their batch"),
+    "random": ("~", "random defense: final is the majority of 16 fresh evaluations, @ counts the first lucky query"),
+}
+UNRANKED = {"limited", "incomplete", "failed", "invalid"}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of samples with its 95 % Wilson interval; nothing when there are no samples."""
+
+    right: NDArray[np.bool_]
+
+    @property
+    def n(self) -> int:
+        return len(self.right)
+
+    @property
+    def value(self) -> float:
+        return float(self.right.mean()) if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(int(self.right.sum()), self.n)
+
+    def __str__(self) -> str:
+        if not self.n:
+            return ""
+        low, high = self.interval
+        return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table."""
+
+    defense: str
+    attack: str
+    shares: dict[str, Share]
+    n: int
+    marks: frozenset[str] = frozenset()
+    rank: int | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Lines that compare with each other: one data set, model and threat."""
+
+    title: str
+    lines: list[Line]
+
+
+def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
+    """One table for each model under each threat, one for the learners on each data set.
+
+    Args:
+        rows: what :meth:`bench.store.Store.rows` read.
+        budgets: query budgets to show; the largest that the rows have run with is always there.
+    """
+    ordered = sorted(rows, key=lambda row: (_learns(row), _title(row)))
+    result = []
+    for title, group in groupby(ordered, key=_title):
+        members = list(group)
+        lines = _released_lines(members) if _learns(members[0]) else _served_lines(members, budgets)
+        result.append(Table(title, lines))
+    return result
+
+
+def render(tables: Sequence[Table], style: Format) -> str:
+    """The tables as text: Markdown, LaTeX (booktabs), or tidy CSV and JSON with one record for each line."""
+    if style in ("csv", "json"):
+        records = [record for table in tables for record in _records(table)]
+        if style == "json":
+            return json.dumps(records, indent=1)
+        return pd.DataFrame(records).to_csv(index=False)
+    parts = []
+    for table in tables:
+        frame = _frame(table)
+        if style == "latex":
+            caption = _latex_text(table.title + " " + _legend(table, latex=True))
+            frame = frame.map(lambda text: _latex_text(str(text)))
+            frame.columns = [_latex_text(name) for name in frame.columns]
+            parts.append(frame.to_latex(index=False, escape=False, caption=caption, position="ht"))
+        else:
+            legend = _legend(table)
+            body = frame.to_markdown(index=False, disable_numparse=True)
+            parts.append(f"### {table.title}\n\n{body}\n" + (f"\n{legend}\n" if legend else ""))
+    return "\n".join(parts)
+
+
+def summary(row: Row) -> str:
+    """A finished cell in one phrase."""
+    if row.errors:
+        return "failed: " + row.errors[-1].strip().splitlines()[-1]
+    if _learns(row):
+        return f"test accuracy {_test_share(row)} %"
+    budget = row.cell.threat.query_budget or 0
+    return f"clean {_clean(row)} %, robust @{budget} {_robust(row, budget)} %"
+
+
+def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
+    largest = max(row.cell.threat.query_budget or 0 for row in rows)
+    shown = sorted({budget for budget in budgets if budget < largest} | {largest})
+    by_defense: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
+        by_defense.setdefault(row.cell.defense_name, []).append(row)
+
+    worst = {name: _worst_case(members, shown) for name, members in by_defense.items()}
+    ranks = _ranks({name: line.shares[f"@{largest}"].right for name, line in worst.items() if not line.marks & UNRANKED})
+    lines = []
+    for name in sorted(worst, key=lambda name: (ranks.get(name, len(worst) + 1), -worst[name].shares[f"@{largest}"].value)):
+        line = worst[name]
+        lines.append(Line(line.defense, line.attack, line.shares, line.n, line.marks, ranks.get(name)))
+        lines += [_served_line(row, shown) for row in by_defense[name]] if len(by_defense[name]) > 1 else []
+    return lines
+
+
+def _served_line(row: Row, budgets: Sequence[int]) -> Line:
+    shares = {"clean": _clean(row)}
+    shares |= {f"@{budget}": _robust(row, budget) for budget in budgets}
+    shares["final"] = Share(_final_right(row))
+    seed = f", seed {row.cell.seed}" if row.cell.seed else ""
+    return Line(row.cell.defense_name, row.cell.attack.spec + seed, shares, len(row.records), _marks(row))
+
+
+def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
+    """The line of a defense: each sample under whichever of the attacks beats it soonest."""
+    if len(rows) == 1:
+        return _served_line(rows[0], budgets)
+    common = sorted(set.intersection(*(set(row.records.get("sample_id", [])) for row in rows)))
+    same = [Row(row.cell, row.records[row.records["sample_id"].isin(common)] if common else pd.DataFrame(), row.shards) for row in rows]
+    shares = {"clean": Share(np.logical_and.reduce([_clean(row).right for row in same]))}
+    for budget in budgets:
+        shares[f"@{budget}"] = Share(np.logical_and.reduce([_robust(row, budget).right for row in same]))
+    shares["final"] = Share(np.logical_and.reduce([_final_right(row) for row in same]))
+    marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent"}
+    return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks)
+
+
+def _released_lines(rows: list[Row]) -> list[Line]:
+    """Each protection under each learner; the lowest test accuracy protects best, and the best learner decides."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
+        figures = row.figures
+        extra = {
+            "train": f"{100 * figures['train_accuracy']:.1f}" if "train_accuracy" in figures else "",
+            "changed pixels": f"{figures['changed_pixels_mean']:.2f}" if "changed_pixels_mean" in figures else "",
+        }
+        seed = f", seed {row.cell.seed}" if row.cell.seed else ""
+        name, share = row.cell.attack.spec + seed, {"test": _test_share(row)}
+        lines.append(Line(row.cell.defense_name, name, share, len(row.records), _marks(row), extra=extra))
+    return lines
+
+
+def _ranks(right: dict[str, NDArray[np.bool_]]) -> dict[str, int]:
+    """1 + the number of defenses that are significantly better: exact McNemar, Holm over all pairs, 5 %.
+
+    Differences inside the noise share a rank. Defenses compare on equal samples only.
+    """
+    names = [name for name in right if len(right[name]) == max(len(other) for other in right.values())]
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    if not pairs:
+        return dict.fromkeys(names, 1)
+    p_values = holm(np.array([mcnemar(right[a], right[b]) for a, b in pairs]))
+    ranks = dict.fromkeys(names, 1)
+    for (a, b), p in zip(pairs, p_values, strict=True):
+        if p < 0.05:
+            ranks[a if right[a].mean() < right[b].mean() else b] += 1
+    return ranks
+
+
+def _learns(row: Row) -> bool:
+    return row.cell.threat.access == "training-data"
+
+
+def _title(row: Row) -> str:
+    cell = row.cell
+    if _learns(row):
+        return f"{cell.dataset.spec} · {cell.model.spec} · released training data"
+    eight_bit = " · 8-bit input" if cell.quantise else ""
+    return f"{cell.dataset.spec} · {cell.model.spec} · {cell.threat}{eight_bit}"
+
+
+def _column(row: Row, name: str) -> NDArray[Any]:
+    return row.records[name].to_numpy() if name in row.records else np.zeros(0)
+
+
+def _clean(row: Row) -> Share:
+    return Share(_column(row, "first_hit") != 0)
+
+
+def _robust(row: Row, budget: int) -> Share:
+    """Right when clean, and not beaten by any of the first ``budget`` queries."""
+    if budget > (row.cell.threat.query_budget or 0):
+        return Share(np.zeros(0, dtype=bool))
+    hit = _column(row, "first_hit")
+    return Share((hit == NEVER) | (hit > budget))
+
+
+def _final_right(row: Row) -> NDArray[np.bool_]:
+    """Right when clean, and right on the final example, judged afresh in plain float32."""
+    right: NDArray[np.bool_] = (_column(row, "first_hit") != 0) & (_column(row, "final_pred") == _column(row, "y"))
+    return right
+
+
+def _test_share(row: Row) -> Share:
+    return Share(_column(row, "final_pred") == _column(row, "y"))
+
+
+def _marks(row: Row) -> frozenset[str]:
+    found = {
+        "limited": row.cell.limited,
+        "incomplete": not row.complete,
+        "failed": bool(row.errors),
+        "invalid": bool(_column(row, "invalid").any()),
+    }
+    traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
+    return frozenset([name for name, present in found.items() if present] + traits)
+
+
+def _frame(table: Table) -> pd.DataFrame:
+    """The table as people read it."""
+    lines = []
+    previous = None
+    for line in table.lines:
+        marks = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
+        shares = {name: str(share) for name, share in line.shares.items()}
+        lines.append(
+            {
+                "rank": "" if line.rank is None else str(line.rank),
+                "defense": line.defense if line.defense != previous else "",
+                "attack": f"{line.attack} {marks}".strip(),
+                **shares,
+                **line.extra,
+                "n": str(line.n),
+            }
+        )
+        previous = line.defense
+    frame = pd.DataFrame(lines).fillna("")
+    return frame if any(line.rank for line in table.lines) else frame.drop(columns="rank")
+
+
+def _legend(table: Table, latex: bool = False) -> str:
+    present = [name for name in MARKS if any(name in line.marks for line in table.lines)]
+    if latex:
+        return " ".join(f"{MARKS[name][0]} {MARKS[name][1]}." for name in present)
+    return "  \n".join(f"{MARKS[name][0]} {MARKS[name][1]}" for name in present)
+
+
+def _records(table: Table) -> list[dict[str, Any]]:
+    records = []
+    for line in table.lines:
+        record: dict[str, Any] = {
+            "table": table.title, "rank": line.rank, "defense": line.defense, "attack": line.attack, "n": line.n,
+            "marks": " ".join(sorted(line.marks)),
+        }  # fmt: skip
+        for name, share in line.shares.items():
+            low, high = share.interval if share.n else (None, None)
+            value = share.value if share.n else None
+            record |= {name: value, f"{name} low": low, f"{name} high": high}
+        records.append({**record, **line.extra})
+    return records
+
+
+_LATEX = {
+    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "✗": r"$\times$", "…": r"$\ldots$",
+    "↔": r"$\leftrightarrow$", "∥": r"$\parallel$", "·": r"$\cdot$",
+}  # fmt: skip
+
+
+def _latex_text(text: str) -> str:
+    return "".join(_LATEX.get(char, char) for char in text)

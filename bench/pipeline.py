@@ -1,0 +1,99 @@
+"""From the training images of a cell to what its attack meets: a released data set, or a served model."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from bench import numerics
+from bench.data import Dataset
+from bench.errors import StoreError
+from bench.grid import Task
+from bench.models.weights import load_weights
+from bench.numerics import Numerics
+from bench.protocols import Job
+from bench.registry import attacks
+from bench.served import ServedModel
+
+Progress = Callable[[int, int], None]
+
+
+class Pipeline:
+    """Builds what cells attack, on ``device``; networks that had to be trained are kept in ``folder``."""
+
+    def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
+        self.folder, self.device, self.batch_size = folder, device, batch_size
+        self._last: tuple[str, nn.Module] | None = None  # neighbouring cells share their network
+
+    def served(self, task: Task, mode: Numerics) -> ServedModel:
+        """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
+        base = self._network(task)
+        module = numerics.fast(base) if mode == "fast" else numerics.plain(base)
+        defense = task.chain.get("output")
+        if defense is None:
+            return ServedModel(module, batch_size=self.batch_size)
+        served = defense(module, task.data.calibration.to(self.device), task.cell.seed).eval()
+        return ServedModel(served, random=defense.random, batch_size=self.batch_size)
+
+    def released(self, task: Task, progress: Progress) -> Dataset:
+        """The data set of ``task`` as its data defense releases it; only the training split can differ."""
+        defense = task.chain.get("data")
+        return task.data if defense is None else task.data.released(defense(task.data, self.job(task, progress)))
+
+    def train(self, task: Task, progress: Progress) -> None:
+        """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
+        key = _recipe_key(task)
+        if self._last is not None and self._last[0] == key:
+            return
+        if task.architecture.trained:
+            network = task.build()
+        else:
+            network = self._trained(task, key, progress)
+        self._last = key, network.to(self.device).eval()
+
+    def job(self, task: Task, progress: Progress) -> Job:
+        """What a training run of ``task`` is given."""
+        return Job(task.cell.seed, self.device, progress)
+
+    def _network(self, task: Task) -> nn.Module:
+        self.train(task, lambda done, total: None)
+        assert self._last is not None
+        return self._last[1]
+
+    def _trained(self, task: Task, key: str, progress: Progress) -> nn.Module:
+        path = self.folder / f"{key}.safetensors"
+        if path.exists():
+            network: nn.Module = task.build()
+            load_weights(network, path, None)
+            return network
+        recipe: Any = task.chain.get("training") or attacks.create("standard")
+        network = recipe(task.build, self.released(task, progress), self.job(task, progress))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = path.with_suffix(".tmp")
+            save_file({name: value.contiguous() for name, value in network.cpu().state_dict().items()}, beside)
+            beside.replace(path)
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+        return network
+
+
+def _recipe_key(task: Task) -> str:
+    """A hash of all that decides the weights of the network of ``task``."""
+    cell = task.cell
+    early = [defense for defense, stage in zip(cell.defense, task.chain, strict=True) if stage != "output"]
+    recipe: dict[str, Any] = {
+        "data": cell.data_hash,
+        "model": asdict(cell.model),
+        "weights": cell.weights_hash,
+        "defenses": [asdict(defense) for defense in early],
+        "learner": getattr(attacks.create("standard"), "version", 1),
+        "seed": cell.seed if not task.architecture.trained else 0,
+    }
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]

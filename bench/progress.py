@@ -1,0 +1,75 @@
+"""What a run shows while it runs: one line for each finished cell, and a bar with rate and time left."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.progress import Task as Bar
+from rich.text import Text
+
+from bench.grid import Task
+from bench.leaderboard import summary
+from bench.store import Row
+
+
+class Screen:
+    """A :class:`bench.runner.Reporter` on the terminal; where there is none, only the lines of finished cells."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self.console, self.cells = console, cells
+        self.count = 0
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"),
+            _Pace(), console=console, transient=True, refresh_per_second=4,
+        )  # fmt: skip
+        self._bar: TaskID | None = None
+        self._last = (0, 1, "queries")
+
+    def __enter__(self) -> "Screen":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start(self, task: Task, samples: int) -> None:
+        self.count += 1
+        label = f"{task.cell.defense_name} × {task.cell.attack.spec}, {samples} samples"
+        self._bar = self._progress.add_task(f"[{self.count}/{self.cells}] {label}", total=None)
+
+    def work(self, done: int, total: int, unit: str) -> None:
+        assert self._bar is not None
+        if (total, unit) != self._last[1:] or done < self._last[0]:  # another shard, or training gave way to querying
+            self._progress.reset(self._bar)
+        self._last = done, total, unit
+        self._progress.update(self._bar, completed=done, total=total, unit=unit)
+
+    def finish(self, task: Task, row: Row, seconds: float) -> None:
+        assert self._bar is not None
+        self._progress.remove_task(self._bar)
+        style = "red" if row.errors else "default"
+        place = f"[{self.count}/{self.cells}]"
+        line = Text(f"{place} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}", style=style)
+        line.append(f"  ({duration(seconds)})", style="dim")
+        self.console.print(line, soft_wrap=True)
+
+
+class _Pace(ProgressColumn):
+    """``1,240 queries/s, 3 min left``."""
+
+    def render(self, task: Bar) -> Text:
+        speed, unit = task.speed, task.fields.get("unit", "")
+        if not speed or not unit:
+            return Text("")
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+        rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+        return Text(f"{rate} {unit}/s{left}", style="dim")
+
+
+def duration(seconds: float) -> str:
+    """A duration that one can say: ``0.8 s``, ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

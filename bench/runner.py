@@ -1,0 +1,133 @@
+"""Tasks in, shards out: runs what the store does not hold yet."""
+
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import pandas as pd
+import torch
+
+from bench.errors import BenchError
+from bench.evaluate import attack_served, learn_released
+from bench.grid import Task
+from bench.pipeline import Pipeline
+from bench.provenance import provenance
+from bench.store import Row, Shard, Store
+
+
+class Reporter(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def start(self, task: Task, samples: int) -> None:
+        """``samples`` of the cell are about to run."""
+        ...
+
+    def work(self, done: int, total: int, unit: str) -> None:
+        """So much of the shard in work is done: queries, or epochs of a training run."""
+        ...
+
+    def finish(self, task: Task, row: Row, seconds: float) -> None:
+        """The cell has ended, well or badly."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many cells ran, were done before, and failed."""
+
+    ran: int
+    kept: int
+    failed: int
+
+
+def run(
+    tasks: Sequence[Task], store: Store, pipeline: Pipeline, shard_size: int, batch_size: int, reporter: Reporter
+) -> Outcome:
+    """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
+
+    An error in a component fails its shard, with the traceback in the store, and the next one goes on.
+
+    Raises:
+        BenchError: the store cannot be written or read.
+    """
+    ran = kept = failed = 0
+    missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
+    for task in tasks:
+        todo = missing[task.cell.key]
+        if not todo:
+            kept += 1
+            continue
+        reporter.start(task, len(todo))
+        started = time.perf_counter()
+        fine = True
+        # A learner's training serves all samples at once.
+        for start, stop in stretches(todo, len(task.cell.ids) if task.learns else shard_size):
+            fine &= _run_shard(task, start, stop, store, pipeline, batch_size, reporter)
+        ran += fine
+        failed += not fine
+        reporter.finish(task, store.row(task.cell), time.perf_counter() - started)
+    return Outcome(ran, kept, failed)
+
+
+def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Ascending ``positions`` as stretches (start, stop) of neighbours, at most ``size`` long."""
+    start = previous = positions[0]
+    for position in positions[1:]:
+        if position != previous + 1 or position - start >= size:
+            yield start, previous + 1
+            start = position
+        previous = position
+    yield start, previous + 1
+
+
+def _run_shard(
+    task: Task, start: int, stop: int, store: Store, pipeline: Pipeline, batch_size: int, reporter: Reporter
+) -> bool:
+    """Measure one shard and store it; False if it failed."""
+    began = time.perf_counter()
+    shard = Shard(task.cell, start, stop)
+    try:
+        records, figures = _measure(task, start, stop, pipeline, batch_size, reporter)
+    except BenchError:
+        raise
+    except Exception:  # whatever a component raises becomes a failed row, never a lost grid
+        store.fail(_ended(shard, began, pipeline.device, error=traceback.format_exc()))
+        return False
+    store.save(_ended(shard, began, pipeline.device, figures=figures), records)
+    return True
+
+
+def _measure(
+    task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, reporter: Reporter
+) -> tuple[pd.DataFrame, dict[str, float]]:
+    ids = list(task.cell.ids[start:stop])
+
+    def training(done: int, total: int) -> None:
+        reporter.work(done, total, "epochs")
+
+    if task.learns:
+        released = pipeline.released(task, training)
+        return learn_released(task, released, ids, pipeline.job(task, training), task.build)
+
+    pipeline.train(task, training)
+    searched, plain = pipeline.served(task, task.cell.numerics), pipeline.served(task, "plain")
+    budget = task.cell.threat.query_budget or 0
+    tables = []
+    for first in range(0, len(ids), batch_size):
+
+        def spent(queries: int, before: int = first * budget) -> None:
+            reporter.work(before + queries, len(ids) * budget, "queries")
+
+        part = ids[first : first + batch_size]
+        tables.append(attack_served(task, searched, plain, part, pipeline.device, spent))
+    return pd.concat(tables, ignore_index=True), {}
+
+
+def _ended(
+    shard: Shard, began: float, device: torch.device, figures: dict[str, float] | None = None, error: str | None = None
+) -> Shard:
+    return Shard(
+        shard.cell, shard.start, shard.stop, time.perf_counter() - began, figures or {}, provenance(device), error
+    )

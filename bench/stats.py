@@ -1,0 +1,37 @@
+"""Intervals and paired tests for shares of samples."""
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The interval in [0, 1] for a share of ``successes`` among ``n`` samples; all of it when ``n`` is 0.
+
+    Source: Wilson, 1927, JASA 22(158).
+    """
+    if n == 0:
+        return 0.0, 1.0
+    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    """Two-sided exact p-value that ``a`` and ``b`` (n,), outcomes on the same samples, are right equally often.
+
+    Source: McNemar, 1947, with the binomial distribution of the discordant pairs; 1 when there are none.
+    """
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    if only_a + only_b == 0:
+        return 1.0
+    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+
+
+def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """p-values (m,) adjusted for ``m`` tests at once (Holm, 1979)."""
+    order = np.argsort(p_values)
+    factors = np.arange(len(p_values), 0, -1)
+    adjusted = np.minimum(np.maximum.accumulate(p_values[order] * factors), 1)
+    result = np.empty_like(adjusted)
+    result[order] = adjusted
+    return result

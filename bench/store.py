@@ -1,0 +1,225 @@
+"""Results on disk: a folder for each cell, an immutable pair of files for each shard of it.
+
+A shard is a stretch of a cell's samples. Its records go into ``000000-000100.parquet`` and everything about them into
+``000000-000100.json``, each written beside its place and renamed into it, the JSON last: a shard exists when its JSON
+does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bench.cell import Cell
+from bench.errors import StoreError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a JSON file says: the cell, the stretch ``start:stop`` of its samples, and how it went."""
+
+    cell: Cell
+    start: int
+    stop: int
+    seconds: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)  # measured once for the shard, not for each sample
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    error: str | None = None  # the traceback of a failed shard
+
+    @property
+    def stem(self) -> str:
+        """The name of its files, without ending."""
+        return f"{self.start:06d}-{self.stop:06d}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell with everything that is stored about it; ``records`` has one line for each finished sample."""
+
+    cell: Cell
+    records: pd.DataFrame
+    shards: tuple[Shard, ...]
+
+    @property
+    def errors(self) -> list[str]:
+        """The tracebacks of its failed shards."""
+        return [shard.error for shard in self.shards if shard.error is not None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the cell has a record."""
+        return len(self.records) == len(self.cell.ids)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What its shards measured once, the later shard winning."""
+        return {name: value for shard in self.shards for name, value in shard.figures.items()}
+
+
+class Store:
+    """A folder of results.
+
+    Raises:
+        StoreError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self) -> "Store":
+        """Make the folder and try it, before slow work starts."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            _replace(self.root / ".writable", lambda path: path.write_text("parry\n"))
+            (self.root / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.root}: {error.strerror or error}; choose another --out") from None
+        return self
+
+    def save(self, shard: Shard, records: pd.DataFrame) -> None:
+        """Keep a finished shard; a failure of the same stretch is forgotten.
+
+        Raises:
+            StoreError: the disk is full or the folder is gone. What was stored before is untouched.
+        """
+        folder = self._folder(shard.cell)
+        table = folder / f"{shard.stem}.parquet"
+        self._write(table, lambda path: records.to_parquet(path, index=False))
+        self._write_json(folder / f"{shard.stem}.json", shard, sha256(table.read_bytes()).hexdigest())
+        (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
+
+    def fail(self, shard: Shard) -> None:
+        """Keep the traceback of a shard that could not be finished; the next run tries it again."""
+        self._write_json(self._folder(shard.cell) / f"{shard.stem}.failed.json", shard, None)
+
+    def missing(self, cell: Cell) -> list[int]:
+        """The positions in ``cell.ids`` that no finished shard covers.
+
+        Raises:
+            StoreError: a stored shard of this cell is damaged.
+        """
+        done: set[int] = set()
+        for shard, _ in self._shards(self._folder(cell)):
+            if shard.error is None:
+                done.update(range(shard.start, shard.stop))
+        return [position for position in range(len(cell.ids)) if position not in done]
+
+    def row(self, cell: Cell) -> Row:
+        """Everything that is stored about ``cell``.
+
+        Raises:
+            StoreError: one of its files is damaged.
+        """
+        return self._row(self._folder(cell))
+
+    def rows(self) -> tuple[list[Row], list[StoreError]]:
+        """All cells in the folder, in the order of their names, and what is wrong with those that cannot be read.
+
+        Raises:
+            StoreError: there is no such folder.
+        """
+        if not self.root.is_dir():
+            raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
+        rows, damaged = [], []
+        for folder in sorted({path.parent for path in self.root.rglob("*-*.json")}):
+            try:
+                rows.append(self._row(folder))
+            except StoreError as error:
+                damaged.append(error)
+        return rows, damaged
+
+    def _folder(self, cell: Cell) -> Path:
+        names = "-".join((cell.dataset.spec, cell.model.spec, cell.defense_name, cell.attack.spec))
+        slug = re.sub(r"[^a-z0-9]+", "-", names.lower()).strip("-")[:80].rstrip("-")
+        return self.root / f"{slug}-{cell.key[:16]}"
+
+    def _row(self, folder: Path) -> Row:
+        shards, tables = [], []
+        for shard, records in self._shards(folder):
+            shards.append(shard)
+            tables.append(records)
+        records = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+        if len(records):
+            records = records.drop_duplicates("sample_id").sort_values("sample_id", ignore_index=True)
+        return Row(shards[0].cell, records, tuple(shards))
+
+    def _shards(self, folder: Path) -> Iterator[tuple[Shard, pd.DataFrame]]:
+        for path in sorted(folder.glob("*-*.json")):
+            yield _read(path)
+
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _replace(path, write)
+        except OSError as error:
+            raise StoreError(
+                f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
+                "then run again: finished shards are kept"
+            ) from None
+
+    def _write_json(self, path: Path, shard: Shard, records_hash: str | None) -> None:
+        content = {
+            "schema": SCHEMA,
+            "key": shard.cell.key,
+            "cell": shard.cell.as_json(),
+            "start": shard.start,
+            "stop": shard.stop,
+            "seconds": round(shard.seconds, 3),
+            "figures": dict(shard.figures),
+            "provenance": dict(shard.provenance),
+            "error": shard.error,
+            "records_sha256": records_hash,
+        }
+        text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
+        self._write(path, lambda target: target.write_text(text + "\n"))
+
+
+def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
+    """A shard and its records, every hash checked."""
+    remedy = "restore it, or delete it and run the suite again"
+    try:
+        content = json.loads(path.read_text())
+        stated = content.pop("sha256")
+        if content["schema"] != SCHEMA:
+            raise StoreError(f"{path} has schema {content['schema']}, this version reads {SCHEMA}; update parry-bench")
+        if stated != _digest(content):
+            raise StoreError(f"{path} was altered after it was written; {remedy}")
+        shard = Shard(
+            cell=Cell.from_json(content["cell"]),
+            **{name: content[name] for name in ("start", "stop", "seconds", "figures", "provenance", "error")},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
+    if shard.error is not None:
+        return shard, pd.DataFrame()
+    table = path.with_suffix(".parquet")
+    try:
+        if sha256(table.read_bytes()).hexdigest() != content["records_sha256"]:
+            raise StoreError(f"{table} was altered or cut short after it was written; {remedy}")
+        return shard, pd.read_parquet(table)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{table} cannot be read ({type(error).__name__}); {remedy}") from None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
