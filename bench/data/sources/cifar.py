@@ -108,7 +108,7 @@ def _from_parquet(file: Path, label: str) -> Split:
 
 def _decode(coded: bytes | None, where: str) -> NDArray[np.uint8]:
     try:
-        with Image.open(io.BytesIO(coded or b"")) as image:
+        with Image.open(io.BytesIO(coded or b""), formats=("JPEG", "PNG")) as image:
             pixels = np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
         raise DataError(f"{where}: cannot decode the image ({type(error).__name__}); download the file again") from None

@@ -1,0 +1,96 @@
+"""Weights from files: read as data, never as code, and only where they fit."""
+
+import pickle
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from bench.errors import WeightsError
+
+SHOWN = 3  # how many keys of each kind an error names
+
+
+def load_weights(module: nn.Module, path: str | Path, model_dir: Path | None, architecture: str = "") -> None:
+    """Load the weights in a file into ``module``, in place.
+
+    ``.safetensors`` is read by its library; anything else by ``torch.load(weights_only=True)``: a state dict, or a dict
+    that holds one under ``state_dict``. A leading ``module.`` of every key (DataParallel) is dropped. ``architecture``
+    is what errors call the module; its class name where empty.
+
+    Raises:
+        WeightsError: no such file, one that cannot be read without running code, or weights of another architecture.
+    """
+    file = _find(Path(path).expanduser(), model_dir)
+    state = _read(file)
+    if all(key.startswith("module.") for key in state):
+        state = {key.removeprefix("module."): value for key, value in state.items()}
+    problems = _misfits(module.state_dict(), state)
+    if problems:
+        expected = architecture or type(module).__name__
+        raise WeightsError(f"{file} does not fit {expected}: {'; '.join(problems)}; name weights of that architecture")
+    module.load_state_dict(state, strict=False)  # strictly but for the batch counters that _misfits lets be missing
+
+
+def state_fingerprint(module: nn.Module) -> str:
+    """A hash of the names, types, shapes and bytes of all tensors in the state dict, wherever they live."""
+    digest = sha256()
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _find(path: Path, model_dir: Path | None) -> Path:
+    places = [path] if model_dir is None or path.is_absolute() else [path, model_dir / path]
+    for place in places:
+        if place.is_file():
+            return place
+    raise WeightsError(f"no weights at {' or '.join(map(str, places))}; check the path or the folder of models")
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        if file.suffix == ".safetensors":
+            content: Any = safetensors.torch.load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"{file} holds more than tensors, or is broken, and is not unpickled because that could run code; "
+            "convert it to safetensors"
+        ) from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{file} cannot be read as weights ({reason}); copy it again") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise WeightsError(f"{file} holds a {type(content).__name__}; save model.state_dict()")
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise WeightsError(f"{file} holds a {type(value).__name__} under {key!r}; save model.state_dict() alone")
+    return dict(content)
+
+
+def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[str]:
+    """In what the given weights differ from the expected ones, one phrase for each kind of difference."""
+    missing = [key for key in expected if key not in given and not key.endswith("num_batches_tracked")]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = [
+        f"{key} {tuple(given[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in given and given[key].shape != value.shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen}
+    return [
+        f"{len(keys)} {kind} ({', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''})"
+        for kind, keys in kinds.items()
+        if keys
+    ]
