@@ -1,6 +1,7 @@
 """Weights from files: read as data, never as code, and only where they fit."""
 
 import pickle
+import warnings
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -60,7 +61,10 @@ def _read(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             content: Any = safetensors.torch.load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                # What comes of another protocol is seen below: either tensors or an error.
+                warnings.filterwarnings("ignore", message="Detected pickle protocol")
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{file} holds more than tensors, or is broken, and is not unpickled because that could run code; "

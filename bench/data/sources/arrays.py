@@ -62,7 +62,7 @@ class Npz:
 
 def _read(file: Path) -> dict[str, NDArray[Any]]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             return {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test") if key in archive}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(

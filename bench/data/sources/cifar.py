@@ -88,13 +88,16 @@ def _from_parquet(file: Path, label: str) -> Split:
     if not file.is_file():
         raise DataError(f"{file} is missing, though its other half is there; copy both the train and the test file")
     try:
+        columns = pq.read_schema(file).names
+        if not {"img", label} <= set(columns):
+            raise DataError(f"{file} has the columns {', '.join(columns)}; expected img {{bytes, path}} and {label}")
         table = pq.read_table(file, columns=["img", label])
         coded = table.column("img").combine_chunks().field("bytes").to_pylist()
         labels = np.asarray(table.column(label).to_pylist(), dtype=np.int64)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{file} is not a readable Parquet file ({_line(error)}); download it again") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{file}: {_line(error)}; expected the columns img {{bytes, path}} and {label}") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # columns of other types
+        raise DataError(f"{file}: {_line(error)}; expected img {{bytes, path}} and integers in {label}") from error
     images = np.empty((len(coded), SIDE, SIDE, 3), dtype=np.uint8)
 
     def decode(start: int) -> None:
