@@ -1,0 +1,307 @@
+"""AAA: decisions stay, the closed form is optimal, and rows know nothing of each other."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.data import Split
+from bench.errors import ConfigError
+from bench.registry import defenses
+from defenses.aaa import (
+    RELEASED_BATCH,
+    AAALinear,
+    adam_logits,
+    attractor,
+    exact_logits,
+    exact_optimum,
+    expected_calibration_error,
+    linear_target,
+    top_confidence,
+    top_margin,
+    tuned_temperature,
+)
+
+BETA = 5.0
+NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
+
+
+class Scores(nn.Module):
+    """A classifier whose images are its logits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)
+
+
+def random_logits(rows: int, classes: int, seed: int = 0) -> Tensor:
+    """Rows of every kind of margin: noise of deviation 2, and one class ahead by up to 14."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = 2 * torch.randn(rows, classes, generator=rng)
+    ahead = torch.randint(classes, (rows, 1), generator=rng)
+    return logits.scatter_add_(1, ahead, 14 * torch.rand(rows, 1, generator=rng))
+
+
+def targets(logits: Tensor, interval: float = 6.0, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    return linear_target(top_margin(logits), interval, 1.0), top_confidence(logits, temperature)
+
+
+def solve(logits: Tensor, **settings: float) -> Tensor:
+    return exact_logits(logits, *targets(logits, **settings), BETA)
+
+
+def loss(out: Tensor, best: Tensor, margin: Tensor, confidence: Tensor) -> Tensor:
+    reached = out.double().softmax(1).gather(1, best[:, None]).squeeze(1)
+    return (top_margin(out) - margin).abs() + BETA * (reached - confidence).abs()
+
+
+# --- targets
+
+
+def test_the_attractor_is_the_centre_of_its_interval_left_border_included():
+    margins = torch.tensor([0.0, 2.0, 5.99, 6.0, 11.99, 12.0], dtype=torch.float64)
+    assert attractor(margins, 6.0).tolist() == [3, 3, 3, 9, 9, 15]
+
+
+def test_the_linear_target_mirrors_inside_an_interval():
+    margins = torch.linspace(0.01, 5.99, 100, dtype=torch.float64)
+    mirrored = linear_target(margins, 6.0, 1.0)
+    assert ((mirrored > 0) & (mirrored < 6)).all()
+    torch.testing.assert_close(linear_target(mirrored, 6.0, 1.0), margins)
+
+
+@pytest.mark.parametrize("step", [0.5, 1.0, 2.0])
+def test_the_linear_target_falls_with_slope_minus_alpha(step):
+    margins = torch.linspace(6.0, 11.9, 60, dtype=torch.float64)
+    slope = linear_target(margins, 6.0, step).diff() / margins.diff()
+    torch.testing.assert_close(slope, torch.full_like(slope, -step))
+
+
+# --- the exact solver
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("classes", [2, 3, 10, 100, 1000])
+def test_no_decision_changes(classes, dtype):
+    rows = 1_000_000 // max(classes, 10) if dtype == torch.float32 else 1_000
+    logits = random_logits(rows, classes).to(dtype)
+    out = solve(logits)
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+    assert torch.equal(out.argmax(1), logits.argmax(1))  # the first of several best, where there are
+    best, second = out.topk(2, dim=1).values.unbind(1)
+    assert (best > second).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 1000])
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0, 5.0, 50.0])
+def test_no_point_of_a_fine_grid_is_better_than_the_optimum(classes, beta):
+    rng = torch.Generator().manual_seed(0)
+    margin = 16 * torch.rand(100, generator=rng, dtype=torch.float64) - 4
+    confidence = (10 * torch.randn(100, generator=rng, dtype=torch.float64)).sigmoid()
+    found, reached = exact_optimum(margin, confidence, beta, classes)
+
+    grid = torch.linspace(0, 20, 20_001, dtype=torch.float64)[:, None]
+    low, high = (grid - math.log(classes - 1)).sigmoid(), grid.sigmoid()
+    violation = torch.maximum((low - confidence).clamp(min=0), (confidence - high).clamp(min=0))
+    on_grid = ((grid - margin).abs() + beta * violation).amin(dim=0)
+    value = (found - margin).abs() + beta * (reached - confidence).abs()
+
+    assert (found >= 0).all()
+    assert (value <= on_grid + 1e-9).all()
+    assert (value >= on_grid - 1e-3 * (1 + beta / 4)).all()  # of a grid step: the objective's slope
+    assert ((reached >= (found - math.log(classes - 1)).sigmoid()) & (reached <= found.sigmoid())).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10, 100])
+def test_the_logits_attain_the_optimal_margin_and_confidence(classes):
+    logits = random_logits(2_000, classes).double()
+    margin, confidence = targets(logits)
+    out = exact_logits(logits, margin, confidence, BETA)
+    best = logits.argmax(1)
+    wanted_margin, wanted_confidence = exact_optimum(margin, confidence, BETA, classes)
+    torch.testing.assert_close(top_margin(out), wanted_margin, rtol=0, atol=1e-5)
+    reached = out.softmax(1).gather(1, best[:, None]).squeeze(1)
+    torch.testing.assert_close(reached, wanted_confidence, rtol=0, atol=1e-6)
+    torch.testing.assert_close(out.logsumexp(1), torch.zeros(2_000, dtype=torch.float64))
+
+
+def test_the_order_of_all_classes_stays():
+    logits = random_logits(1_000, 10).double()
+    ranked = solve(logits).gather(1, logits.argsort(dim=1, descending=True))
+    assert (ranked.diff(dim=1) <= 0).all()
+
+
+def test_rows_are_bit_equal_in_any_batch():
+    logits = random_logits(333, 10)
+    together = solve(logits)
+    assert torch.equal(torch.cat([solve(part) for part in logits.split(7)]), together)
+    assert torch.equal(solve(logits.flip(0)).flip(0), together)
+
+
+def test_permuted_classes_give_the_permuted_answer():
+    logits = random_logits(500, 10)
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(solve(logits[:, order]), solve(logits)[:, order])
+
+
+def test_a_constant_added_to_all_logits_changes_nothing():
+    logits = random_logits(500, 10).double()
+    torch.testing.assert_close(solve(logits + 100), solve(logits))
+
+
+def test_the_identity_target_returns_the_margin_and_confidence():
+    logits = random_logits(500, 10).double()
+    margin = linear_target(top_margin(logits), 6.0, -1.0)
+    out = exact_logits(logits, margin, top_confidence(logits, 1.0), BETA)
+    torch.testing.assert_close(top_margin(out), top_margin(logits))
+    torch.testing.assert_close(top_confidence(out, 1.0), top_confidence(logits, 1.0), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 10])
+@pytest.mark.parametrize("lead", [0.0, 1e-7, 6.0, 12.0, 40.0, 1e4, 1e30])
+@pytest.mark.parametrize("others", ["level", "far"])
+def test_border_cases_keep_the_decision_and_stay_finite(classes, lead, others):
+    logits = torch.zeros(1, classes)
+    logits[0, 1] = lead
+    logits[0, 2:] = 0.0 if others == "level" else -1e5
+    out = solve(logits)
+    assert out.isfinite().all()
+    assert out.argmax(1) == logits.argmax(1)
+    assert (out[0] == out[0].max()).sum() == 1
+
+
+def test_a_confidence_of_one_is_no_trouble():
+    logits = random_logits(100, 10)
+    out = exact_logits(logits, targets(logits)[0], torch.ones(100, dtype=torch.float64), BETA)
+    assert out.isfinite().all()
+    assert torch.equal(out.argmax(1), logits.argmax(1))
+
+
+# --- against the released solver
+
+
+def autograd_adam(logits: Tensor, margin: Tensor, confidence: Tensor) -> Tensor:
+    """The released loop in its own words: torch's Adam on the mean loss of one batch."""
+    best = logits.argmax(1, keepdim=True)
+    z = logits.clone().requires_grad_(True)
+    optimizer = torch.optim.Adam([z], lr=0.1)
+    for _ in range(100):
+        top = z.topk(2, dim=1).values
+        gap = (top[:, 0] - top[:, 1] - margin).abs().mean()
+        calibration = (z.softmax(1).gather(1, best).squeeze(1) - confidence).abs().mean()
+        optimizer.zero_grad()
+        (gap + BETA * calibration).backward()
+        optimizer.step()
+    return z.detach()
+
+
+def test_adam_follows_torch_and_autograd():
+    logits = random_logits(RELEASED_BATCH, 10)
+    margin, confidence = (target.float() for target in targets(logits))
+    gap = (adam_logits(logits, margin, confidence, BETA) - autograd_adam(logits, margin, confidence)).abs().amax(1)
+    # Near its goal the loss has kinks, where rounding decides a sign: such a row may end a step or two elsewhere.
+    assert (gap < 1e-4).float().mean() > 0.9
+    assert gap.max() < 0.5
+
+
+def test_adam_rows_do_not_depend_on_their_batch():
+    logits = random_logits(60, 10)
+    margin, confidence = targets(logits)
+    together = adam_logits(logits, margin, confidence, BETA)
+    alone = torch.cat([adam_logits(logits[i : i + 1], margin[i : i + 1], confidence[i : i + 1], BETA)
+                       for i in range(60)])
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("classes", "interval", "temperature"), [(10, 4, 1), (10, 6, 1), (10, 6, 2.08), (1000, 6, 1.2)]
+)
+def test_the_exact_solution_beats_adam_wherever_adam_kept_the_decision(classes, interval, temperature):
+    logits = random_logits(200, classes)
+    margin, confidence = targets(logits, interval, temperature)
+    best = logits.argmax(1)
+    adam = adam_logits(logits, margin, confidence, BETA)
+    kept = adam.argmax(1) == best
+    assert kept.float().mean() > 0.9
+    exact_loss = loss(exact_logits(logits, margin, confidence, BETA), best, margin, confidence)
+    assert (exact_loss <= loss(adam, best, margin, confidence) + 1e-5)[kept].all()
+
+
+# --- the defense
+
+
+def test_the_served_model_lets_the_gradient_of_the_network_through():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 10))
+    served = AAALinear()(network, NOTHING, 0)
+    x = torch.rand(5, 3, 2, 2, requires_grad=True)
+    weights = torch.randn(5, 10)
+    (through,) = torch.autograd.grad((served(x) * weights).sum(), x)
+    (plain,) = torch.autograd.grad((network(x) * weights).sum(), x)
+    assert torch.equal(through, plain)
+    assert not torch.equal(served(x), network(x))
+
+
+@pytest.mark.parametrize("solver", ["exact", "as-released"])
+def test_a_step_towards_the_border_is_reported_as_a_step_away(solver):
+    # Many classes below leave room for every confidence, so the margin goes where it should.
+    images = torch.zeros(20, 1, 1, 1000)
+    images[:, 0, 0, 0] = torch.linspace(8, 11, 20)
+    images[:, 0, 0, 1] = 1.0
+    reported = top_margin(defenses.create(f"aaa-linear(interval=12,solver={solver})")(Scores(), NOTHING, 0)(images))
+    assert reported[0] > reported[-1] + 2.9
+
+
+def calibration_split(count: int) -> Split:
+    """Overconfident logits, scaled to fit in [0, 1]: labels follow a softmax at twice the temperature of ``Sharp``."""
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(count, 10, generator=rng)
+    labels = (1.5 * logits).softmax(1).multinomial(1, generator=rng).squeeze(1)
+    return Split(((logits + 6) / 12).clamp(0, 1)[:, None, None], labels)
+
+
+class Sharp(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 3 * (12 * x.flatten(1) - 6)
+
+
+def test_a_tuned_temperature_lowers_the_calibration_error_of_what_is_served():
+    split = calibration_split(2_000)
+    correct = Sharp()(split.pixels()).argmax(1) == split.labels
+
+    def error(model: nn.Module) -> float:
+        return expected_calibration_error(top_confidence(model(split.pixels()), 1.0), correct).item()
+
+    # Wide intervals force large margins, and those a high confidence, on classes as close as these.
+    for interval in (6.0, 1.0):
+        tuned = AAALinear(temperature="tuned", interval=interval)(Sharp(), split, 0)
+        assert error(tuned) <= error(AAALinear(interval=interval)(Sharp(), split, 0)) + 1e-6
+    assert error(tuned) < error(Sharp()) / 2
+
+
+def test_tuning_uses_the_confidence_that_is_served():
+    split = calibration_split(500)
+    logits = Sharp()(split.pixels())
+    margin = linear_target(top_margin(logits), 6.0, 1.0)
+    temperature = tuned_temperature(logits, split.labels, lambda given: linear_target(given, 6.0, 1.0), BETA)
+    wanted = top_confidence(logits, temperature)
+    _, predicted = exact_optimum(margin, wanted, BETA, 10)
+    served = top_confidence(exact_logits(logits, margin, wanted, BETA), 1.0)
+    torch.testing.assert_close(served, predicted, rtol=0, atol=1e-5)
+
+
+def test_calibration_error_of_known_bins():
+    confidence = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64)
+    correct = torch.tensor([True, False, True, False])
+    assert expected_calibration_error(confidence, correct).item() == pytest.approx(0.25)
+    edge = torch.tensor([1 / 15, 2 / 15], dtype=torch.float64)  # (a, b]: each in a bin of its own
+    assert expected_calibration_error(edge, torch.tensor([True, False])).item() == pytest.approx(16 / 30)
+
+
+def test_settings_that_cannot_be_meant_are_refused():
+    for text in ("interval=0", "temperature=0", "temperature=warm", "calibration_weight=-1", "solver=newton"):
+        with pytest.raises(ConfigError):
+            defenses.create(f"aaa-linear({text})")
+    with pytest.raises(ConfigError, match="no calibration images"):
+        AAALinear(temperature="tuned")(Scores(), NOTHING, 0)

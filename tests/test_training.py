@@ -1,0 +1,182 @@
+"""The training loop: it learns, repeats under a seed, and augments what it should."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from attacks.learners.standard import Standard
+from bench.data import Dataset
+from bench.data.sources.digits import Digits
+from bench.errors import ConfigError
+from bench.norms import lp_norm
+from bench.protocols import Job, Learner
+from bench.rng import SampleRng
+from bench.training import Recipe, augment, fit, frozen, initialised
+from defenses.pgd_at import PGDAdversarialTraining
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return Digits()(None)
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Flatten(), nn.Linear(32 * 4 * 4, 10),
+    )
+
+
+def accuracy(model: nn.Module, data: Dataset) -> float:
+    with torch.no_grad():
+        return (model(data.test.pixels()).argmax(1) == data.test.labels).float().mean().item()
+
+
+def rng_for(count: int) -> SampleRng:
+    return SampleRng.create(0, torch.arange(count), "test")
+
+
+def test_the_standard_learner_masters_digits_and_reports_progress(digits):
+    seen = []
+    learner = Standard()
+    model = learner(small_cnn, digits, Job(progress=lambda done, total: seen.append((done, total))))
+
+    assert isinstance(learner, Learner)
+    assert accuracy(model, digits) >= 0.95
+    assert not model.training
+    assert seen == [(epoch, 30) for epoch in range(1, 31)]
+
+
+def test_a_seed_decides_the_weights_whatever_the_global_generator(digits):
+    def weights(seed: int) -> torch.Tensor:
+        torch.rand(3)  # moves the global generator
+        model = Standard(epochs=1)(lambda: nn.Sequential(small_cnn(), nn.Dropout(0.5)), digits, Job(seed=seed))
+        return torch.cat([parameter.flatten() for parameter in model.parameters()])
+
+    assert torch.equal(weights(1), weights(1))
+    assert not torch.equal(weights(1), weights(2))
+
+
+def test_training_leaves_the_global_generator_alone(digits):
+    before = torch.get_rng_state()
+    Standard(epochs=1)(small_cnn, digits, Job())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_every_sample_is_seen_once_in_an_epoch(digits):
+    seen = []
+
+    def note(model, x, y, rng):
+        seen.append(x)
+        return x
+
+    recipe = Recipe.for_dataset(digits, epochs=1, batch_size=333)
+    fit(initialised(small_cnn, Job()), digits, recipe, Job(), perturb=note)
+    sizes = [len(x) for x in seen]
+    assert max(sizes) <= 333
+    assert max(sizes) - min(sizes) <= 1
+    rows = torch.cat(seen).flatten(1)
+    assert torch.equal(rows.sort(dim=0).values, digits.train.pixels().flatten(1).sort(dim=0).values)
+
+
+def test_a_data_set_without_training_images_is_named(digits):
+    empty = replace(digits, name="mine", train=digits.train.subset(slice(0)))
+    with pytest.raises(ConfigError, match="'mine' has no training images"):
+        Standard()(small_cnn, empty, Job())
+
+
+@pytest.mark.parametrize("change", [{"epochs": 0}, {"batch_size": 0}, {"lr": 0.0}, {"shift": -1}])
+def test_impossible_recipes_are_refused(digits, change):
+    with pytest.raises(ConfigError):
+        replace(Recipe.for_dataset(digits), **change)
+
+
+def test_the_default_recipe_follows_the_data_set(digits):
+    assert Recipe.for_dataset(digits).optimizer == "adam"
+    colour = replace(digits, train=replace(digits.train, images=torch.zeros(1000, 3, 32, 32)), flip=True, shift=4)
+    recipe = Recipe.for_dataset(colour, epochs=None, lr=0.2)
+    assert (recipe.optimizer, recipe.flip, recipe.shift, recipe.lr) == ("sgd", True, 4, 0.2)
+
+
+def test_schedules_end_low_and_never_exceed_the_highest_rate(digits):
+    for schedule, last in (("cosine", 0.0), ("one-cycle", 0.0), ("steps", 0.01)):
+        rates = [replace(Recipe.for_dataset(digits), schedule=schedule).rate(step / 100) for step in range(101)]
+        assert max(rates) == 1
+        assert min(rates) >= 0
+        assert rates[-1] == pytest.approx(last)
+
+
+def test_augmentation_is_a_crop_of_the_padded_image_or_its_mirror():
+    x = torch.rand(64, 3, 5, 6)
+    moved = augment(x, flip=True, shift=2, rng=rng_for(64))
+    padded = nn.functional.pad(x, (2, 2, 2, 2))
+    seen = set()
+    for image, out in zip(padded, moved, strict=True):
+        crops = {
+            (down, right, mirror): image[:, down : down + 5, right : right + 6].flip([2] if mirror else [])
+            for down in range(5) for right in range(5) for mirror in (False, True)
+        }
+        matches = [key for key, crop in crops.items() if torch.equal(crop, out)]
+        assert len(matches) == 1
+        seen.add(matches[0])
+    assert len(seen) > 20  # of 50, each equally likely
+    assert torch.equal(augment(x, flip=False, shift=0, rng=rng_for(64)), x)
+
+
+def test_augmentation_of_a_sample_does_not_depend_on_its_batch():
+    x, rng, rows = torch.rand(8, 1, 4, 4), rng_for(8), torch.tensor([5, 2])
+    assert torch.equal(augment(x, True, 1, rng)[rows], augment(x[rows], True, 1, rng[rows]))
+
+
+def test_frozen_puts_back_what_it_found():
+    model = small_cnn().train()
+    model[0].weight.requires_grad_(False)
+    with frozen(model):
+        assert not model.training
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert model.training
+    assert model[1].training
+    assert [parameter.requires_grad for parameter in model.parameters()] == [False] + [True] * 9
+
+
+def test_the_inner_attack_reaches_the_corner_of_the_ball_on_a_linear_model():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2)).train()
+    x, y = torch.full((5, 3, 2, 2), 0.5), torch.tensor([0, 1, 0, 1, 1])
+    x_adv = PGDAdversarialTraining(eps=0.1).perturb(model, x, y, rng_for(5))
+
+    uphill = (model[1].weight[1 - y] - model[1].weight[y]).sign().view_as(x)  # exact: the loss is monotone in it
+    assert torch.allclose(x_adv, x + 0.1 * uphill)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_the_inner_attack_starts_uniformly_in_the_ball_and_box():
+    x = torch.full((4, 3, 16, 16), 0.5)
+    x[0] = 0
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    nn.init.zeros_(flat[1].weight)  # no gradient, so the start is what comes back
+    delta = PGDAdversarialTraining(eps=0.1).perturb(flat, x, torch.zeros(4, dtype=torch.int64), rng_for(4)) - x
+    assert (lp_norm(delta, "linf") <= 0.1 + 1e-7).all()
+    assert delta[0].min() >= 0
+    n = delta[1:].numel()
+    assert delta[1:].mean().abs() < 4 * 0.1 / (3 * n) ** 0.5  # deviation of a uniform value: eps / sqrt(3)
+    assert delta[1:].std().item() == pytest.approx(0.1 / 3**0.5, rel=4 / n**0.5)
+
+
+def test_adversarial_training_holds_where_standard_training_falls(digits):
+    eps = 0.15
+    adversary = PGDAdversarialTraining(eps=eps, epochs=10)
+    accuracies = {}
+    for name, learner in (("standard", Standard(epochs=10)), ("pgd-at", adversary)):
+        model = learner(small_cnn, digits, Job())
+        attacked = adversary.perturb(model, digits.test.pixels(), digits.test.labels, rng_for(500))
+        with torch.no_grad():
+            robust = (model(attacked).argmax(1) == digits.test.labels).float().mean().item()
+        accuracies[name] = accuracy(model, digits), robust
+
+    assert accuracies["pgd-at"][0] > 0.9
+    assert accuracies["pgd-at"][1] > accuracies["standard"][1] + 0.1
