@@ -83,8 +83,8 @@ class Square:
         best = self._loss(oracle.scores(u), y)
         p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
 
-        rows = oracle.active()
-        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u, best)
+        rows = torch.arange(len(x), device=x.device)
+        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u.clone(), best.clone())
         for step in range(1, oracle.query_budget):
             active = oracle.active()
             if len(active) == 0:
@@ -162,7 +162,7 @@ class _L2:
 
     def start(self, rng: SampleRng) -> Tensor:
         """A 5 x 5 grid of patterns, with one sign for each tile and channel and an orientation for each tile."""
-        n, channels, height, width = self.x.shape
+        _, channels, height, width = self.x.shape
         side = max(1, min(height, width) // 5)
         tiles = min(5, height // side), min(5, width // side)
         lobes = bump(side).to(self.x)

@@ -103,8 +103,8 @@ def _find(name: str) -> Any:
     try:
         library = importlib.import_module("torchattacks")
     except Exception as error:  # a broken install may raise more than ImportError
-        raise ConfigError(f"torchattacks cannot be imported ({error}); install it with pip install torchattacks") from None
-    names = [key for key, value in vars(library).items() if inspect.isclass(value) and key not in ("Attack", "MultiAttack")]
+        raise ConfigError(f"torchattacks cannot be imported ({error}); reinstall it with pip") from None
+    names = [key for key, value in vars(library).items() if inspect.isclass(value) and not key.endswith("Attack")]
     if name not in names:
         near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"

@@ -130,9 +130,10 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
         by_defense.setdefault(row.cell.defense_name, []).append(row)
 
     worst = {name: _worst_case(members, shown) for name, members in by_defense.items()}
-    ranks = _ranks({name: line.shares[f"@{largest}"].right for name, line in worst.items() if not line.marks & UNRANKED})
+    decisive = {name: line.shares[f"@{largest}"] for name, line in worst.items()}
+    ranks = _ranks({name: decisive[name].right for name, line in worst.items() if not line.marks & UNRANKED})
     lines = []
-    for name in sorted(worst, key=lambda name: (ranks.get(name, len(worst) + 1), -worst[name].shares[f"@{largest}"].value)):
+    for name in sorted(worst, key=lambda name: (ranks.get(name, len(worst) + 1), -decisive[name].value)):
         line = worst[name]
         lines.append(Line(line.defense, line.attack, line.shares, line.n, line.marks, ranks.get(name)))
         lines += [_served_line(row, shown) for row in by_defense[name]] if len(by_defense[name]) > 1 else []
@@ -151,14 +152,19 @@ def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
     """The line of a defense: each sample under whichever of the attacks beats it soonest."""
     if len(rows) == 1:
         return _served_line(rows[0], budgets)
-    common = sorted(set.intersection(*(set(row.records.get("sample_id", [])) for row in rows)))
-    same = [Row(row.cell, row.records[row.records["sample_id"].isin(common)] if common else pd.DataFrame(), row.shards) for row in rows]
+    common = set.intersection(*(set(_column(row, "sample_id")) for row in rows))
+    same = [_restricted(row, common) for row in rows]
     shares = {"clean": Share(np.logical_and.reduce([_clean(row).right for row in same]))}
     for budget in budgets:
         shares[f"@{budget}"] = Share(np.logical_and.reduce([_robust(row, budget).right for row in same]))
     shares["final"] = Share(np.logical_and.reduce([_final_right(row) for row in same]))
     marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent"}
     return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks)
+
+
+def _restricted(row: Row, ids: set[int]) -> Row:
+    """``row`` with the records of the samples ``ids`` alone."""
+    return Row(row.cell, row.records[np.isin(_column(row, "sample_id"), list(ids))], row.shards)
 
 
 def _released_lines(rows: list[Row]) -> list[Line]:

@@ -21,7 +21,8 @@ def fast(network: nn.Module) -> nn.Module:
     The logits are float32 whatever happens inside. A network that torch.fx cannot trace keeps its batch-norms.
     """
     network = fold_batch_norm(plain(copy.deepcopy(network))).to(memory_format=torch.channels_last)
-    return _Bfloat16(network) if _on_gpu(network) else _ChannelsLast(network)
+    wrapped = _Bfloat16(network) if _on_gpu(network) else _ChannelsLast(network)
+    return wrapped.eval()
 
 
 def fold_batch_norm(network: nn.Module) -> nn.Module:
@@ -45,6 +46,7 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
         layers[source.target] = folded
         node.replace_all_uses_with(source)
         graph.graph.erase_node(node)
+    graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
 

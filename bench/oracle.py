@@ -280,6 +280,10 @@ class _ForeignView(nn.Module):
         if self._last is None:
             self._last = torch.zeros(len(self._clean), logits.shape[1], dtype=logits.dtype, device=logits.device)
         self._last[rows] = torch.where(answered[:, None], logits.detach(), self._last[rows])
+
+        def charge(_: Tensor) -> None:
+            oracle.ledger.backwards.index_add_(0, rows, answered.long())
+
         if logits.requires_grad:
-            logits.register_hook(lambda _: oracle.ledger.backwards.index_add_(0, rows, answered.long()))
+            logits.register_hook(charge)
         return torch.where(answered[:, None], logits, self._last[rows])
