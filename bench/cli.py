@@ -17,7 +17,7 @@ from bench.grid import Loader, Task, expand
 from bench.leaderboard import Format, render, tables
 from bench.pipeline import Pipeline
 from bench.progress import Screen, duration
-from bench.registry import Registry, attacks, datasets, defenses, load_plugins, models, parameters
+from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, load_plugins, models, parameters
 from bench.runner import run as run_tasks
 from bench.store import Store
 from bench.suite import load_suite, suite_names
@@ -26,7 +26,9 @@ app = typer.Typer(
     help="Parry: robustness evaluation for models, data and services that defend themselves.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
-console, errors = Console(), Console(stderr=True)
+# What users write may look like markup or, as in "file.py:x:", like an emoji.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
 
 Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
 
@@ -37,7 +39,7 @@ def main() -> None:
         load_plugins()
         app()
     except BenchError as error:
-        errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        _complain(error)
         sys.exit(2)
 
 
@@ -90,11 +92,11 @@ def run(
     with Screen(console, len(tasks)) as screen:
         outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
     rows = [store.row(task.cell) for task in tasks]
-    console.print(f"\n{_markdown(rows, plan.budgets)}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"\n{_markdown(rows, plan.budgets)}", soft_wrap=True)
     console.print(
         f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        soft_wrap=True,
+    )
     if outcome.failed:
         raise typer.Exit(1)
 
@@ -113,7 +115,7 @@ def leaderboard(
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
     print(render(tables(rows, budget or ()), style))  # type: ignore[arg-type]
     for error in damaged:
-        errors.print(f"error: {error}", style="red", soft_wrap=True, markup=False, highlight=False)
+        _complain(error)
     if damaged:
         raise typer.Exit(2)
 
@@ -150,19 +152,25 @@ def version() -> None:
     print(f"parry-bench {bench.__version__}, torch {torch.__version__}")
 
 
+def _complain(error: BenchError) -> None:
+    errors.print(f"error: {' '.join(str(error).splitlines())}", style="red", soft_wrap=True)
+
+
 def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
     """What a component says of itself."""
     factory = registry.factory(name)
+    family = name.endswith(":")
+    takes = list((parameters(factory) or {}).items())[family:]  # a family's first argument follows the colon
     entry: dict[str, Any] = {"name": name}
     if registry is defenses:
         entry |= {"stage": factory.stage, "random": getattr(factory, "random", False)}  # type: ignore[attr-defined]
     if registry is attacks:
         norms = getattr(factory, "norms", ())
         entry |= {
-            "access": _declared(getattr(factory, "access", None)),
+            "access": "depends" if family else _declared(getattr(factory, "access", None)),
             "norms": [] if isinstance(norms, property) else sorted(norms),
         }
-    return {**entry, "parameters": parameters(factory) or {}, "paper": _declared(getattr(factory, "paper", ""))}
+    return {**entry, "parameters": dict(takes), "paper": _declared(getattr(factory, "paper", ""))}
 
 
 def _declared(value: Any) -> str:
@@ -172,10 +180,12 @@ def _declared(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key}={item}" for key, item in value.items())
+        return ", ".join(key if item is REQUIRED else f"{key}={_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(value)
-    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _device(name: str | None) -> torch.device:
@@ -183,7 +193,7 @@ def _device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
     except (RuntimeError, AssertionError):
         raise ConfigError(f"device {name!r} is not there; use cpu, or cuda where a GPU is installed") from None
     return device
@@ -209,12 +219,13 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
             str(plan.samples), f"{plan.queries:,}", time + training,
         )  # fmt: skip
     console.print(table)
-    total = sum(plan.seconds for plan in plans)
+    cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
+    queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds for plan in plans)
     console.print(
-        f"\n{name}: {len(plans)} cells, {sum(plan.queries for plan in plans):,} queries at most, "
-        f"{duration(total)} at most on {device.type}, training aside; nothing was run",
-        highlight=False, soft_wrap=True,
-    )  # fmt: skip
+        f"\n{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, training aside; "
+        "nothing was run",
+        soft_wrap=True,
+    )
 
 
 def _say_whose_code(tasks: list[Task]) -> None:
@@ -222,7 +233,7 @@ def _say_whose_code(tasks: list[Task]) -> None:
     components = [part for task in tasks for part in (task.cell.model, task.cell.attack, *task.cell.defense)]
     files = sorted({part.spec.split(".py:")[0] + ".py" for part in components if ".py:" in part.spec})
     for file in files:
-        errors.print(f"running code from {file}", style="yellow", highlight=False)
+        errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ class Screen:
         self.console, self.cells = console, cells
         self.count = 0
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f} %"),
-            _Pace(), console=console, transient=True, refresh_per_second=4,
+            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f} %"), _Pace(), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
         self._bar: TaskID | None = None
         self._last = (0, 1, "queries")

@@ -30,8 +30,9 @@ class Registry(Generic[T]):
     ``norms``, ``stage``, ``version``, ``paper``); its fields are the arguments that users may give.
     """
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, declares: tuple[str, ...] = ()) -> None:
+        """``kind`` is what errors call a component; ``declares`` are the attributes that each must have."""
+        self.kind, self.declares = kind, declares
         self._factories: dict[str, Callable[..., T]] = {}
         self._families: dict[str, Callable[..., T]] = {}
 
@@ -84,10 +85,16 @@ class Registry(Generic[T]):
             ConfigError: an unknown name, an unknown argument, or a value of the wrong type.
         """
         spec = Spec.parse(spec) if isinstance(spec, str) else spec
+        if spec.name in self._families:
+            raise ConfigError(f"{spec.name!r} is a family of {self.kind}s; add the name of one, as in {spec.name}NAME")
         factory = self.factory(spec.name)
         args = dict(spec.args)
         known = parameters(factory)
         if known is not None:
+            missing = [key for key, default in known.items() if default is REQUIRED and key not in args]
+            if missing:
+                example = ", ".join(f"{key}=..." for key in missing)
+                raise ConfigError(f"{self.kind} {spec.name!r} needs {', '.join(missing)}; write {spec.name}({example})")
             for key in args:
                 if key not in known:
                     near = get_close_matches(key, known, n=1)
@@ -95,15 +102,28 @@ class Registry(Generic[T]):
                     raise ConfigError(f"{self.kind} {spec.name!r} has no parameter {key!r}; {hint}")
             args = _typed(factory, args, f"{self.kind} {spec.name!r}")
         try:
-            return factory(**args)
-        except TypeError as error:
+            component = factory(**args)
+        except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
-        except ConfigError as error:
-            raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
+        self._check(spec.name, component)
+        return component
+
+    def _check(self, name: str, component: T) -> None:
+        """Whether what a factory made, perhaps in a user's file, can take part at all."""
+        if not callable(component):
+            raise ConfigError(f"{self.kind} {name!r} gives an object of type {type(component).__name__}, which cannot be called")
+        missing = [attribute for attribute in self.declares if not hasattr(component, attribute)]
+        if missing:
+            raise ConfigError(
+                f"{self.kind} {name!r} does not declare {', '.join(missing)}; "
+                f"add what the {self.kind} protocol in bench/protocols.py asks for"
+            )
 
 
-attacks: Registry[Attack | Learner] = Registry("attack")
-defenses: Registry[Defense] = Registry("defense")
+REQUIRED = "(required)"  # stands for the default of an argument that has none
+
+attacks: Registry[Attack | Learner] = Registry("attack", declares=("access",))
+defenses: Registry[Defense] = Registry("defense", declares=("stage",))
 models: Registry[Architecture] = Registry("model")
 datasets: Registry[DatasetSource] = Registry("data set")
 
@@ -112,11 +132,7 @@ def parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:
     """The arguments of a component and their defaults; ``None`` where only the component itself can tell."""
     if not dataclasses.is_dataclass(factory):
         return None
-    return {
-        field.name: None if field.default is dataclasses.MISSING else field.default
-        for field in dataclasses.fields(factory)
-        if field.init
-    }
+    return {field.name: _default(field) for field in dataclasses.fields(factory) if field.init}
 
 
 def describe(component: Any) -> dict[str, Any]:
@@ -135,6 +151,12 @@ def import_all(package: str) -> None:
     """Import every module below ``package``, so that a component is one new file and no list to keep."""
     for module in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):
         importlib.import_module(module.name)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is dataclasses.MISSING else field.default
 
 
 def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> dict[str, Any]:

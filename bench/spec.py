@@ -49,7 +49,9 @@ def parse_chain(text: str) -> tuple[Spec, ...]:
     specs = tuple(Spec.parse(part) for part in _split(text, "+"))
     if not specs:
         raise ConfigError("an empty defense; write none for the undefended model")
-    return () if [spec.name for spec in specs] == ["none"] else specs
+    if len(specs) > 1 and any(spec.name == "none" for spec in specs):
+        raise ConfigError(f"{text!r} chains none with defenses; leave none out")
+    return () if specs[0].name == "none" else specs
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -1,14 +1,15 @@
 """Results on disk: a folder for each cell, an immutable pair of files for each shard of it.
 
-A shard is a stretch of a cell's samples. Its records go into ``000000-000100.parquet`` and everything about them into
-``000000-000100.json``, each written beside its place and renamed into it, the JSON last: a shard exists when its JSON
-does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
+A shard is a stretch of a cell's samples. Everything about it goes into ``000000-000100.json``, its records into
+``000000-000100-HASH.parquet``, each written beside its place and renamed into it, the JSON last: a shard exists when
+its JSON does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
 """
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +21,7 @@ from bench.cell import Cell
 from bench.errors import StoreError
 
 SCHEMA = 1
+SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,11 @@ class Store:
             StoreError: the disk is full or the folder is gone. What was stored before is untouched.
         """
         folder = self._folder(shard.cell)
-        table = folder / f"{shard.stem}.parquet"
-        self._write(table, lambda path: records.to_parquet(path, index=False))
-        self._write_json(folder / f"{shard.stem}.json", shard, sha256(table.read_bytes()).hexdigest())
+        table = records.to_parquet(index=False)
+        digest = sha256(table).hexdigest()
+        path = folder / f"{shard.stem}.json"
+        self._write(_table(path, digest), lambda target: target.write_bytes(table))
+        self._write_json(path, shard, digest)
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
 
     def fail(self, shard: Shard) -> None:
@@ -106,10 +110,7 @@ class Store:
         Raises:
             StoreError: a stored shard of this cell is damaged.
         """
-        done: set[int] = set()
-        for shard, _ in self._shards(self._folder(cell)):
-            if shard.error is None:
-                done.update(range(shard.start, shard.stop))
+        done = _positions(shard for shard, _ in self._shards(self._folder(cell)) if shard.error is None)
         return [position for position in range(len(cell.ids)) if position not in done]
 
     def row(self, cell: Cell) -> Row:
@@ -129,7 +130,7 @@ class Store:
         if not self.root.is_dir():
             raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
         rows, damaged = [], []
-        for folder in sorted({path.parent for path in self.root.rglob("*-*.json")}):
+        for folder in sorted({path.parent for path in self.root.rglob(SHARDS)}):
             try:
                 rows.append(self._row(folder))
             except StoreError as error:
@@ -142,17 +143,19 @@ class Store:
         return self.root / f"{slug}-{cell.key[:16]}"
 
     def _row(self, folder: Path) -> Row:
-        shards, tables = [], []
-        for shard, records in self._shards(folder):
-            shards.append(shard)
-            tables.append(records)
+        stored = list(self._shards(folder))
+        cell = stored[0][0].cell
+        tables = [records for shard, records in stored if shard.error is None]
         records = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
         if len(records):
             records = records.drop_duplicates("sample_id").sort_values("sample_id", ignore_index=True)
-        return Row(shards[0].cell, records, tuple(shards))
+        done = _positions(shard for shard, _ in stored if shard.error is None)
+        # A failure is over once other shards, perhaps of another size, have covered its samples.
+        shards = [shard for shard, _ in stored if shard.error is None or not done.issuperset(_positions([shard]))]
+        return Row(cell, records, tuple(shards))
 
     def _shards(self, folder: Path) -> Iterator[tuple[Shard, pd.DataFrame]]:
-        for path in sorted(folder.glob("*-*.json")):
+        for path in sorted(folder.glob(SHARDS)):
             yield _read(path)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
@@ -200,7 +203,7 @@ def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
     if shard.error is not None:
         return shard, pd.DataFrame()
-    table = path.with_suffix(".parquet")
+    table = _table(path, content["records_sha256"])
     try:
         if sha256(table.read_bytes()).hexdigest() != content["records_sha256"]:
             raise StoreError(f"{table} was altered or cut short after it was written; {remedy}")
@@ -209,13 +212,26 @@ def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
         raise StoreError(f"{table} cannot be read ({type(error).__name__}); {remedy}") from None
 
 
+def _table(path: Path, digest: str) -> Path:
+    """Where the records of the shard at ``path`` are.
+
+    Two writers whose records differ in a last bit write two files, and the JSON in place names the one that is its own.
+    """
+    return path.with_name(f"{path.stem}-{digest[:12]}.parquet")
+
+
+def _positions(shards: Iterable[Shard]) -> set[int]:
+    """The positions in a cell's samples that the shards cover."""
+    return {position for shard in shards for position in range(shard.start, shard.stop)}
+
+
 def _digest(content: Mapping[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         write(beside)
         with beside.open("rb") as file:

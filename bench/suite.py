@@ -2,6 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ def _listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -32,9 +34,9 @@ class Grid(BaseModel):
     defense: Names = ["none"]
     attack: Names
     norm: Norm = "linf"
-    eps: Annotated[float, BeforeValidator(parse_eps)] = 8 / 255
+    eps: Annotated[float, BeforeValidator(parse_eps), Field(allow_inf_nan=False)] = 8 / 255
     queries: Annotated[int, Field(ge=1)] = 1000
-    seed: Annotated[list[int], BeforeValidator(_listed), Field(min_length=1)] = [0]
+    seed: Annotated[list[Seed], BeforeValidator(_listed), Field(min_length=1)] = [0]
     numerics: Numerics = "fast"
     quantise: bool = False
 
@@ -61,15 +63,17 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
     content: dict[str, Any] = {"grid": [{}]} if name is None else _read(name)
     shared = {key: content.pop(key) for key in list(content) if key in Grid.model_fields}
     grids = content.get("grid", [{}])
-    if not isinstance(grids, list):
-        raise ConfigError(f"suite {name}: 'grid' is a table; write [[grid]], with two brackets")
+    if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
+        what = "a table" if isinstance(grids, dict) else repr(grids)
+        raise ConfigError(f"suite {name}: 'grid' is {what}; write [[grid]], with two brackets")
     given = {key: value for key, value in overrides.items() if value is not None}
     content["grid"] = [{**shared, **grid, **given} for grid in grids]
     content["name"] = Path(name).stem if name else "custom"
     try:
         return Suite.model_validate(content)
     except pydantic.ValidationError as error:
-        raise ConfigError(f"suite {name or 'from the command line'}: {_first(error)}") from None
+        problem = _first(error)
+        raise ConfigError(f"suite {name}: {problem}" if name else problem.removeprefix("grid 1, ")) from None
 
 
 def suite_names() -> dict[str, str]:
@@ -82,27 +86,32 @@ def suite_names() -> dict[str, str]:
 def _read(name: str) -> dict[str, Any]:
     ours = suite_names()
     if name in ours:
-        text = (resources.files("bench") / "suites" / f"{name}.toml").read_text()
+        content = (resources.files("bench") / "suites" / f"{name}.toml").read_bytes()
     elif Path(name).is_file():
-        text = Path(name).read_text()
+        content = Path(name).read_bytes()
     else:
-        raise ConfigError(f"no suite or file is named {name!r}; suites: {', '.join(ours)}")
+        near = get_close_matches(name, ours, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"suites: {', '.join(ours)}"
+        raise ConfigError(f"no suite or file is named {name!r}; {hint}")
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+        return tomllib.loads(content.decode())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"suite {name} is not TOML: {error}") from None
 
 
 def _first(error: pydantic.ValidationError) -> str:
     """The first thing that is wrong with a suite, in one line."""
-    problem = error.errors()[0]
-    place = [str(part) for part in problem["loc"]]
-    if len(place) > 1 and place[0] == "grid":
-        place[:2] = [f"grid {int(place[1]) + 1}"]
+    problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a typing error explains
+    loc = problem["loc"]
+    place = [str(part) for part in loc if isinstance(part, str)]
+    if len(loc) > 1 and loc[0] == "grid":
+        place[0] = f"grid {int(loc[1]) + 1}"
     where = ", ".join(place)
     if problem["type"] == "extra_forbidden":
-        return f"{where}: unknown key; known: {', '.join(Grid.model_fields)}"
+        known = [*Grid.model_fields, *(key for key in Suite.model_fields if len(place) == 1)]
+        near = get_close_matches(place[-1], known, n=1)
+        return f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
     if problem["type"] == "missing":
-        return f"{where} is missing; add it to the file or as --{place[-1]}"
-    cause = problem.get("ctx", {}).get("error")
-    return f"{where} is {problem['input']!r}; {cause if cause else problem['msg'].lower()}"
+        return f"{where} is missing; name a suite that has it, or add it as --{place[-1]}"
+    cause = problem.get("ctx", {}).get("error")  # of our own checks, which say what came
+    return str(cause) if cause else f"{where} is {problem['input']!r}; {problem['msg'].lower()}"
