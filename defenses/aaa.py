@@ -25,6 +25,7 @@ Solver = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # logits, target mar
 SolverName = Literal["exact", "as-released"]
 
 RESIDUE = 1e-7  # mass that the classes below the runner-up keep at an end of their range, which they never reach
+TIE_BREAK = 4e-6  # between levelled classes: on an exact tie the gradient of the margin would be shared out among them
 RELEASED_BATCH = 128  # rows in the mean of the released loss; a constant, so that a row never depends on the others
 TEMPERATURES = [10 ** (step / 100) for step in range(-100, 101)]
 ECE_BINS = 15
@@ -181,9 +182,11 @@ def exact_logits(logits: Tensor, target_margin: Tensor, target_confidence: Tenso
     # Confidence p is sum_j exp(-d_j) = (1 - p) / p over the distances d_j to the best; the runner-up has exp(-margin).
     # In log-odds, and within what this margin allows, nothing overflows.
     slack = (margin - confidence.logit()).clamp(0, math.log(classes - 1))
-    mass = slack.expm1().clamp(RESIDUE, max(classes - 2 - RESIDUE, RESIDUE))  # of the others, relative to the runner-up
+    apart = TIE_BREAK * torch.arange(1, classes - 1, device=logits.device).double().clamp(max=50)  # (K - 2,)
     if classes > 2:
-        behind = (behind - _water_level(behind, mass)[:, None]).clamp(min=0)
+        fullest = apart.neg().exp().sum() - RESIDUE
+        mass = slack.expm1().clamp(min=RESIDUE).minimum(fullest)  # of the others, relative to the runner-up
+        behind = (behind - _water_level(behind, apart, mass)[:, None]).clamp(min=0) + apart
     distance = torch.cat((torch.zeros_like(ranked[:, :2]), behind), dim=1)
     distance[:, 1:] += margin[:, None]
     log_probabilities = -distance - distance.neg().logsumexp(dim=1, keepdim=True)
@@ -258,19 +261,21 @@ def expected_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
     return gaps.index_add_(0, bins, confidence - correct.to(confidence)).abs().sum() / len(confidence)
 
 
-def _water_level(behind: Tensor, mass: Tensor) -> Tensor:
-    """The shift b (B,) with ``sum_j exp(-max(0, e_j - b)) = mass``; negative where all must move away.
+def _water_level(behind: Tensor, apart: Tensor, mass: Tensor) -> Tensor:
+    """The shift b (B,) with ``sum_j w_j exp(-max(0, e_j - b)) = mass``; negative where all must move away.
 
     Args:
         behind: e (B, n), n >= 1, ascending and non-negative.
-        mass: (B,), above 0 and below n.
+        apart: -ln of the weights w, (n,).
+        mass: (B,), above 0 and below the sum of the weights.
     """
-    count = behind.shape[1]
-    tail = behind.neg().flip(1).logcumsumexp(dim=1).flip(1)  # ln of sum over i >= j of exp(-e_i)
-    # With the first k classes level the sum is k + exp(b + tail_k); at b = e_j it is j - 1 + exp(e_j + tail_j).
-    filled = torch.arange(count, device=behind.device) + (behind + tail).exp()  # (B, n), rises along each row
-    level = (filled <= mass[:, None]).sum(dim=1, keepdim=True).clamp(max=count - 1)
-    return (mass - level.squeeze(1)).log() - tail.gather(1, level).squeeze(1)
+    tail = (behind + apart).neg().flip(1).logcumsumexp(dim=1).flip(1)  # ln of sum over i >= j of w_i exp(-e_i)
+    weights = apart.neg().exp()
+    covered = weights.cumsum(0) - weights  # (n,), of the classes before each
+    # With the first k classes level the sum is covered_k + exp(b + tail_k); at b = e_j it is what ``filled`` holds.
+    filled = covered + (behind + tail).exp()  # (B, n), rises along each row
+    level = (filled <= mass[:, None]).sum(dim=1, keepdim=True).clamp(max=behind.shape[1] - 1)
+    return (mass - covered[level.squeeze(1)]).log() - tail.gather(1, level).squeeze(1)
 
 
 def _smallest_margin(dtype: torch.dtype, classes: int) -> float:

@@ -11,6 +11,7 @@ from bench.errors import ConfigError
 from bench.registry import defenses
 from defenses.aaa import (
     RELEASED_BATCH,
+    TIE_BREAK,
     AAALinear,
     adam_logits,
     attractor,
@@ -122,8 +123,19 @@ def test_the_logits_attain_the_optimal_margin_and_confidence(classes):
     wanted_margin, wanted_confidence = exact_optimum(margin, confidence, BETA, classes)
     torch.testing.assert_close(top_margin(out), wanted_margin, rtol=0, atol=1e-5)
     reached = out.softmax(1).gather(1, best[:, None]).squeeze(1)
-    torch.testing.assert_close(reached, wanted_confidence, rtol=0, atol=1e-6)
+    # At the end of the range all classes would be level; keeping them apart costs what their tie break adds up to.
+    ends = wanted_confidence <= (wanted_margin - math.log(classes - 1)).sigmoid() + 1e-4
+    torch.testing.assert_close(reached[~ends], wanted_confidence[~ends], rtol=0, atol=1e-6)
+    torch.testing.assert_close(reached[ends], wanted_confidence[ends], rtol=0, atol=50 * TIE_BREAK / 4)
     torch.testing.assert_close(out.logsumexp(1), torch.zeros(2_000, dtype=torch.float64))
+
+
+def test_no_two_classes_tie_so_that_a_gradient_has_one_runner_up():
+    for classes in (10, 100):
+        logits = random_logits(1_000, classes)
+        out = exact_logits(logits, *targets(logits), BETA)
+        runners_up = out.topk(3, dim=1).values
+        assert (runners_up[:, 1] > runners_up[:, 2]).all()
 
 
 def test_the_order_of_all_classes_stays():

@@ -24,7 +24,8 @@ def test_projection_inside_on_and_outside_the_ball(norm, factor, moves):
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_projection_stays_in_the_box(norm):
     x = images(8).round()  # black and white pixels
-    projected = project(x + torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), x, Threat(norm, 0.9, "scores", 1))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    projected = project(x + noise, x, Threat(norm, 0.9, "scores", 1))
     assert projected.min() >= 0
     assert projected.max() <= 1
     assert (lp_norm(projected - x, norm) <= 0.9 + 1e-9).all()

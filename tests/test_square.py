@@ -44,7 +44,11 @@ def test_rescaling_stretches_the_schedule_over_the_budget():
 
 @pytest.mark.parametrize(
     ("p_init", "size", "sides"),
-    [(0.1, 32, [11, 7, 5, 5, 3]), (0.8, 32, [29, 21, 15, 11, 7, 5, 5, 3]), (0.1, 224, [71, 51, 35, 25, 19, 13, 9, 7, 5, 3])],
+    [
+        (0.1, 32, [11, 7, 5, 5, 3]),
+        (0.8, 32, [29, 21, 15, 11, 7, 5, 5, 3]),
+        (0.1, 224, [71, 51, 35, 25, 19, 13, 9, 7, 5, 3]),
+    ],
 )
 def test_l2_sides_are_the_published_ones(p_init, size, sides):
     square = Square()
@@ -219,9 +223,8 @@ def test_a_plain_search_of_one_sample_at_a_time_finds_the_same():
 
 def small_network() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)
-    ).eval()
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 10)).eval()
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.045), ("l2", 0.9)])
