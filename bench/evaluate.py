@@ -77,6 +77,7 @@ def attack_served(
         "norm_l2": lp_norm(final - x, "l2"),
         "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
+        "best_distance": torch.full_like(clean.margin, torch.nan),  # for attacks that look for the nearest success
         "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
     }
     return _records(task.data.test, rows, table, task)
