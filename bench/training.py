@@ -123,7 +123,7 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, perturb: Pert
                 if perturb is not None:
                     x = perturb(model, x, y, rng.fork("perturb"))
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()  # type: ignore[no-untyped-call]
+                F.cross_entropy(model(x), y).backward()
                 optimizer.step()
                 schedule.step()
             job.progress(epoch + 1, recipe.epochs)
