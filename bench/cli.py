@@ -222,8 +222,8 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
     cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
     queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds for plan in plans)
     console.print(
-        f"\n{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, training aside; "
-        "nothing was run",
+        f"\n{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
+        "training aside; nothing was run",
         soft_wrap=True,
     )
 

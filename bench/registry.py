@@ -111,7 +111,9 @@ class Registry(Generic[T]):
     def _check(self, name: str, component: T) -> None:
         """Whether what a factory made, perhaps in a user's file, can take part at all."""
         if not callable(component):
-            raise ConfigError(f"{self.kind} {name!r} gives an object of type {type(component).__name__}, which cannot be called")
+            raise ConfigError(
+                f"{self.kind} {name!r} makes an object of type {type(component).__name__}; make a callable"
+            )
         missing = [attribute for attribute in self.declares if not hasattr(component, attribute)]
         if missing:
             raise ConfigError(
