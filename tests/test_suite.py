@@ -1,0 +1,109 @@
+"""Suite files: what they mean, and what a wrong one says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench.errors import ConfigError
+from bench.suite import load_suite, suite_names
+
+GRID = """
+[[grid]]
+dataset = "digits"
+model = "cnn"
+attack = ["square", "pgd"]
+n = 20
+"""
+
+
+def load(tmp_path: Path, text: str, **overrides: Any):
+    file = tmp_path / "mine.toml"
+    file.write_text(text)
+    return load_suite(str(file), overrides)
+
+
+def refusal(tmp_path: Path, text: str, **overrides: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text, **overrides)
+    assert "mine.toml" in str(caught.value) or "eps" in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", suite_names())
+def test_every_suite_of_ours_loads_and_has_a_title(name):
+    assert load_suite(name, {}).name == name
+    assert suite_names()[name]
+
+
+def test_a_file_is_a_suite_named_after_it(tmp_path):
+    suite = load(tmp_path, "budgets = [5]\n" + GRID)
+    (grid,) = suite.grid
+    assert suite.name == "mine"
+    assert suite.budgets == [5]
+    assert (grid.model, grid.defense, grid.attack, grid.seed) == (["cnn"], ["none"], ["square", "pgd"], [0])
+    assert grid.eps == 8 / 255
+
+
+def test_keys_at_the_top_are_defaults_of_every_grid(tmp_path):
+    text = 'dataset = "digits"\nmodel = "cnn"\nattack = "square"\nn = 5\n[[grid]]\n[[grid]]\nn = 7\n'
+    assert [grid.n for grid in load(tmp_path, text).grid] == [5, 7]
+
+
+def test_overrides_replace_keys_in_every_grid_and_none_replaces_nothing(tmp_path):
+    suite = load(tmp_path, GRID + GRID.replace("20", "30"), attack=["pgd"], eps="4/255", n=None)
+    assert [grid.attack for grid in suite.grid] == [["pgd"], ["pgd"]]
+    assert [grid.eps for grid in suite.grid] == [4 / 255, 4 / 255]
+    assert [grid.n for grid in suite.grid] == [20, 30]
+
+
+@pytest.mark.parametrize(("eps", "value"), [("'8/255'", 8 / 255), ("0.1", 0.1), ("'0.1'", 0.1), ("0", 0.0)])
+def test_a_radius_may_be_a_number_or_a_fraction(tmp_path, eps, value):
+    assert load(tmp_path, f"{GRID}eps = {eps}\n").grid[0].eps == value
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (GRID + "atack = 1\n", "grid 1, atack: unknown key; did you mean 'attack'?"),
+        (GRID + GRID + "banana = 1\n", "grid 2, banana: unknown key; known: dataset, n,"),
+        ("bugdets = [1]\n" + GRID, "bugdets: unknown key; did you mean 'budgets'?"),
+        (GRID.replace("attack", "atack"), "did you mean 'attack'?"),
+        (GRID.replace('dataset = "digits"', ""), "grid 1, dataset is missing"),
+        (GRID.replace("[[grid]]", "[grid]"), "'grid' is a table; write [[grid]], with two brackets"),
+        ("grid = [1]", "write [[grid]]"),
+        ("grid = []", "grid is []"),
+        ("grid = 1 = 2", "is not TOML"),
+        (GRID.replace("20", "0"), "grid 1, n is 0"),
+        (GRID.replace("20", "'many'"), "grid 1, n is 'many'"),
+        (GRID + "norm = 'l3'\n", "grid 1, norm is 'l3'"),
+        (GRID + "eps = 'eight'\n", "eps is 'eight'; write a number or a fraction"),
+        (GRID + "eps = inf\n", "finite"),
+        (GRID + "queries = 0\n", "queries is 0"),
+        (GRID + "seed = [0, -1]\n", "seed is -1"),
+        (GRID.replace('"cnn"', "[]"), "model is []"),
+    ],
+)
+def test_a_wrong_file_says_where_and_what(tmp_path, text, complaint):
+    assert complaint in refusal(tmp_path, text)
+
+
+def test_a_file_that_is_not_text_is_not_toml(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match=r"mine\.toml is not TOML"):
+        load_suite(str(file), {})
+
+
+def test_an_unknown_suite_offers_the_nearest():
+    with pytest.raises(ConfigError, match="no suite or file is named 'qick'; did you mean 'quick'"):
+        load_suite("qick", {})
+    with pytest.raises(ConfigError, match=r"suites: .*quick"):
+        load_suite("zzz", {})
+
+
+def test_without_a_name_the_overrides_are_the_suite():
+    with pytest.raises(ConfigError, match=r"^dataset is missing; name a suite that has it, or add it as --dataset$"):
+        load_suite(None, {})
+    suite = load_suite(None, {"dataset": "digits", "model": ["cnn"], "attack": ["square"], "n": 3})
+    assert suite.grid[0].n == 3
