@@ -1,0 +1,222 @@
+"""Tables: every figure worked out by hand from records of a few samples."""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bench.cell import Cell, Component
+from bench.leaderboard import Line, Table, render, summary, tables
+from bench.oracle import NEVER
+from bench.store import Row, Shard
+from bench.threat import Threat
+
+
+def row(
+    hits: Sequence[int],
+    defense: str = "none",
+    attack: str = "square",
+    *,
+    budget: int = 100,
+    asked: int | None = None,
+    final_wrong: Sequence[int] = (),
+    error: str | None = None,
+    traits: tuple[str, ...] = (),
+    invalid: bool = False,
+    **fields: Any,
+) -> Row:
+    """A row whose samples fell at the queries ``hits``; ``asked`` samples were planned."""
+    n = len(hits)
+    cell = Cell(
+        dataset=Component("digits"),
+        model=Component("cnn"),
+        defense=() if defense == "none" else (Component(defense),),
+        attack=Component(attack, traits=traits),
+        threat=fields.pop("threat", Threat("linf", 8 / 255, "scores", budget)),
+        ids=tuple(range(asked or n)),
+        seed=fields.pop("seed", 0),
+        **fields,
+    )
+    final = [1 if hit != NEVER or i in final_wrong else 0 for i, hit in enumerate(hits)]
+    records = pd.DataFrame({"sample_id": range(n), "y": 0, "first_hit": hits, "final_pred": final, "invalid": invalid})
+    return Row(cell, records if n else pd.DataFrame(), (Shard(cell, 0, asked or n, error=error),))
+
+
+def learner(wrong: int, n: int, defense: str = "none", attack: str = "standard") -> Row:
+    plain = row([NEVER] * n, defense, attack, threat=Threat("l0", 1.0, "training-data"))
+    records = pd.DataFrame({"sample_id": range(n), "y": 0, "final_pred": [1] * wrong + [0] * (n - wrong)})
+    figures = {"train_accuracy": 0.975, "changed_pixels_mean": 1.0}
+    return Row(plain.cell, records, (Shard(plain.cell, 0, n, figures=figures),))
+
+
+def only(rows: list[Row], budgets: Sequence[int] = ()) -> list[Line]:
+    (table,) = tables(rows, budgets)
+    return table.lines
+
+
+def values(line: Line) -> dict[str, float]:
+    return {name: share.value for name, share in line.shares.items()}
+
+
+def test_robust_accuracy_at_every_budget_follows_from_the_first_hits():
+    (line,) = only([row([0, 1, 10, 11, 100, NEVER, NEVER, NEVER], final_wrong=[5])], [10, 50, 500])
+    assert values(line) == {
+        "clean": 7 / 8,  # the sample that fell at query 0 was wrong when clean
+        "@10": 5 / 8,
+        "@50": 4 / 8,
+        "@100": 3 / 8,  # the largest budget that was run; 500 was not
+        "final": 2 / 8,  # sample 5 is wrong in plain float32
+    }
+    assert line.n == 8
+
+
+def test_each_sample_counts_under_the_attack_that_beats_it_soonest():
+    a, b = row([5, NEVER, 50, NEVER], attack="pgd"), row([NEVER, 7, 20, NEVER], attack="square")
+    worst, *columns = only([a, b], [30])
+    assert worst.attack == "worst of 2"
+    assert values(worst) == {"clean": 1, "@30": 1 / 4, "@100": 1 / 4, "final": 1 / 4}
+    assert [values(line)["@30"] for line in columns] == [3 / 4, 2 / 4]
+
+
+def test_the_worst_case_is_over_the_samples_that_all_attacks_have_met():
+    worst, *_ = only([row([5, NEVER, NEVER]), row([NEVER, NEVER], attack="pgd", asked=3)])
+    assert worst.n == 2
+    assert values(worst)["@100"] == 1 / 2
+    assert worst.rank is None
+    assert "incomplete" in worst.marks
+
+
+def test_an_attack_with_a_smaller_budget_counts_with_what_it_had():
+    worst, *columns = only([row([5, NEVER], budget=10, attack="a"), row([NEVER, 300], budget=500, attack="b")])
+    assert values(worst)["@500"] == 0
+    assert columns[0].shares["@500"].n == 0, "by itself it says nothing about 500 queries"
+
+
+@pytest.mark.parametrize(
+    ("bad", "mark", "sign"),
+    [
+        (row([NEVER] * 4, "bad", limited=True), "limited", "†"),
+        (row([NEVER] * 4, "bad", asked=9), "incomplete", "…"),
+        (row([], "bad", asked=4, error="Traceback\nRuntimeError: boom"), "failed", "✗"),
+        (row([NEVER] * 4, "bad", invalid=True), "invalid", "!"),
+    ],
+)
+def test_what_is_not_whole_is_marked_explained_and_unranked(bad, mark, sign):
+    lines = {line.defense: line for line in only([row([1, 1, 1, NEVER]), bad])}
+    assert lines["none"].rank == 1
+    assert lines["bad"].rank is None
+    assert mark in lines["bad"].marks
+    text = render(tables([row([1, 1, 1, NEVER]), bad]), "md")
+    (shown,) = [line for line in text.splitlines() if "| bad" in line]
+    assert sign in shown
+    assert any(line.startswith(sign) for line in text.splitlines()), "the legend explains the sign"
+
+
+def test_traits_of_an_attack_are_marked_and_ranked_all_the_same():
+    (line,) = only([row([1, NEVER], traits=("rescaled", "batch-dependent"))])
+    assert line.marks == {"rescaled", "batch-dependent"}
+    assert line.rank == 1
+
+
+def test_differences_inside_the_noise_share_a_rank():
+    lines = only([row([1] * 10 + [NEVER] * 10, "a"), row([1] * 8 + [NEVER] * 12, "b")])
+    assert {line.defense: line.rank for line in lines} == {"a": 1, "b": 1}
+    assert lines[0].defense == "b", "the higher figure still comes first"
+
+
+def test_significant_differences_do_not():
+    # 20 of 20 against 10 of 20 on the same samples: exact p = 2 / 2^10, also three times that (Holm).
+    good, poor, poorer = [NEVER] * 20, [NEVER] * 10 + [1] * 10, [NEVER] * 9 + [1] * 11
+    lines = only([row(poorer, "poorer"), row(poor, "poor"), row(good, "good")])
+    assert [(line.defense, line.rank) for line in lines] == [("good", 1), ("poor", 2), ("poorer", 2)]
+
+
+def test_models_threats_and_kinds_of_attack_have_tables_of_their_own():
+    rows = [
+        row([1, NEVER]),
+        row([1, NEVER], threat=Threat("l2", 0.5, "scores", 100)),
+        row([1, NEVER], quantise=True),
+        learner(1, 4),
+    ]
+    titles = [table.title for table in tables(rows)]
+    assert len(set(titles)) == 4
+    assert sum("8-bit" in title for title in titles) == 1
+    assert "released training data" in titles[-1]
+
+
+def test_learners_show_test_accuracy_and_what_was_changed():
+    none, ops = only([learner(1, 10), learner(9, 10, "ops")])
+    assert (values(none), values(ops)) == ({"test": 0.9}, {"test": 0.1})
+    assert ops.extra == {"train": 0.975, "changed pixels": 1.0}
+    text = render(tables([learner(9, 10, "ops")]), "md")
+    assert "97.5" in text
+    assert "1.00" in text
+
+
+ROWS = [
+    row([5, 20, NEVER, NEVER], attack="pgd"),
+    row([NEVER, 7, NEVER, 0], attack="square(p_init=0.3)", traits=("rescaled",)),
+    row([1, 1, NEVER, NEVER], "50%_&_more", limited=True),
+    row([], "broken", asked=4, error="boom"),
+    learner(1, 4, "ops"),
+]
+
+
+def test_csv_and_json_hold_the_same_numbers():
+    from_json = json.loads(render(tables(ROWS, [10]), "json"))
+    from_csv = list(csv.DictReader(io.StringIO(render(tables(ROWS, [10]), "csv"))))
+    assert len(from_json) == len(from_csv) == 6
+    for one, other in zip(from_json, from_csv, strict=True):
+        assert set(one) <= set(other)
+        for name, text in other.items():
+            value = one.get(name)
+            if value is None:
+                assert text == ""
+            elif isinstance(value, str):
+                assert text == value
+            else:
+                assert float(text) == value
+
+
+def test_records_hold_shares_and_their_intervals_between_0_and_1():
+    first = json.loads(render(tables([row([5, 20, NEVER, NEVER])], [10]), "json"))[0]
+    assert (first["rank"], first["n"], first["clean"], first["@10"], first["@100"]) == (1, 4, 1.0, 0.75, 0.5)
+    assert first["@100 low"] == pytest.approx(0.15004, abs=1e-5)  # Wilson, 2 of 4
+    assert first["@100 high"] == pytest.approx(0.84996, abs=1e-5)
+
+
+def test_markdown_prints_percent_with_intervals():
+    text = render(tables([row([5, 20, NEVER, NEVER])]), "md")
+    assert "50.0 [15.0, 85.0]" in text
+    assert text.startswith("### digits · cnn · linf 8/255")
+
+
+def test_latex_escapes_what_it_would_read_as_its_own():
+    text = render(tables(ROWS, [10]), "latex")
+    assert r"50\%\_\&\_more" in text
+    assert r"square(p\_init=0.3)" in text
+    for sign in "†✗…↔·":
+        assert sign not in text
+    body = text.replace(r"\_", "").replace(r"\%", "").replace(r"\&", "").replace(r"\$", "")
+    assert "_" not in body
+    assert "%" not in body
+    lines = [line for line in body.splitlines() if line.endswith(r"\\")]
+    assert len({line.count("&") for line in lines[:6]}) == 1, "all lines of a table have the same columns"
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
+
+
+@pytest.mark.parametrize("style", ["md", "csv", "latex", "json"])
+def test_no_tables_are_no_error(style):
+    assert render([Table("empty", [])][:0], style).strip() in ("", "[]")
+
+
+def test_a_summary_says_in_one_phrase_how_a_cell_went():
+    assert summary(row([5, NEVER])) == "clean 100.0 [34.2, 100.0] %, robust @100 50.0 [9.5, 90.5] %"
+    assert summary(row([], asked=2, error="Traceback (most recent call last)\nRuntimeError: boom\n")) == (
+        "failed: RuntimeError: boom"
+    )
+    assert summary(learner(2, 4)).startswith("test accuracy 50.0 [")
