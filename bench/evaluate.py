@@ -49,9 +49,10 @@ def attack_served(
 
     clean = _judge(plain, x, y, noise.fork("clean"))
     todo = clean.correct.nonzero().squeeze(1)
+    saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     oracle = Oracle(
         searched, x[todo], y[todo], cell.threat, noise[todo],
-        quantise=cell.quantise, attack=cell.attack.spec, on_spent=on_spent,
+        quantise=cell.quantise, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")

@@ -1,0 +1,106 @@
+"""Tasks in, shards out: the same figures however the work is cut, and nothing twice."""
+
+import torch
+
+from bench.grid import Loader, expand
+from bench.pipeline import Pipeline
+from bench.runner import run, stretches
+from bench.store import Store
+from bench.suite import load_suite
+
+
+class Silent:
+    def __init__(self):
+        self.work_done = []
+
+    def start(self, task, samples):
+        self.work_done = []
+
+    def work(self, done, total, unit):
+        if unit == "queries":
+            self.work_done.append((done, total))
+
+    def finish(self, task, row, seconds):
+        if self.work_done:
+            done, total = self.work_done[-1]
+            assert done == total
+            assert all(now <= whole for now, whole in self.work_done)
+
+
+def grid(**settings):
+    base = {"dataset": "digits", "model": ["cnn(width=8)"], "n": 100, "eps": 0.15, "queries": 60}
+    return expand(load_suite(None, base | settings), Loader(None, None))
+
+
+def run_in(folder, tasks, shard_size=256, batch_size=256, networks=None):
+    store = Store(folder).open()
+    pipeline = Pipeline(networks or folder / "networks", torch.device("cpu"), batch_size)
+    return run(tasks, store, pipeline, shard_size, batch_size, Silent()), store
+
+
+def test_stretches_cover_what_is_missing_and_nothing_else():
+    assert list(stretches([0, 1, 2, 3, 4], 2)) == [(0, 2), (2, 4), (4, 5)]
+    assert list(stretches([0, 1, 5, 6, 9], 10)) == [(0, 2), (5, 7), (9, 10)]
+
+
+def test_batches_and_shards_change_nothing(tmp_path):
+    tasks = grid(attack=["square"], defense=["none", "rnd(sigma=0.1)", "aaa-linear"], numerics="plain")
+    networks = tmp_path / "networks"
+    _, whole = run_in(tmp_path / "whole", tasks, networks=networks)
+    _, cut = run_in(tmp_path / "cut", tasks, shard_size=20, batch_size=16, networks=networks)
+    for task in tasks:
+        a, b = whole.row(task.cell), cut.row(task.cell)
+        assert len(a.shards) == 1
+        assert len(b.shards) == 5
+        assert a.complete
+        assert b.complete
+        assert list(a.records["sample_id"]) == list(b.records["sample_id"])
+        assert (a.records["first_hit"] == b.records["first_hit"]).mean() >= 0.99  # kernels round by batch size
+        assert (a.records["first_hit"] > 0).sum() > 0  # somebody fell to a query
+
+
+def test_the_same_again_runs_nothing_and_more_runs_only_the_new(tmp_path):
+    first = grid(attack=["square"], defense=["none"])
+    outcome, store = run_in(tmp_path, first)
+    assert (outcome.ran, outcome.kept, outcome.failed) == (1, 0, 0)
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*-*.*")}
+    outcome, _ = run_in(tmp_path, first)
+    assert (outcome.ran, outcome.kept, outcome.failed) == (0, 1, 0)
+    outcome, _ = run_in(tmp_path, grid(attack=["square", "pgd"], defense=["none"]))
+    assert (outcome.ran, outcome.kept, outcome.failed) == (1, 1, 0)
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_three_stages_run_in_one_chain(tmp_path):
+    tasks = grid(attack=["pgd(steps=3)"], defense=["ops + pgd-at(epochs=1) + aaa-linear"], n=30)
+    outcome, store = run_in(tmp_path, tasks)
+    assert outcome.failed == 0
+    row = store.row(tasks[0].cell)
+    assert [component.spec for component in row.cell.defense] == ["ops", "pgd-at(epochs=1)", "aaa-linear"]
+    assert row.complete
+
+
+def test_records_hold_what_the_ledger_knows(tmp_path):
+    tasks = grid(attack=["square"], defense=["rnd(sigma=0.3)"], n=60)
+    _, store = run_in(tmp_path, tasks)
+    records = store.row(tasks[0].cell).records
+    wrong = records["clean_pred"] != records["y"]
+    assert wrong.any()  # at this noise
+    assert (records["first_hit"][wrong] == 0).all()
+    assert (records["forwards"][wrong] == 0).all()
+    assert (records["first_hit"][~wrong] != 0).all()
+    assert (records["norm_linf"] <= 0.15 + 1e-6).all()
+    assert (records["norm_linf"][wrong] == 0).all()
+    assert records["clean_share"].between(0, 1).all()
+    assert (records["clean_share"] % (1 / 16) == 0).all()
+
+
+def test_a_network_is_trained_once_and_found_again(tmp_path):
+    tasks = grid(attack=["square"], defense=["none"], n=10)
+    run_in(tmp_path / "a", tasks, networks=tmp_path / "networks")
+    (file,) = (tmp_path / "networks").iterdir()
+    before = file.stat().st_mtime_ns
+    _, store = run_in(tmp_path / "b", tasks, networks=tmp_path / "networks")
+    assert file.stat().st_mtime_ns == before
+    again = store.row(tasks[0].cell).records
+    assert again.equals(Store(tmp_path / "a").row(tasks[0].cell).records)
