@@ -230,7 +230,8 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
 
 def _say_whose_code(tasks: list[Task]) -> None:
     """Tell the user which files of theirs this run executes."""
-    components = [part for task in tasks for part in (task.cell.model, task.cell.attack, *task.cell.defense)]
+    cells = [task.cell for task in tasks]
+    components = [part for cell in cells for part in (cell.dataset, cell.model, cell.attack, *cell.defense)]
     files = sorted({part.spec.split(".py:")[0] + ".py" for part in components if ".py:" in part.spec})
     for file in files:
         errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
