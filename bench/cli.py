@@ -89,8 +89,12 @@ def run(
         return
     store.open()
     pipeline = Pipeline(store.root / "networks", where, batch_size)
-    with Screen(console, len(tasks)) as screen:
-        outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
+    try:
+        with Screen(console, len(tasks)) as screen:
+            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
+    except KeyboardInterrupt:
+        errors.print(f"stopped; finished shards are kept in {store.root}, the same command goes on", soft_wrap=True)
+        raise typer.Exit(130) from None
     rows = [store.row(task.cell) for task in tasks]
     console.print(f"\n{_markdown(rows, plan.budgets)}", soft_wrap=True)
     console.print(

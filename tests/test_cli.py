@@ -336,3 +336,11 @@ def test_a_killed_run_resumes_where_it_was(user, means, tmp_path):
     (whole,), _ = Store(tmp_path / "whole").rows()
     assert killed.complete
     pd.testing.assert_frame_equal(killed.records, whole.records)
+
+
+def test_an_interrupt_says_what_is_kept(user, means, tmp_path):
+    (user / "interrupt.py").write_text(ATTACKS.replace('RuntimeError("this attack is broken")', "KeyboardInterrupt"))
+    ended = run("--out", tmp_path / "out", model=means, attack=f"{user / 'interrupt.py'}:Raises")
+    assert ended.code == 130
+    assert "finished shards are kept" in ended.err
+    assert "Traceback" not in ended.err
