@@ -11,13 +11,14 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
 import pydantic
 
 from bench.errors import ConfigError
-from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
+from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
 from bench.spec import Spec
+from bench.threat import Access
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -30,9 +31,9 @@ class Registry(Generic[T]):
     ``norms``, ``stage``, ``version``, ``paper``); its fields are the arguments that users may give.
     """
 
-    def __init__(self, kind: str, declares: tuple[str, ...] = ()) -> None:
-        """``kind`` is what errors call a component; ``declares`` are the attributes that each must have."""
-        self.kind, self.declares = kind, declares
+    def __init__(self, kind: str, declares: Mapping[str, tuple[str, ...]] | None = None) -> None:
+        """``kind`` is what errors call a component; ``declares`` has what each must declare, and the values it may."""
+        self.kind, self.declares = kind, declares or {}
         self._factories: dict[str, Callable[..., T]] = {}
         self._families: dict[str, Callable[..., T]] = {}
 
@@ -114,18 +115,17 @@ class Registry(Generic[T]):
             raise ConfigError(
                 f"{self.kind} {name!r} makes an object of type {type(component).__name__}; make a callable"
             )
-        missing = [attribute for attribute in self.declares if not hasattr(component, attribute)]
-        if missing:
-            raise ConfigError(
-                f"{self.kind} {name!r} does not declare {', '.join(missing)}; "
-                f"add what the {self.kind} protocol in bench/protocols.py asks for"
-            )
+        for attribute, values in self.declares.items():
+            value = getattr(component, attribute, None)
+            if value not in values:
+                what = f"does not declare {attribute}" if value is None else f"declares {attribute} = {value!r}"
+                raise ConfigError(f"{self.kind} {name!r} {what}; use one of {', '.join(values)}")
 
 
 REQUIRED = "(required)"  # stands for the default of an argument that has none
 
-attacks: Registry[Attack | Learner] = Registry("attack", declares=("access",))
-defenses: Registry[Defense] = Registry("defense", declares=("stage",))
+attacks: Registry[Attack | Learner] = Registry("attack", declares={"access": get_args(Access)})
+defenses: Registry[Defense] = Registry("defense", declares={"stage": get_args(Stage)})
 models: Registry[Architecture] = Registry("model")
 datasets: Registry[DatasetSource] = Registry("data set")
 

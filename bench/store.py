@@ -192,7 +192,9 @@ def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
         content = json.loads(path.read_text())
         stated = content.pop("sha256")
         if content["schema"] != SCHEMA:
-            raise StoreError(f"{path} has schema {content['schema']}, this version reads {SCHEMA}; update parry-bench")
+            raise StoreError(
+                f"{path} has schema {content['schema']}, this version reads {SCHEMA}; use the version that wrote it"
+            )
         if stated != _digest(content):
             raise StoreError(f"{path} was altered after it was written; {remedy}")
         shard = Shard(

@@ -193,3 +193,10 @@ def test_an_edited_user_file_is_another_cell(tmp_path, trained):
     )
     assert fresh[0].cell.key != before.key
     assert fresh[0].cell.weights_hash != before.weights_hash
+
+
+def test_a_defense_at_no_stage_is_refused_and_never_left_out(tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    stage = 'otput'\n    def __call__(self): ...\n")
+    assert "declares stage = 'otput'; use one of data, training, output" in refusal(
+        defense=f"{tmp_path / 'mine.py'}:Mine"
+    )

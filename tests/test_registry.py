@@ -40,7 +40,7 @@ class Den:
 
 @pytest.fixture
 def registry() -> Registry[Any]:
-    registry: Registry[Any] = Registry("animal", declares=("access",))
+    registry: Registry[Any] = Registry("animal", declares={"access": ("scores", "labels")})
     registry("fox")(Fox)
     registry("den")(Den)
 
@@ -120,6 +120,10 @@ class Mine:
 class Mute:
     def __call__(self): return 0
 
+class Confused:
+    access = "score"
+    def __call__(self): return 0
+
 def number(): return 3
 """
 
@@ -129,8 +133,9 @@ def test_a_component_may_live_in_a_file_of_the_user(registry, tmp_path):
     file.write_text(USER_FILE)
     assert registry.create(f"{file}:Mine(legs=6)")() == 6
     assert "has no parameter 'leg'; did you mean 'legs'?" in refusal(registry, f"{file}:Mine(leg=6)")
-    assert "has no 'Mime'; it defines Mine, Mute, number" in refusal(registry, f"{file}:Mime")
-    assert "does not declare access" in refusal(registry, f"{file}:Mute")
+    assert "has no 'Mime'; it defines Mine, Mute, Confused, number" in refusal(registry, f"{file}:Mime")
+    assert "does not declare access; use one of scores, labels" in refusal(registry, f"{file}:Mute")
+    assert "declares access = 'score'; use one of scores, labels" in refusal(registry, f"{file}:Confused")
     assert "of type int" in refusal(registry, f"{file}:number")
     assert f"as in {file}:Name" in refusal(registry, str(file))
 

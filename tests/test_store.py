@@ -140,7 +140,7 @@ def test_damage_is_told_by_file_and_costs_no_other_row(store, damage):
     assert complaint in str(error)
     assert "\n" not in str(error)
     for ask in (store.row, store.missing):
-        with pytest.raises(StoreError, match=r"restore it, or delete it|update"):
+        with pytest.raises(StoreError, match=r"restore it, or delete it|use the version"):
             ask(cell())
     assert store.missing(cell("pgd")) == []
 
