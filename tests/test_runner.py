@@ -61,7 +61,7 @@ def test_batches_and_shards_change_nothing(tmp_path):
 
 def test_the_same_again_runs_nothing_and_more_runs_only_the_new(tmp_path):
     first = grid(attack=["square"], defense=["none"])
-    outcome, store = run_in(tmp_path, first)
+    outcome, _ = run_in(tmp_path, first)
     assert (outcome.ran, outcome.kept, outcome.failed) == (1, 0, 0)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*-*.*")}
     outcome, _ = run_in(tmp_path, first)

@@ -1,0 +1,87 @@
+"""What the benchmarks share: a network, images, and a clock inside the network."""
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bench.data.sources.cifar import Cifar10
+from bench.models import resolve
+from bench.rng import SampleRng
+
+
+class Clocked(nn.Module):
+    """A network that counts its images and the seconds that it takes."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.images, self.seconds = 0, 0.0
+
+    def reset(self) -> None:
+        """Start anew."""
+        self.images, self.seconds = 0, 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        began = _now(x.device)
+        logits: Tensor = self.network(x)
+        self.seconds += _now(x.device) - began
+        self.images += len(x)
+        return logits
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A ResNet-20 in plain float32 and ``x``, ``y`` that it gets right."""
+
+    network: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", type=Path, help="folder that holds cifar10; random images without it")
+    parser.add_argument("--n", type=int, default=200, help="images")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the median counts")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
+
+
+def setting(options: argparse.Namespace) -> Setting:
+    """ResNet-20 with the weights beside the data folder; without one, with random weights on random images.
+
+    Speed does not depend on the weights, but how soon samples fall does.
+    """
+    device = torch.device(options.device)
+    if options.data_dir is None:
+        torch.manual_seed(0)
+        network = resolve("resnet20")(10, (3, 32, 32), None).to(device)
+        x = SampleRng.create(0, torch.arange(options.n), "benchmark").uniform(3, 32, 32).to(device)
+        with torch.no_grad():
+            return Setting(network.requires_grad_(False), x, network(x).argmax(1))
+    weights = "resnet20(weights=cifar10_resnet20.safetensors)"
+    network = resolve(weights)(10, (3, 32, 32), options.data_dir.resolve().parent / "models").to(device)
+    test = Cifar10()(options.data_dir).test.subset(slice(0, 2 * options.n)).to(device)
+    x, y = test.pixels(), test.labels
+    with torch.no_grad():
+        right = torch.cat([network(part) for part in x.split(200)]).argmax(1) == y
+    return Setting(network.requires_grad_(False), x[right][: options.n], y[right][: options.n])
+
+
+def machine(device: str) -> str:
+    """One line about where this runs."""
+    from bench.provenance import provenance
+
+    facts = provenance(torch.device(device))
+    return f"{facts['hardware']}, {facts['threads']} threads, torch {torch.__version__}, {device}"
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
