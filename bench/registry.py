@@ -113,7 +113,7 @@ class Registry(Generic[T]):
         """Whether what a factory made, perhaps in a user's file, can take part at all."""
         if not callable(component):
             raise ConfigError(
-                f"{self.kind} {name!r} makes an object of type {type(component).__name__}; make a callable"
+                f"{self.kind} {name!r} is a {type(component).__name__}; return something callable from it"
             )
         for attribute, values in self.declares.items():
             value = getattr(component, attribute, None)

@@ -136,7 +136,7 @@ def test_a_component_may_live_in_a_file_of_the_user(registry, tmp_path):
     assert "has no 'Mime'; it defines Mine, Mute, Confused, number" in refusal(registry, f"{file}:Mime")
     assert "does not declare access; use one of scores, labels" in refusal(registry, f"{file}:Mute")
     assert "declares access = 'score'; use one of scores, labels" in refusal(registry, f"{file}:Confused")
-    assert "of type int" in refusal(registry, f"{file}:number")
+    assert "is a int; return something callable" in refusal(registry, f"{file}:number")
     assert f"as in {file}:Name" in refusal(registry, str(file))
 
 
