@@ -45,6 +45,9 @@ class TorchAttack:
             if key not in known or key in SET_BY_THE_THREAT:
                 takes = ", ".join(name for name in known if name not in SET_BY_THE_THREAT)
                 raise ConfigError(f"torchattacks' {self.name} has no parameter {key!r}; it takes: {takes or 'nothing'}")
+            default = known[key].default
+            if isinstance(default, int | float) and not isinstance(self.params[key], int | float):
+                raise ConfigError(f"torchattacks' {self.name}: {key} is {self.params[key]!r}; give a number")
         if "eps" not in known:
             raise ConfigError(f"torchattacks' {self.name} has no radius to hold it to; choose one with an eps")
 

@@ -109,7 +109,9 @@ def run(
 def leaderboard(
     folder: Annotated[Path, typer.Argument(help="A results folder.")],
     style: Annotated[str, typer.Option("--format", help="md, csv, latex or json.")] = "md",
-    budget: Annotated[list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated.")] = None,
+    budget: Annotated[
+        list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated; 100 and 1000 by default.")
+    ] = None,
 ) -> None:
     """Print the tables of the rows in a folder."""
     if style not in get_args(Format):
@@ -117,7 +119,7 @@ def leaderboard(
     rows, damaged = Store(folder).rows()
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    print(render(tables(rows, budget or ()), style))  # type: ignore[arg-type]
+    print(render(tables(rows, budget or (100, 1000)), style))  # type: ignore[arg-type]
     for error in damaged:
         _complain(error)
     if damaged:

@@ -13,7 +13,7 @@ from bench.data import Dataset
 from bench.errors import BenchError, ConfigError
 from bench.models import check_logits, resolve
 from bench.models.weights import state_fingerprint
-from bench.protocols import Architecture, Attack, Defense, Learner
+from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.registry import attacks, datasets, defenses, describe
 from bench.rng import SampleRng
 from bench.spec import Spec, parse_chain
@@ -62,7 +62,7 @@ class Loader:
         """The data set that ``text`` names."""
         source = datasets.create(text)
         if text not in self._datasets:
-            self._datasets[text] = source(self.data_dir)
+            self._datasets[text] = _load(text, source, self.data_dir)
         return pin(text, source), self._datasets[text]
 
     def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
@@ -174,8 +174,23 @@ def _check_training(
         raise ConfigError(f"{model} has no weights and {dataset} no training images; give weights or training images")
 
 
+def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
+    """Call a data source, which may be a user's, and see that it gives a data set."""
+    try:
+        data: object = source(data_dir)
+    except TypeError as error:
+        if ".py:" not in text:
+            raise
+        raise ConfigError(f"data set {text!r}: {error}; it is called with the data folder") from error
+    if not isinstance(data, Dataset):
+        raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.data.Dataset")
+    return data
+
+
 def _served_threat(grid: Grid, attack: Attack | Learner) -> Threat:
     norms: frozenset[Norm] = getattr(attack, "norms", frozenset())
+    if not norms:
+        raise ConfigError('this attack does not declare its norms; add norms = frozenset({"linf"}) to it')
     if grid.norm not in norms:
         raise ConfigError(f"this attack works in {', '.join(sorted(norms))}, not in {grid.norm}; change norm or attack")
     return Threat(grid.norm, grid.eps, attack.access, grid.queries)

@@ -81,9 +81,9 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
         rows: what :meth:`bench.store.Store.rows` read.
         budgets: query budgets to show; the largest that the rows have run with is always there.
     """
-    ordered = sorted(rows, key=lambda row: (_learns(row), _title(row)))
+    rows = list(rows)
     result = []
-    for title, group in groupby(ordered, key=_title):
+    for (_, title, *_), group in groupby(sorted(rows, key=_comparable), key=_comparable):
         members = list(group)
         lines = _released_lines(members) if _learns(members[0]) else _served_lines(members, budgets)
         result.append(Table(title, lines))
@@ -208,6 +208,11 @@ def _title(row: Row) -> str:
         return f"{cell.dataset.spec} · {cell.model.spec} · released training data"
     eight_bit = " · 8-bit input" if cell.quantise else ""
     return f"{cell.dataset.spec} · {cell.model.spec} · {cell.threat}{eight_bit}"
+
+
+def _comparable(row: Row) -> tuple[bool, str, str, str]:
+    """Rows compare when all this is equal; two files of weights under one name must not share a table."""
+    return _learns(row), _title(row), row.cell.data_hash, row.cell.weights_hash
 
 
 def _column(row: Row, name: str) -> NDArray[Any]:

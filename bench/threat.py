@@ -58,6 +58,6 @@ def parse_eps(value: str | float) -> float:
 def format_eps(eps: float, norm: Norm) -> str:
     """Write a radius the way the field does: ``8/255`` for whole grey levels in linf, a plain number otherwise."""
     levels = eps * 255
-    if norm == "linf" and eps > 0 and abs(levels - round(levels)) < 1e-6:
+    if norm == "linf" and 0 < eps < math.inf and abs(levels - round(levels)) < 1e-6:
         return f"{round(levels)}/255"
     return f"{eps:g}"

@@ -41,7 +41,13 @@ class FromFile:
         """
         made = _make(Spec.parse(self.spec))
         if not isinstance(made, nn.Module):
-            made = made(classes, shape, model_dir)
+            try:
+                made = made(classes, shape, model_dir)
+            except TypeError as error:
+                raise ConfigError(
+                    f"model {self.spec!r}: {error}; name something that gives a module, or takes "
+                    "(classes, shape, model_dir) and gives one"
+                ) from error
         if not isinstance(made, nn.Module):
             raise ConfigError(f"model {self.spec!r} gave a {type(made).__name__}; return a torch.nn.Module")
         return made.eval()
