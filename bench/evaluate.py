@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from bench.data import Dataset, Split
+from bench.dataset import Dataset, Split
 from bench.grid import Task
 from bench.losses import margin
 from bench.norms import lp_norm

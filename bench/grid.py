@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from bench.cell import Cell, Component
-from bench.data import Dataset
+from bench.dataset import Dataset
 from bench.errors import BenchError, ConfigError
 from bench.models import check_logits, resolve
 from bench.models.weights import state_fingerprint
@@ -183,7 +183,7 @@ def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
             raise
         raise ConfigError(f"data set {text!r}: {error}; it is called with the data folder") from error
     if not isinstance(data, Dataset):
-        raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.data.Dataset")
+        raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.dataset.Dataset")
     return data
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bench import numerics
-from bench.data import Dataset
+from bench.dataset import Dataset
 from bench.errors import StoreError
 from bench.grid import Task
 from bench.models.weights import load_weights

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from bench.data import Dataset, Split
+from bench.dataset import Dataset, Split
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 

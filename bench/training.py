@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.data import Dataset
+from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import per_sample
 from bench.protocols import Job

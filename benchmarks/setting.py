@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.data.sources.cifar import Cifar10
+from bench.data.cifar import Cifar10
 from bench.models import resolve
 from bench.rng import SampleRng
 

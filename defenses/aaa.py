@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from bench.data import Split
+from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses

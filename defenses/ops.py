@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.data import Dataset, Split
+from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.protocols import Job, Stage
 from bench.registry import defenses

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from bench.data import Split
+from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses

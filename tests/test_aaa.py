@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench.data import Split
+from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
 from defenses.aaa import (

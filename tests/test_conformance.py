@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.data import Dataset, Split
+from bench.dataset import Dataset, Split
 from bench.norms import lp_norm
 from bench.oracle import NEVER
 from bench.protocols import Job

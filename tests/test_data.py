@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-import bench.data.sources  # noqa: F401 registers them
-from bench.data import Dataset
+import bench.data  # noqa: F401 registers them
+from bench.dataset import Dataset
 from bench.errors import ConfigError, DataError
 from bench.registry import datasets
 

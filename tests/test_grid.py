@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.cell import Cell, Component
-from bench.data import Dataset
+from bench.dataset import Dataset
 from bench.errors import BenchError
 from bench.grid import Loader, Task, expand, sample_ids
 from bench.registry import load_plugins

@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-import bench.data.sources  # noqa: F401 registers them
-from bench.data import Split
+import bench.data  # noqa: F401 registers them
+from bench.dataset import Split
 from bench.errors import ConfigError, WeightsError
 from bench.models import check_logits, resolve
 from bench.models.resnet import ZeroPadded

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from attacks.learners.standard import Standard
-from bench.data import Dataset, Split
-from bench.data.sources.digits import Digits
+from bench.data.digits import Digits
+from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.norms import lp_norm
 from bench.protocols import Job

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench.data import Split
+from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
 from bench.rng import SampleRng

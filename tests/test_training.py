@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from attacks.learners.standard import Standard
-from bench.data import Dataset
-from bench.data.sources.digits import Digits
+from bench.data.digits import Digits
+from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import lp_norm
 from bench.protocols import Job, Learner

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from bench.data import Dataset
+from bench.dataset import Dataset
 from bench.protocols import Job
 from bench.registry import attacks
 from bench.threat import Access

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from bench.data import Split
+from bench.dataset import Split
 from bench.errors import DataError
 
 

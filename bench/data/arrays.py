@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bench.data import Dataset, Split
-from bench.data.sources.holdout import find, hold_out
+from bench.data.holdout import find, hold_out
+from bench.dataset import Dataset, Split
 from bench.errors import DataError
 from bench.registry import datasets
 

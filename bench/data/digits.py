@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from bench.data import Dataset, Split
+from bench.dataset import Dataset, Split
 from bench.registry import datasets
 
 TRAIN, CALIBRATION = 1000, 297  # of 1,797; the other 500 are the test split

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench.data import Dataset, Split
-from bench.data.sources.holdout import find, held_out
+from bench.data.holdout import find, held_out
+from bench.dataset import Dataset, Split
 from bench.errors import DataError
 from bench.registry import datasets
 

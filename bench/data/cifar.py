@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bench.data import Dataset, Split
-from bench.data.sources.holdout import hold_out, require_folder
+from bench.data.holdout import hold_out, require_folder
+from bench.dataset import Dataset, Split
 from bench.errors import DataError
 from bench.registry import datasets
 
