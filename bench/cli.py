@@ -176,7 +176,8 @@ def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
             "access": "depends" if family else _declared(getattr(factory, "access", None)),
             "norms": [] if isinstance(norms, property) else sorted(norms),
         }
-    return {**entry, "parameters": dict(takes), "paper": _declared(getattr(factory, "paper", ""))}
+    about = (factory.__doc__ or "").splitlines()[0] if family and not hasattr(factory, "paper") else ""
+    return {**entry, "parameters": dict(takes), "paper": about or _declared(getattr(factory, "paper", ""))}
 
 
 def _declared(value: Any) -> str:

@@ -50,7 +50,8 @@ class Share:
         if not self.n:
             return ""
         low, high = self.interval
-        return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+        digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
+        return f"{100 * self.value:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 @dataclass(frozen=True)

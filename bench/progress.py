@@ -21,7 +21,7 @@ class Screen:
             TextColumn("{task.percentage:>3.0f} %"), _Pace(), console=console, transient=True, refresh_per_second=4,
         )  # fmt: skip
         self._bar: TaskID | None = None
-        self._last = (0, 1, "queries")
+        self._last = (0, 1, "")
 
     def __enter__(self) -> "Screen":
         self._progress.start()

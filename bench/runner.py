@@ -25,7 +25,7 @@ class Reporter(Protocol):
         ...
 
     def work(self, done: int, total: int, unit: str) -> None:
-        """So much of the shard in work is done: queries, or epochs of a training run."""
+        """So much of the shard in work is done: epochs of a training, or queries settled, those saved by a fall among them."""
         ...
 
     def finish(self, task: Task, row: Row, seconds: float) -> None:
@@ -118,7 +118,7 @@ def _measure(
     for first in range(0, len(ids), batch_size):
 
         def spent(queries: int, before: int = first * budget) -> None:
-            reporter.work(before + queries, len(ids) * budget, "queries")
+            reporter.work(before + queries, len(ids) * budget, "queries settled")
 
         part = ids[first : first + batch_size]
         tables.append(attack_served(task, searched, plain, part, pipeline.device, spent))

@@ -191,7 +191,7 @@ def test_records_hold_shares_and_their_intervals_between_0_and_1():
 
 def test_markdown_prints_percent_with_intervals():
     text = render(tables([row([5, 20, NEVER, NEVER])]), "md")
-    assert "50.0 [15.0, 85.0]" in text
+    assert "50.0 [15, 85]" in text
     assert text.startswith("### digits · cnn · linf 8/255")
 
 
@@ -215,7 +215,7 @@ def test_no_tables_are_no_error(style):
 
 
 def test_a_summary_says_in_one_phrase_how_a_cell_went():
-    assert summary(row([5, NEVER])) == "clean 100.0 [34.2, 100.0] %, robust @100 50.0 [9.5, 90.5] %"
+    assert summary(row([5, NEVER])) == "clean 100.0 [34, 100] %, robust @100 50.0 [9, 91] %"
     assert summary(row([], asked=2, error="Traceback (most recent call last)\nRuntimeError: boom\n")) == (
         "failed: RuntimeError: boom"
     )

@@ -17,7 +17,7 @@ class Silent:
         self.work_done = []
 
     def work(self, done, total, unit):
-        if unit == "queries":
+        if unit == "queries settled":
             self.work_done.append((done, total))
 
     def finish(self, task, row, seconds):
