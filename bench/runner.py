@@ -25,7 +25,7 @@ class Reporter(Protocol):
         ...
 
     def work(self, done: int, total: int, unit: str) -> None:
-        """So much of the shard in work is done: epochs of a training, or queries settled, those saved by a fall among them."""
+        """So much of the shard in work is done: epochs, or queries settled, among them those that a fall has saved."""
         ...
 
     def finish(self, task: Task, row: Row, seconds: float) -> None:

@@ -15,11 +15,9 @@ from bench.dataset import Dataset, Split
 from bench.norms import lp_norm
 from bench.oracle import NEVER
 from bench.protocols import Job
-from bench.registry import attacks, datasets, defenses, load_plugins, parameters
+from bench.registry import attacks, datasets, defenses, parameters
 from bench.rng import SampleRng
 from tests.problems import attack_with, referee
-
-load_plugins()
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 QUERYING = [
