@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test
+.PHONY: install demo test tables
 
 install: $(VENV)/installed
 
@@ -19,3 +19,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The committed tables, from the committed rows.
+tables: install
+	$(BIN)/bench leaderboard leaderboards/cifar10-query --budget 100 --budget 1000 > leaderboards/cifar10-query.md

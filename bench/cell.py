@@ -61,6 +61,19 @@ class Cell:
         """The chain as it is written in a suite."""
         return " + ".join(component.spec for component in self.defense) or "none"
 
+    @property
+    def learns(self) -> bool:
+        """Whether the attack trains on released data; otherwise it queries a served model."""
+        return self.threat.access == "training-data"
+
+    @property
+    def setting(self) -> str:
+        """What cells of one table have in common: data set, model and threat."""
+        place = f"{self.dataset.spec} · {self.model.spec}"
+        if self.learns:
+            return f"{place} · released training data"
+        return f"{place} · {self.threat}" + (" · 8-bit input" if self.quantise else "")
+
     def __str__(self) -> str:
         parts = (self.dataset.spec, self.model.spec, self.defense_name, self.attack.spec)
         return f"{' | '.join(parts)} | seed {self.seed}"

@@ -211,28 +211,32 @@ def _markdown(rows: Any, budgets: Any) -> str:
 
 
 def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "defense", "attack", "threat"):
-        table.add_column(column, overflow="fold")
-    for column in ("samples", "queries at most", "time at most"):
-        table.add_column(column, justify="right")
-    for plan in plans:
-        cell = plan.task.cell
-        cost = "training" if plan.task.learns else duration(plan.seconds)
-        time = cost if plan.samples else "done"
-        training = " + training" if plan.task.trains and plan.samples else ""
-        table.add_row(
-            cell.model.spec, cell.defense_name, cell.attack.spec, str(cell.threat),
-            str(plan.samples), f"{plan.queries:,}", time + training,
-        )  # fmt: skip
-    console.print(table)
+    for setting in dict.fromkeys(plan.task.cell.setting for plan in plans):
+        table = Table(box=None, pad_edge=False, header_style="bold", title=setting, title_justify="left")
+        for column in ("defense", "attack"):
+            table.add_column(column, overflow="fold")
+        for column in ("samples", "queries ≤", "time ≤"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for plan in plans:
+            cell = plan.task.cell
+            if cell.setting == setting:
+                time = _time(plan) if plan.samples else "done"
+                table.add_row(cell.defense_name, cell.attack.spec, str(plan.samples), f"{plan.queries:,}", time)
+        console.print(table)
+        console.print()
     cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
     queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds for plan in plans)
     console.print(
-        f"\n{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
+        f"{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
         "training aside; nothing was run",
         soft_wrap=True,
     )
+
+
+def _time(plan: Estimate) -> str:
+    if plan.task.learns:
+        return "training"
+    return ("training + " if plan.task.trains else "") + duration(plan.seconds)
 
 
 def _say_whose_code(tasks: list[Task]) -> None:

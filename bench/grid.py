@@ -38,7 +38,7 @@ class Task:
     @property
     def learns(self) -> bool:
         """Whether the attack trains on released data; otherwise it queries a served model."""
-        return self.attack.access == "training-data"
+        return self.cell.learns
 
     @property
     def trains(self) -> bool:

@@ -23,7 +23,7 @@ MARKS = {
     "invalid": ("!", "the model answered NaN or infinity; never ranked"),
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "foreign attack whose samples are not independent of their batch"),
-    "random": ("~", "random defense: final is the majority of 16 fresh evaluations, @ counts the first lucky query"),
+    "random": ("~", "random defense: @ counts the first lucky query; final, its 16 repeats, flatters: the search is over"),
 }
 UNRANKED = {"limited", "incomplete", "failed", "invalid"}
 
@@ -73,6 +73,7 @@ class Table:
 
     title: str
     lines: list[Line]
+    origin: str = ""  # hardware, version and commit that the rows come from
 
 
 def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
@@ -86,8 +87,8 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
     result = []
     for (_, title, *_), group in groupby(sorted(rows, key=_comparable), key=_comparable):
         members = list(group)
-        lines = _released_lines(members) if _learns(members[0]) else _served_lines(members, budgets)
-        result.append(Table(title, lines))
+        lines = _released_lines(members) if members[0].cell.learns else _served_lines(members, budgets)
+        result.append(Table(title, lines, _origin(members)))
     return result
 
 
@@ -102,14 +103,14 @@ def render(tables: Sequence[Table], style: Format) -> str:
     for table in tables:
         frame = _frame(table)
         if style == "latex":
-            caption = _latex_text(table.title + " " + _legend(table, latex=True))
+            caption = _latex_text(" ".join((f"{table.title}.", _legend(table, latex=True), table.origin)))
             frame = frame.map(lambda text: _latex_text(str(text)))
             frame.columns = [_latex_text(name) for name in frame.columns]
             parts.append(frame.to_latex(index=False, escape=False, caption=caption, position="ht"))
         else:
-            legend = _legend(table)
+            notes = "  \n".join(filter(None, (_legend(table), table.origin)))
             body = frame.to_markdown(index=False, disable_numparse=True)
-            parts.append(f"### {table.title}\n\n{body}\n" + (f"\n{legend}\n" if legend else ""))
+            parts.append(f"### {table.title}\n\n{body}\n\n{notes}\n")
     return "\n".join(parts)
 
 
@@ -117,7 +118,7 @@ def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
         return "failed: " + row.errors[-1].strip().splitlines()[-1]
-    if _learns(row):
+    if row.cell.learns:
         return f"test accuracy {_test_share(row)} %"
     budget = row.cell.threat.query_budget or 0
     return f"clean {_clean(row)} %, robust @{budget} {_robust(row, budget)} %"
@@ -199,21 +200,21 @@ def _ranks(right: dict[str, NDArray[np.bool_]]) -> dict[str, int]:
     return ranks
 
 
-def _learns(row: Row) -> bool:
-    return row.cell.threat.access == "training-data"
-
-
-def _title(row: Row) -> str:
-    cell = row.cell
-    if _learns(row):
-        return f"{cell.dataset.spec} · {cell.model.spec} · released training data"
-    eight_bit = " · 8-bit input" if cell.quantise else ""
-    return f"{cell.dataset.spec} · {cell.model.spec} · {cell.threat}{eight_bit}"
+def _origin(rows: list[Row]) -> str:
+    """Where the rows were measured, and by which code."""
+    facts = [shard.provenance for row in rows for shard in row.shards if shard.provenance]
+    hardware = sorted({f"{fact['hardware']}, {fact['device']}" for fact in facts})
+    code = sorted(
+        {f"Parry {fact['parry']} at {fact['commit'][:8]}, torch {fact['libraries']['torch']}" for fact in facts}
+    )
+    days = sorted({fact["finished"][:10] for fact in facts})
+    return f"Measured on {'; '.join(hardware)}; {'; '.join(code)}; {' and '.join(days)}." if facts else ""
 
 
 def _comparable(row: Row) -> tuple[bool, str, str, str]:
     """Rows compare when all this is equal; two files of weights under one name must not share a table."""
-    return _learns(row), _title(row), row.cell.data_hash, row.cell.weights_hash
+    cell = row.cell
+    return cell.learns, cell.setting, cell.data_hash, cell.weights_hash
 
 
 def _column(row: Row, name: str) -> NDArray[Any]:

@@ -1,0 +1,37 @@
+"""The committed rows are whole, and the committed tables are made of them and of nothing else."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.leaderboard import render, tables
+from bench.store import Store
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = sorted(path for path in (ROOT / "leaderboards").iterdir() if path.is_dir() and path.name != "published")
+BUDGETS = {"cifar10-query": (100, 1000)}
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
+class TestCommittedRows:
+    def test_every_row_is_complete_and_untouched(self, folder):
+        rows, damaged = Store(folder).rows()
+        assert not damaged
+        assert rows
+        for row in rows:
+            assert row.complete
+            assert not row.errors
+            assert not row.cell.limited
+            assert len(row.cell.ids) >= 200
+            assert all(not shard.provenance["commit"].endswith("-dirty") for shard in row.shards)
+
+    def test_the_table_is_made_of_the_rows(self, folder):
+        rows, _ = Store(folder).rows()
+        table = render(tables(rows, BUDGETS[folder.name]), "md")
+        assert (ROOT / "leaderboards" / f"{folder.name}.md").read_text() == table + "\n"
+
+    def test_the_readme_shows_the_table(self, folder):
+        table = (ROOT / "leaderboards" / f"{folder.name}.md").read_text()
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        readme = (ROOT / "README.md").read_text()
+        assert all(line in readme for line in lines)
