@@ -66,8 +66,12 @@ def run(
         Path | None, typer.Option(envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder.")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images in one forward.")] = 256,
-    shard_size: Annotated[int, typer.Option(min=1, help="Samples stored at once; a kill costs one shard.")] = 256,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in one forward; 256 on a CPU, 1024 on a GPU.")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples stored at once, the cost of a kill; 100, or 1000 on a GPU.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -80,6 +84,8 @@ def run(
     }  # fmt: skip
     plan = load_suite(suite, overrides)
     where = _device(device)
+    batch_size = batch_size or (1024 if where.type == "cuda" else 256)
+    shard_size = shard_size or (1000 if where.type == "cuda" else 100)
     if model_dir is None and data_dir is not None:
         model_dir = data_dir.resolve().parent / "models"
     _say_whose_code(tasks := expand(plan, Loader(data_dir, model_dir), limit))

@@ -23,7 +23,7 @@ MARKS = {
     "invalid": ("!", "the model answered NaN or infinity; never ranked"),
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "foreign attack whose samples are not independent of their batch"),
-    "random": ("~", "random defense: @ counts the first lucky query; final, its 16 repeats, flatters: the search is over"),
+    "random": ("~", "random defense: @ counts the first lucky query; final, 16 repeats of it, flatters the defense"),
 }
 UNRANKED = {"limited", "incomplete", "failed", "invalid"}
 

@@ -4,6 +4,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import pandas as pd
@@ -25,7 +26,7 @@ class Reporter(Protocol):
         ...
 
     def work(self, done: int, total: int, unit: str) -> None:
-        """So much of the shard in work is done: epochs, or queries settled, among them those that a fall has saved."""
+        """So much of the cell in work is done: epochs, or queries settled, among them those that a fall has saved."""
         ...
 
     def finish(self, task: Task, row: Row, seconds: float) -> None:
@@ -61,10 +62,12 @@ def run(
             continue
         reporter.start(task, len(todo))
         started = time.perf_counter()
-        fine = True
+        fine, ended = True, 0
         # A learner's training serves all samples at once.
         for start, stop in stretches(todo, len(task.cell.ids) if task.learns else shard_size):
-            fine &= _run_shard(task, start, stop, store, pipeline, batch_size, reporter)
+            count = _Count(reporter, task.cell.threat.query_budget or 0, ended, len(todo))
+            fine &= _run_shard(task, start, stop, store, pipeline, batch_size, count)
+            ended += stop - start
         ran += fine
         failed += not fine
         reporter.finish(task, store.row(task.cell), time.perf_counter() - started)
@@ -83,13 +86,13 @@ def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _run_shard(
-    task: Task, start: int, stop: int, store: Store, pipeline: Pipeline, batch_size: int, reporter: Reporter
+    task: Task, start: int, stop: int, store: Store, pipeline: Pipeline, batch_size: int, count: "_Count"
 ) -> bool:
     """Measure one shard and store it; False if it failed."""
     began = time.perf_counter()
     shard = Shard(task.cell, start, stop)
     try:
-        records, figures = _measure(task, start, stop, pipeline, batch_size, reporter)
+        records, figures = _measure(task, start, stop, pipeline, batch_size, count)
     except BenchError:
         raise
     except Exception:  # whatever a component raises becomes a failed row, never a lost grid
@@ -100,29 +103,38 @@ def _run_shard(
 
 
 def _measure(
-    task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, reporter: Reporter
+    task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, count: "_Count"
 ) -> tuple[pd.DataFrame, dict[str, float]]:
     ids = list(task.cell.ids[start:stop])
-
-    def training(done: int, total: int) -> None:
-        reporter.work(done, total, "epochs")
-
     if task.learns:
-        released = pipeline.released(task, training)
-        return learn_released(task, released, ids, pipeline.job(task, training), task.build)
+        released = pipeline.released(task, count.epochs)
+        return learn_released(task, released, ids, pipeline.job(task, count.epochs), task.build)
 
-    pipeline.train(task, training)
+    pipeline.train(task, count.epochs)
     searched, plain = pipeline.served(task, task.cell.numerics), pipeline.served(task, "plain")
-    budget = task.cell.threat.query_budget or 0
     tables = []
     for first in range(0, len(ids), batch_size):
-
-        def spent(queries: int, before: int = first * budget) -> None:
-            reporter.work(before + queries, len(ids) * budget, "queries settled")
-
         part = ids[first : first + batch_size]
-        tables.append(attack_served(task, searched, plain, part, pipeline.device, spent))
+        tables.append(attack_served(task, searched, plain, part, pipeline.device, partial(count.queries, first)))
     return pd.concat(tables, ignore_index=True), {}
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Tells a reporter how far a cell is: ``ended`` of its ``samples`` are, the others may still cost ``budget``."""
+
+    reporter: Reporter
+    budget: int
+    ended: int
+    samples: int
+
+    def epochs(self, done: int, total: int) -> None:
+        self.reporter.work(done, total, "epochs")
+
+    def queries(self, first: int, settled: int) -> None:
+        """``settled`` queries of the batch that starts at sample ``first`` of the shard."""
+        done = (self.ended + first) * self.budget + settled
+        self.reporter.work(done, self.samples * self.budget, "queries settled")
 
 
 def _ended(
