@@ -20,6 +20,7 @@ from bench.numerics import Numerics
 from bench.protocols import Job
 from bench.registry import attacks
 from bench.served import ServedModel
+from bench.store import replace_file
 
 Progress = Callable[[int, int], None]
 
@@ -76,9 +77,8 @@ class Pipeline:
         network = recipe(task.build, self.released(task, progress), self.job(task, progress))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = path.with_suffix(".tmp")
-            save_file({name: value.contiguous() for name, value in network.cpu().state_dict().items()}, beside)
-            beside.replace(path)
+            weights = {name: value.contiguous() for name, value in network.cpu().state_dict().items()}
+            replace_file(path, lambda beside: save_file(weights, beside))
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
         return network

@@ -80,7 +80,7 @@ class Store:
         """Make the folder and try it, before slow work starts."""
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            _replace(self.root / ".writable", lambda path: path.write_text("parry\n"))
+            replace_file(self.root / ".writable", lambda path: path.write_text("parry\n"))
             (self.root / ".writable").unlink(missing_ok=True)
         except OSError as error:
             raise StoreError(f"cannot write to {self.root}: {error.strerror or error}; choose another --out") from None
@@ -161,7 +161,7 @@ class Store:
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            _replace(path, write)
+            replace_file(path, write)
         except OSError as error:
             raise StoreError(
                 f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
@@ -231,7 +231,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
