@@ -3,7 +3,7 @@
 The margin of the two best classes is mirrored inside intervals of fixed width, so a step towards the decision boundary
 is reported as a step away from it; the confidence is kept at a calibrated value. Chen et al., NeurIPS 2022.
 
-A form of AAA is a target for the margin, here :func:`linear_target`; everything else is the same for all.
+A form of AAA is a target for the margin, :func:`linear_target` or :func:`sine_target`; everything else is the same.
 """
 
 import math
@@ -19,6 +19,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
+from bench.rng import SampleRng
 
 Target = Callable[[Tensor], Tensor]  # margins (B,) >= 0 to the margins to report
 Solver = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # logits, target margin, target confidence, beta
@@ -31,33 +32,25 @@ TEMPERATURES = [10 ** (step / 100) for step in range(-100, 101)]
 ECE_BINS = 15
 
 
-@defenses("aaa-linear")
 @dataclass(frozen=True, kw_only=True)
-class AAALinear:
-    """Report margins mirrored in the middle of each interval, at a calibrated confidence.
+class _AAA:
+    """What all forms of AAA share; a form adds its target and the parameters of that.
 
-    ``interval`` is the paper's tau, ``step`` its alpha (1 mirrors exactly) and ``calibration_weight`` its beta.
-    ``temperature`` divides the logits that the confidence is taken from; ``"tuned"`` picks the one that minimises the
-    calibration error on the calibration split (:func:`tuned_temperature`).
+    ``interval`` is the paper's tau and ``calibration_weight`` its beta. ``temperature`` divides the logits that the
+    confidence is taken from; ``"tuned"`` picks the one that minimises the calibration error on the calibration split
+    (:func:`tuned_temperature`).
 
-    The ``exact`` solver minimises the loss in closed form and never changes a decision; ``as-released`` is the authors'
-    100 steps of Adam, which may swap the classes of a small margin. The released class has tau 4, its command line 6.
-
-    Gradients pass through the edit as if it were the identity (BPDA, Athalye et al., 2018), so a white-box attack meets
-    the network itself and not a masked gradient.
-
-    Source:
-        Chen et al., NeurIPS 2022, arXiv:2205.12134, and the released ``victim.py``.
-
-    Raises:
-        ConfigError: an interval or a temperature that is not positive, or a negative weight.
+    ``offset`` moves the borders of the intervals from multiples of ``interval`` up to ``offset`` + multiples, with one
+    shorter interval from 0 to ``offset``. ``"secret"`` draws it for each deployment from the cell's seed, uniformly
+    below ``interval``: an attacker who knows the method and ``interval`` can undo a mirror only where its centre is
+    known. It is ours, not the paper's; queries can still find the borders out.
     """
 
     solver: SolverName = "exact"
     interval: float = 6.0
-    step: float = 1.0
     calibration_weight: float = 5.0
     temperature: float | Literal["tuned"] = 1.0
+    offset: float | Literal["secret"] = 0.0
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
@@ -70,6 +63,15 @@ class AAALinear:
                 raise ConfigError(f"{name} is {value}; it is positive and finite")
         if not 0 <= self.calibration_weight < math.inf:
             raise ConfigError(f"calibration_weight is {self.calibration_weight}; it is zero or more")
+        if self.offset != "secret" and not 0 <= self.offset < self.interval:
+            raise ConfigError(
+                f"offset is {self.offset}; intervals repeat, so give 0 or more and less than interval {self.interval}, "
+                "or 'secret'"
+            )
+
+    def target(self, offset: float) -> Target:
+        """What margins are reported as, with the intervals moved by ``offset``."""
+        raise NotImplementedError
 
     def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
         """The served model: deterministic, each row by itself, in the dtype and on the device of the logits.
@@ -77,12 +79,70 @@ class AAALinear:
         Raises:
             ConfigError: the temperature is to be tuned and there are no calibration images.
         """
-        target = partial(linear_target, interval=self.interval, step=self.step)
+        offset = secret_offset(seed, self.interval) if self.offset == "secret" else self.offset
+        target = self.target(offset)
         temperature = self.temperature
         if temperature == "tuned":
             logits, labels = _calibration_logits(model, calibration)
             temperature = tuned_temperature(logits, labels, target, self.calibration_weight)
         return PostProcessed(model, target, SOLVERS[self.solver], self.calibration_weight, temperature).eval()
+
+
+@defenses("aaa-linear")
+@dataclass(frozen=True, kw_only=True)
+class AAALinear(_AAA):
+    """Report margins mirrored in the middle of each interval, at a calibrated confidence.
+
+    ``interval`` is the paper's tau, ``step`` its alpha (1 mirrors exactly) and ``calibration_weight`` its beta.
+    ``temperature`` divides the logits that the confidence is taken from; ``"tuned"`` picks the one that minimises the
+    calibration error on the calibration split. ``offset`` moves the borders of the intervals, ``"secret"`` by a draw
+    from the cell's seed, so that knowing ``interval`` is not enough to mirror the margins back.
+
+    The ``exact`` solver minimises the loss in closed form and never changes a decision; ``as-released`` is the authors'
+    100 steps of Adam, which may swap the classes of a small margin. The released class has tau 4, its command line 6.
+
+    Gradients pass through the edit as if it were the identity (BPDA, Athalye et al., 2018), so a white-box attack meets
+    the network itself and not a masked gradient.
+
+    Source:
+        Chen et al., NeurIPS 2022, arXiv:2205.12134, and the released ``victim.py``.
+
+    Raises:
+        ConfigError: an interval or a temperature that is not positive, a negative weight, or an offset beyond one
+            interval.
+    """
+
+    step: float = 1.0
+
+    def target(self, offset: float) -> Target:
+        """:func:`linear_target` with the parameters of this form."""
+        return partial(linear_target, interval=self.interval, step=self.step, offset=offset)
+
+
+@defenses("aaa-sine")
+@dataclass(frozen=True, kw_only=True)
+class AAASine(_AAA):
+    """Report margins bent by a sine in each interval, with none of the jumps of ``aaa-linear``.
+
+    ``amplitude`` is the sine's, in intervals; the authors' code fixes it at 0.7. All else is as in ``aaa-linear``.
+
+    Source:
+        Chen et al., NeurIPS 2022, arXiv:2205.12134, and the released ``victim.py``.
+
+    Raises:
+        ConfigError: as ``aaa-linear``, or a negative amplitude.
+    """
+
+    amplitude: float = 0.7
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.amplitude < math.inf:
+            raise ConfigError(f"amplitude is {self.amplitude}; it is zero (margins as they are) or more, and finite")
+
+    def target(self, offset: float) -> Target:
+        """:func:`sine_target` with the parameters of this form."""
+        return partial(sine_target, interval=self.interval, amplitude=self.amplitude, offset=offset)
 
 
 class PostProcessed(nn.Module):
@@ -104,18 +164,38 @@ class PostProcessed(nn.Module):
         return _StraightThrough.apply(logits, edited)  # type: ignore[no-any-return]
 
 
-def attractor(margin: Tensor, interval: float) -> Tensor:
-    """The centre of the interval [k tau, (k + 1) tau) that holds each margin.
+def attractor(margin: Tensor, interval: float, offset: float = 0.0) -> Tensor:
+    """The centre of the interval [offset + k tau, offset + (k + 1) tau) or [0, offset) that holds each margin.
 
-    The released code rounds half to even, which gives the same except exactly at a border.
+    The first interval ends at 0 because no margin is below: around a centre there, targets would be negative, all
+    reported as the smallest margin, and the plateau would give the offset away. The released code, without an offset,
+    rounds half to even, which gives the same except exactly at a border.
     """
-    return (torch.floor(margin / interval) + 0.5) * interval
+    centre = offset + (torch.floor((margin - offset) / interval) + 0.5) * interval
+    return centre.where(margin >= offset, offset / 2)
 
 
-def linear_target(margin: Tensor, interval: float, step: float) -> Tensor:
+def linear_target(margin: Tensor, interval: float, step: float, offset: float = 0.0) -> Tensor:
     """Each margin on the other side of its attractor, ``step`` times as far from it."""
-    centre = attractor(margin, interval)
+    centre = attractor(margin, interval, offset)
     return centre - step * (margin - centre)
+
+
+def sine_target(margin: Tensor, interval: float, amplitude: float, offset: float = 0.0) -> Tensor:
+    """Each margin less ``amplitude`` intervals times the sine of its phase around its attractor.
+
+    It is continuous: at a border the sine is 0. With the released amplitude 0.7 the target falls, with slopes down to
+    1 - 1.4 pi, for the 42.7 % of an interval around the attractor, rises elsewhere, with slopes up to 1 + 1.4 pi, and
+    is positive for every positive margin.
+    """
+    width = torch.full_like(margin, interval).where(margin >= offset, offset)  # of the interval that holds the margin
+    phase = 2 * math.pi * (margin - attractor(margin, interval, offset)) / width
+    return margin - amplitude * width * torch.sin(phase)
+
+
+def secret_offset(seed: int, interval: float) -> float:
+    """An offset for the deployment of ``seed``, uniform on [0, interval)."""
+    return interval * SampleRng.create(seed, torch.zeros(1, dtype=torch.int64), "aaa offset").uniform().item()
 
 
 def top_margin(logits: Tensor) -> Tensor:
@@ -155,7 +235,8 @@ def exact_optimum(
     candidates = torch.stack((start, up, down), dim=1)  # (B, 3)
     low, high = (candidates - level).sigmoid(), candidates.sigmoid()
     confidence = target_confidence[:, None].clamp(low, high)
-    loss = (candidates - target_margin[:, None]).abs() + beta * (confidence - target_confidence[:, None]).abs()
+    # Up to what no M can mend, -min(m*, 0): added to a large one, differences would round away.
+    loss = (candidates - start[:, None]).abs() + beta * (confidence - target_confidence[:, None]).abs()
     best = loss.argmin(dim=1, keepdim=True)
     return candidates.gather(1, best).squeeze(1), confidence.gather(1, best).squeeze(1)
 

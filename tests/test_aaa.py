@@ -13,12 +13,15 @@ from defenses.aaa import (
     RELEASED_BATCH,
     TIE_BREAK,
     AAALinear,
+    AAASine,
     adam_logits,
     attractor,
     exact_logits,
     exact_optimum,
     expected_calibration_error,
     linear_target,
+    secret_offset,
+    sine_target,
     top_confidence,
     top_margin,
     tuned_temperature,
@@ -76,6 +79,72 @@ def test_the_linear_target_falls_with_slope_minus_alpha(step):
     margins = torch.linspace(6.0, 11.9, 60, dtype=torch.float64)
     slope = linear_target(margins, 6.0, step).diff() / margins.diff()
     torch.testing.assert_close(slope, torch.full_like(slope, -step))
+
+
+# Where the slope 1 - 1.4 pi cos(2 pi u) of the target changes its sign.
+TURN = math.acos(1 / (1.4 * math.pi)) / (2 * math.pi)
+INSIDE = torch.linspace(-0.5, 0.5, 100_001, dtype=torch.float64)[1:-1]  # distances to an attractor, in intervals
+
+
+def test_the_sine_target_stays_in_its_interval_and_turns_just_inside_its_ends():
+    first = sine_target(6 * (INSIDE + 0.5), 6.0, 0.7) / 6
+    assert ((first > 0) & (first < 1)).all()
+    turns = sine_target(6 * torch.tensor([0.5 - TURN, 0.5 + TURN], dtype=torch.float64), 6.0, 0.7) / 6
+    assert turns.tolist() == pytest.approx([0.968, 0.032], abs=5e-4)
+    bent = first[INSIDE.abs() <= TURN]
+    assert bent.max().item() == pytest.approx(turns[0].item(), abs=1e-6)
+    assert bent.min().item() == pytest.approx(turns[1].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0.0, 1.0, 4.7])
+def test_the_sine_target_bends_and_never_jumps(shift):
+    margins = torch.linspace(0, 20, 200_001, dtype=torch.float64)
+    target = sine_target(margins, 6.0, 0.7, shift)
+    slope = target.diff() / margins.diff()
+    assert slope.min().item() == pytest.approx(1 - 1.4 * math.pi, abs=1e-3)  # at the attractors
+    assert slope.max().item() == pytest.approx(1 + 1.4 * math.pi, abs=1e-3)  # at the borders, where others jump
+    assert (target[1:] > 0).all()
+    borders = shift + 6.0 * torch.arange(3, dtype=torch.float64)
+    torch.testing.assert_close(sine_target(borders, 6.0, 0.7, shift), borders, rtol=1e-12, atol=1e-12)
+
+
+def test_the_sine_target_turns_the_trend_of_less_than_half_and_the_side_of_four_fifths():
+    target = sine_target(6 + 6 * (INSIDE + 0.5), 6.0, 0.7)
+    falls = (target.diff() < 0).double().mean().item()
+    assert falls == pytest.approx(2 * TURN, abs=1e-4)
+    assert falls == pytest.approx(0.427, abs=1e-3)
+    flipped = ((target - 9) * INSIDE < 0).double().mean().item()
+    assert flipped == pytest.approx(0.805, abs=1e-3)
+
+
+def test_a_sine_of_no_amplitude_is_the_identity():
+    margins = torch.linspace(0, 20, 100, dtype=torch.float64)
+    assert torch.equal(sine_target(margins, 6.0, 0.0, 2.5), margins)
+
+
+@pytest.mark.parametrize("interval", [0.1, 4.0, 6.0])
+def test_no_offset_is_the_plain_grid_bit_for_bit(interval):
+    margins = top_margin(random_logits(100_000, 10))
+    plain = (torch.floor(margins / interval) + 0.5) * interval
+    assert torch.equal(attractor(margins, interval, 0.0), plain)
+    assert torch.equal(linear_target(margins, interval, 1.3, 0.0), plain - 1.3 * (margins - plain))
+
+
+def test_an_offset_moves_every_border_and_leaves_one_short_interval():
+    margins = torch.tensor([0.0, 1.99, 2.0, 7.99, 8.0, 13.99], dtype=torch.float64)
+    assert attractor(margins, 6.0, 2.0).tolist() == [1, 1, 5, 5, 11, 11]
+    inside = torch.linspace(0.01, 1.99, 100, dtype=torch.float64)
+    mirrored = linear_target(inside, 6.0, 1.0, 2.0)
+    assert ((mirrored > 0) & (mirrored < 2)).all()
+    torch.testing.assert_close(linear_target(mirrored, 6.0, 1.0, 2.0), inside)
+
+
+def test_secret_offsets_follow_the_seed_and_fill_the_interval():
+    offsets = torch.tensor([secret_offset(seed, 6.0) for seed in range(400)], dtype=torch.float64)
+    assert secret_offset(7, 6.0) == offsets[7].item()
+    assert ((offsets >= 0) & (offsets < 6)).all()
+    assert offsets.mean().item() == pytest.approx(3, abs=4 * 6 / 12**0.5 / 400**0.5)
+    assert len(offsets.unique()) == 400
 
 
 # --- the exact solver
@@ -190,6 +259,28 @@ def test_a_confidence_of_one_is_no_trouble():
     assert torch.equal(out.argmax(1), logits.argmax(1))
 
 
+@pytest.mark.parametrize("wanted", [-1e30, -12.0, -1e-9, 0.0, 50.0, 1e30])
+def test_a_target_that_no_margin_attains_costs_no_decision(wanted):
+    logits = random_logits(1_000, 10)
+    confidence = top_confidence(logits, 1.0)
+    out = exact_logits(logits, torch.full((1_000,), wanted, dtype=torch.float64), confidence, BETA)
+    assert out.isfinite().all()
+    assert torch.equal(out.argmax(1), logits.argmax(1))
+    level = exact_logits(logits, torch.zeros(1_000, dtype=torch.float64), confidence, BETA)
+    if wanted <= 0:  # below zero all targets are alike
+        torch.testing.assert_close(out, level)
+
+
+@pytest.mark.parametrize("form", ["aaa-linear(step=2)", "aaa-sine", "aaa-sine(amplitude=3)"])
+@pytest.mark.parametrize("offset", ["0", "1.5", "secret"])
+def test_no_form_and_no_offset_changes_a_decision(form, offset):
+    logits = random_logits(20_000, 10)
+    form = f"{form.removesuffix(')')}{', ' if '(' in form else '('}offset={offset})"
+    out = defenses.create(form)(Scores(), NOTHING, 3)(logits[:, None, None])
+    assert out.isfinite().all()
+    assert torch.equal(out.argmax(1), logits.argmax(1))
+
+
 # --- against the released solver
 
 
@@ -265,6 +356,31 @@ def test_a_step_towards_the_border_is_reported_as_a_step_away(solver):
     assert reported[0] > reported[-1] + 2.9
 
 
+def test_knowing_the_interval_undoes_the_mirror_unless_the_offset_is_secret():
+    # Of 1,000 classes, at intervals of 4, nearly every margin and confidence go together.
+    logits = random_logits(2_000, 1_000)
+    true = top_margin(logits)
+
+    def recovered(offset: float | str) -> Tensor:
+        served = AAALinear(interval=4.0, offset=offset)(Scores(), NOTHING, 1)
+        return linear_target(top_margin(served(logits[:, None, None])), 4.0, 1.0)
+
+    assert ((recovered(0.0) - true).abs() < 1e-3).double().mean() > 0.9
+    assert ((recovered("secret") - true).abs() < 1e-3).double().mean() < 0.05
+
+
+@pytest.mark.parametrize("form", [AAALinear, AAASine])
+def test_a_secret_offset_is_one_for_each_deployment(form):
+    logits = random_logits(100, 10)[:, None, None]
+
+    def answers(seed: int) -> Tensor:
+        return form(offset="secret")(Scores(), NOTHING, seed)(logits)
+
+    assert torch.equal(answers(1), answers(1))
+    assert not torch.equal(answers(1), answers(2))
+    assert torch.equal(form(offset=secret_offset(1, 6.0))(Scores(), NOTHING, 0)(logits), answers(1))
+
+
 def calibration_split(count: int) -> Split:
     """Overconfident logits, scaled to fit in [0, 1]: labels follow a softmax at twice the temperature of ``Sharp``."""
     rng = torch.Generator().manual_seed(0)
@@ -312,8 +428,12 @@ def test_calibration_error_of_known_bins():
 
 
 def test_settings_that_cannot_be_meant_are_refused():
-    for text in ("interval=0", "temperature=0", "temperature=warm", "calibration_weight=-1", "solver=newton"):
-        with pytest.raises(ConfigError):
-            defenses.create(f"aaa-linear({text})")
+    shared = ("interval=0", "temperature=0", "temperature=warm", "calibration_weight=-1", "solver=newton")
+    for text in (*shared, "offset=6", "offset=-1", "offset=hidden"):
+        for form in ("aaa-linear", "aaa-sine"):
+            with pytest.raises(ConfigError):
+                defenses.create(f"{form}({text})")
+    with pytest.raises(ConfigError, match="amplitude is -1"):
+        defenses.create("aaa-sine(amplitude=-1)")
     with pytest.raises(ConfigError, match="no calibration images"):
         AAALinear(temperature="tuned")(Scores(), NOTHING, 0)
