@@ -161,7 +161,7 @@ class PostProcessed(nn.Module):
         plain = logits.detach()
         margin, confidence = self.target(top_margin(plain)), top_confidence(plain, self.temperature)
         edited = self.solver(plain, margin, confidence, self.calibration_weight)
-        return _StraightThrough.apply(logits, edited)  # type: ignore[no-any-return]
+        return straight_through(logits, edited)
 
 
 def attractor(margin: Tensor, interval: float, offset: float = 0.0) -> Tensor:
@@ -386,6 +386,11 @@ def _calibration_logits(model: nn.Module, calibration: Split) -> tuple[Tensor, T
         batches = torch.split(torch.arange(len(split), device=device), 256)
         logits = torch.cat([model(split.pixels(rows)) for rows in batches])
     return logits, split.labels
+
+
+def straight_through(logits: Tensor, edited: Tensor) -> Tensor:
+    """``edited`` to the last bit, with the gradient of ``logits``: the edit is taken for the identity (BPDA)."""
+    return _StraightThrough.apply(logits, edited)  # type: ignore[no-any-return]
 
 
 class _StraightThrough(torch.autograd.Function):
