@@ -83,7 +83,7 @@ class _AAA:
         target = self.target(offset)
         temperature = self.temperature
         if temperature == "tuned":
-            logits, labels = _calibration_logits(model, calibration)
+            logits, labels = calibration_logits(model, calibration)
             temperature = tuned_temperature(logits, labels, target, self.calibration_weight)
         return PostProcessed(model, target, SOLVERS[self.solver], self.calibration_weight, temperature).eval()
 
@@ -376,7 +376,7 @@ def _loss_gradient(z: Tensor, best: Tensor, margin: Tensor, confidence: Tensor, 
     return gradient.scatter_add_(1, classes, torch.cat((push, -push), dim=1))
 
 
-def _calibration_logits(model: nn.Module, calibration: Split) -> tuple[Tensor, Tensor]:
+def calibration_logits(model: nn.Module, calibration: Split) -> tuple[Tensor, Tensor]:
     """The logits of ``model`` on the calibration split, and its labels, where the model is."""
     if len(calibration) == 0:
         raise ConfigError("temperature is 'tuned' but there are no calibration images; give a number, such as 1.0")
