@@ -137,9 +137,23 @@ def parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:
     return {field.name: _default(field) for field in dataclasses.fields(factory) if field.init}
 
 
+def added(default: Any) -> Any:
+    """A parameter that a component got after rows of it were stored, neutral at ``default``.
+
+    Where it has that value, :func:`describe` leaves it out, so the keys of the stored cells still hold.
+    """
+    return dataclasses.field(default=default, metadata={"added": True})
+
+
 def describe(component: Any) -> dict[str, Any]:
     """The values of all parameters of a component, as a row stores them."""
-    return dataclasses.asdict(component) if dataclasses.is_dataclass(component) else {}  # type: ignore[arg-type]
+    if not dataclasses.is_dataclass(component) or isinstance(component, type):
+        return {}
+    values = dataclasses.asdict(component)
+    for field in dataclasses.fields(component):
+        if "added" in field.metadata and values[field.name] == field.default:
+            del values[field.name]
+    return values
 
 
 @lru_cache

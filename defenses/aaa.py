@@ -7,6 +7,7 @@ A form of AAA is a target for the margin, :func:`linear_target` or :func:`sine_t
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
-from bench.registry import defenses
+from bench.registry import added, defenses
 from bench.rng import SampleRng
 
 Target = Callable[[Tensor], Tensor]  # margins (B,) >= 0 to the margins to report
@@ -33,7 +34,7 @@ ECE_BINS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AAA:
+class _AAA(ABC):
     """What all forms of AAA share; a form adds its target and the parameters of that.
 
     ``interval`` is the paper's tau and ``calibration_weight`` its beta. ``temperature`` divides the logits that the
@@ -50,7 +51,7 @@ class _AAA:
     interval: float = 6.0
     calibration_weight: float = 5.0
     temperature: float | Literal["tuned"] = 1.0
-    offset: float | Literal["secret"] = 0.0
+    offset: float | Literal["secret"] = added(0.0)
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
@@ -69,9 +70,9 @@ class _AAA:
                 "or 'secret'"
             )
 
+    @abstractmethod
     def target(self, offset: float) -> Target:
         """What margins are reported as, with the intervals moved by ``offset``."""
-        raise NotImplementedError
 
     def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
         """The served model: deterministic, each row by itself, in the dtype and on the device of the logits.

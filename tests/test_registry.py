@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from bench.errors import ConfigError
-from bench.registry import REQUIRED, Registry, describe, parameters
+from bench.registry import REQUIRED, Registry, added, describe, parameters
 
 
 @dataclass(frozen=True)
@@ -158,3 +158,13 @@ def test_a_file_that_is_missing_or_does_not_import_is_named(registry, tmp_path):
     file.write_text("import no_such_library")
     assert f"{file} does not import: ModuleNotFoundError" in refusal(registry, f"{file}:Mine")
     assert "does not import" in refusal(registry, f"{file}:Mine"), "a second try must not find half a module"
+
+
+def test_a_parameter_added_later_leaves_the_keys_of_stored_cells_alone():
+    @dataclass(frozen=True)
+    class Component:
+        old: int = 1
+        new: float = added(0.0)
+
+    assert describe(Component()) == {"old": 1}
+    assert describe(Component(old=2, new=0.5)) == {"old": 2, "new": 0.5}
