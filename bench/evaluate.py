@@ -50,9 +50,10 @@ def attack_served(
     clean = _judge(plain, x, y, noise.fork("clean"))
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
+    minimal = getattr(attack, "minimal", False)
     oracle = Oracle(
-        searched, x[todo], y[todo], cell.threat, noise[todo],
-        quantise=cell.quantise, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
+        searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
+        attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")
@@ -62,6 +63,8 @@ def attack_served(
     after = _judge(plain, final, y, noise.fork("final"))
 
     ledger = oracle.ledger
+    nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)
+    distance = torch.zeros_like(clean.margin).index_copy(0, todo, nearest)
     table = {
         "first_hit": torch.zeros_like(y).index_copy(0, todo, ledger.first_hit),
         "forwards": torch.zeros_like(y).index_copy(0, todo, ledger.forwards),
@@ -78,7 +81,7 @@ def attack_served(
         "norm_l2": lp_norm(final - x, "l2"),
         "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
-        "best_distance": torch.full_like(clean.margin, torch.nan),  # for attacks that look for the nearest success
+        "best_distance": distance if minimal else torch.full_like(distance, torch.nan),
         "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
     }
     return _records(task.data.test, rows, table, task)
@@ -129,6 +132,8 @@ def _records(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) ->
     """One line for each sample: what identifies it, then the columns of ``table`` (B,).
 
     ``first_hit`` is the query that beat the sample: 0 if it was misclassified when clean, NEVER (-1) if none did.
+    ``best_distance`` is that of the nearest misclassified query of a minimum-norm attack, in the norm of the threat: 0
+    if the clean image was misclassified, NaN if no query was, and for other attacks.
     """
     cell = task.cell
     identity = {

@@ -1,5 +1,6 @@
 """The referee: what an attack meets in place of the model, and the ledger of what it did there."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,22 +23,25 @@ REFRESH = 16  # queries between two looks at who is still alive, where looking m
 class Ledger:
     """What each sample of a batch has cost and suffered; tensors (B,), and (B, C, H, W) for ``hits``."""
 
-    forwards: Tensor     # int64, queries answered
-    backwards: Tensor    # int64, gradients answered
-    first_hit: Tensor    # int64, number of the first misclassified query, NEVER without one
-    best_margin: Tensor  # smallest margin that a query has shown
-    invalid: Tensor      # bool, the model answered NaN or infinity
-    hits: Tensor         # the first misclassified query itself; the clean image without one
+    forwards: Tensor       # int64, queries answered
+    backwards: Tensor      # int64, gradients answered
+    first_hit: Tensor      # int64, number of the first misclassified query in the ball, NEVER without one
+    best_margin: Tensor    # smallest margin that a query in the ball has shown
+    best_distance: Tensor  # of the nearest misclassified query, which minimum-norm attacks may ask anywhere; or inf
+    invalid: Tensor        # bool, the model answered NaN or infinity
+    hits: Tensor           # the first misclassified query in the ball; the clean image without one
 
     @classmethod
     def blank(cls, x: Tensor) -> "Ledger":
         """The ledger of a batch ``x`` that nobody has asked about."""
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        none_yet = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
         return cls(
             forwards=count,
             backwards=count.clone(),
             first_hit=torch.full_like(count, NEVER),
-            best_margin=torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device),
+            best_margin=none_yet,
+            best_distance=none_yet.clone(),
             invalid=torch.zeros_like(count, dtype=torch.bool),
             hits=x.clone(),
         )
@@ -49,7 +53,8 @@ class Oracle:
     An attack names the samples it asks about by ``rows`` (n,), their distinct positions in the batch; ``None`` means
     all. Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order.
     A sample that was misclassified once, or that has spent its budget, gets no more answers: NaN scores, label -1,
-    zero gradients. The ball and the box are checked before anything is answered.
+    zero gradients. The ball and the box are checked before anything is answered; minimum-norm attacks (``minimal``) are
+    held to the box in their queries, and to the ball in what counts as success and in what they return.
 
     Args:
         model: the defended model.
@@ -57,6 +62,8 @@ class Oracle:
         threat: what the attack may change, see and spend; its ``query_budget`` counts for each sample by itself.
         rng: one stream for each sample, the model's own randomness.
         quantise: round every query to 8 bit first, as a service that takes images does.
+        minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
+            misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
     """
@@ -70,6 +77,7 @@ class Oracle:
         rng: SampleRng,
         *,
         quantise: bool = False,
+        minimal: bool = False,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
     ) -> None:
@@ -78,8 +86,8 @@ class Oracle:
         self.ledger = Ledger.blank(x)
         self.query_budget = threat.query_budget
         self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
-        self._quantise, self._attack, self._on_spent = quantise, attack, on_spent
-        self._limit = threat.eps + TOLERANCE * max(1.0, threat.eps)
+        self._quantise, self._minimal, self._attack, self._on_spent = quantise, minimal, attack, on_spent
+        self._reach = math.inf if minimal else threat.eps  # how far queries may go
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active = torch.arange(len(x), device=x.device)
         self._active_x = x
@@ -172,7 +180,7 @@ class Oracle:
         final = torch.where(per_sample(self.ledger.first_hit != NEVER), self.ledger.hits, x_adv.detach())
         if self._quantise:
             final = self._eight_bit(final, self._x)
-        self._legal(final[:, None], self._x, self._all_rows())
+        self._legal(final[:, None], self._x, self._all_rows(), self._threat.eps)
         self._complain()
         self._on_spent(self.query_budget * len(self._x))
         return final
@@ -193,7 +201,7 @@ class Oracle:
         clean = self._active_x if rows is self._active else self._x[rows]
         probes = x if x.ndim == 5 else x[:, None]                                       # (n, k, C, H, W)
         k = probes.shape[1]
-        legal = self._legal(probes.detach(), clean, rows)
+        legal = self._legal(probes.detach(), clean, rows, self._reach)
         number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=x.device)  # (n, k)
         images = probes.flatten(0, 1)
         if self._quantise:
@@ -201,55 +209,65 @@ class Oracle:
         asked = images.detach().view_as(probes)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
         logits = self._model(images, streams).unflatten(0, (len(rows), k))              # (n, k, K)
-        answered = self._record(logits.detach(), asked, rows, number, legal)
+        answered = self._record(logits.detach(), asked, rows, number, legal, clean)
         logits = torch.where(answered[..., None], logits, torch.nan)
         return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
 
-    def _record(self, logits: Tensor, x: Tensor, rows: Tensor, number: Tensor, legal: Tensor) -> Tensor:
+    def _record(
+        self, logits: Tensor, x: Tensor, rows: Tensor, number: Tensor, legal: Tensor, clean: Tensor
+    ) -> Tensor:
         """Enter queries into the ledger; returns which of them (n, k) are answered."""
         ledger = self.ledger
         answered = legal & self.live[rows, None] & (number <= self.query_budget)
         finite = logits.isfinite().all(dim=-1)
         wrong = answered & finite & (logits.argmax(dim=-1) != self._y[rows, None])
+        counts = finite
+        if self._minimal:
+            distance = lp_norm((x - clean[:, None]).flatten(0, 1), self._threat.norm).view_as(wrong)
+            misclassified, inside = wrong, distance <= _limit(self._threat.eps)
+            wrong, counts = wrong & inside, finite & inside
         earlier_hits = wrong.cumsum(dim=1) - wrong.long()
         answered = answered & (earlier_hits == 0)
         wrong = wrong & (earlier_hits == 0)
         hit = wrong.any(dim=1)
         margins = margin(logits.flatten(0, 1), self._y[rows].repeat_interleave(x.shape[1])).view_as(wrong)
-        lowest = torch.where(answered & finite, margins, torch.inf).amin(dim=1).to(ledger.best_margin.dtype)
+        lowest = torch.where(answered & counts, margins, torch.inf).amin(dim=1).to(ledger.best_margin.dtype)
 
         ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
         ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
         ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
+        if self._minimal:
+            nearest = torch.where(answered & misclassified, distance, torch.inf).amin(dim=1)
+            ledger.best_distance[rows] = torch.minimum(nearest, ledger.best_distance[rows])
         ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
         if x.is_cuda or hit.any():
             winner = x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
             ledger.hits[rows] = torch.where(per_sample(hit), winner, ledger.hits[rows])
         return answered
 
-    def _legal(self, x: Tensor, clean: Tensor, rows: Tensor) -> Tensor:
-        """Which queries (n, k) are inside the ball and the box; trespasses are noted, and raised at once on a CPU."""
+    def _legal(self, x: Tensor, clean: Tensor, rows: Tensor, radius: float) -> Tensor:
+        """Which queries (n, k) are in ``radius`` and in the box; trespasses are noted, and raised at once on a CPU."""
         n, k = x.shape[:2]
         delta = x - clean[:, None]
-        if self._threat.norm == "linf" and not x.is_cuda and self._all_inside(x, delta):
+        if self._threat.norm == "linf" and not x.is_cuda and self._all_inside(x, delta, radius):
             return torch.ones(n, k, dtype=torch.bool)
         distance = lp_norm(delta.flatten(0, 1), self._threat.norm).view(n, k)
         low, high = x.flatten(2).aminmax(dim=2)
-        outside = torch.maximum(torch.maximum(-low, high - 1), distance - self._threat.eps)
-        legal = (distance <= self._limit) & (low >= -TOLERANCE) & (high <= 1 + TOLERANCE)  # NaN is not legal
+        outside = torch.maximum(torch.maximum(-low, high - 1), distance - radius)
+        legal = (distance <= _limit(radius)) & (low >= -TOLERANCE) & (high <= 1 + TOLERANCE)  # NaN is not legal
         trespass = torch.where(legal, 0, outside.nan_to_num(torch.inf)).amax(dim=1)
         self._excess[rows] = torch.maximum(self._excess[rows], trespass)
         if not x.is_cuda:
             self._complain()
         return legal
 
-    def _all_inside(self, x: Tensor, delta: Tensor) -> bool:
+    def _all_inside(self, x: Tensor, delta: Tensor, radius: float) -> bool:
         """Whether no pixel of any query leaves the linf ball or the box; extremes of all at once are found fastest."""
         if not len(x):
             return True
         (low, high), (down, up) = x.aminmax(), delta.aminmax()
         in_box = bool(low >= -TOLERANCE) and bool(high <= 1 + TOLERANCE)
-        return in_box and bool(-down <= self._limit) and bool(up <= self._limit)  # NaN is not inside
+        return in_box and bool(-down <= _limit(radius)) and bool(up <= _limit(radius))  # NaN is not inside
 
     def _complain(self) -> None:
         worst = float(self._excess.max()) if len(self._excess) else 0.0
@@ -266,6 +284,11 @@ class Oracle:
             start = (clean * 255).round()
             levels = start + ((x - clean) * 255).trunc()
         return x + (levels.clamp(0, 255) / 255 - x).detach()
+
+
+def _limit(radius: float) -> float:
+    """The largest distance that passes for ``radius``."""
+    return radius + TOLERANCE * max(1.0, radius)
 
 
 class _ForeignView(nn.Module):

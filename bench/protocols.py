@@ -28,7 +28,8 @@ class Attack(Protocol):
 
     Class attributes: ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``; optionally
     ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
-    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget.
+    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget, and ``minimal = True``
+    for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside.
     """
 
     @property

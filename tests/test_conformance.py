@@ -49,7 +49,8 @@ def batch():
 def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
     attack = attacks.create(name)
     model = network() if model is None else model
-    oracle = referee(model, x, y, norm=norm, eps=eps, access=attack.access, budget=BUDGET, seed=seed, ids=ids)
+    rules = {"access": attack.access, "minimal": getattr(attack, "minimal", False)}
+    oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **rules)
     return attack_with(attack, oracle, x, y, seed=seed, ids=ids), oracle.ledger
 
 

@@ -76,6 +76,60 @@ def test_the_box_and_nan_are_refused():
             referee(Scripted(99), x, y).scores(bad)
 
 
+class TestMinimumNorm:
+    """Queries may leave the ball, never the box; only what is misclassified inside the ball beats a sample."""
+
+    def probes(self, radii):
+        """Two samples at distance 0.08 from the boundary in linf, asked at ``radii`` along the shortest way."""
+        model = Linear()
+        x = torch.full((2, 3, 8, 8), 0.5, dtype=torch.float64)
+        w = (model.weight[0] - model.weight[1]).view(3, 8, 8)
+        x += 0.08 * w.sign() * torch.tensor([1, -1]).view(2, 1, 1, 1)  # at 0.5 the classes tie
+        y = torch.tensor([0, 1])
+        way = -w.sign() * torch.tensor([1, -1]).view(2, 1, 1, 1)
+        return model, x, y, [x + radius * way for radius in radii]
+
+    @pytest.mark.parametrize("together", [False, True])
+    @pytest.mark.parametrize(("eps", "first_hit", "forwards"), [(0.05, NEVER, 5), (0.082, 5, 5), (0.09, 4, 4)])
+    def test_only_a_misclassified_query_inside_the_ball_is_a_hit(self, eps, first_hit, forwards, together):
+        model, x, y, queries = self.probes([0.3, 0.07, 0.2, 0.085, 0.081])
+        oracle = referee(model, x, y, eps=eps, access="labels", minimal=True)
+        labels = oracle.labels(torch.stack(queries, 1)) if together else torch.stack([*map(oracle.labels, queries)], 1)
+        wrong = torch.tensor([True, False, True, True, True])[:forwards]
+        assert torch.equal(labels[:, :forwards] != y[:, None], wrong.expand(2, -1))
+        assert (labels[:, forwards:] == -1).all()
+        assert oracle.ledger.first_hit.tolist() == [first_hit] * 2
+        assert oracle.ledger.forwards.tolist() == [forwards] * 2
+        nearest = 0.085 if first_hit == 4 else 0.081
+        assert oracle.ledger.best_distance.tolist() == pytest.approx([nearest] * 2)
+        final = oracle.finish(x)
+        assert torch.equal(final, x if first_hit == NEVER else queries[first_hit - 1])
+
+    def test_the_best_margin_is_one_of_the_ball(self):
+        model, x, y, (far, near) = self.probes([0.3, 0.07])
+        oracle = referee(model, x, y, eps=0.07, minimal=True)
+        oracle.scores(far)
+        oracle.scores(near)
+        assert torch.equal(oracle.ledger.best_margin, margin(model(near), y))
+
+    def test_distances_are_those_of_what_was_asked(self):
+        model, x, y, (query,) = self.probes([0.1])
+        x, query = (x * 255).round() / 255, (query * 255).round() / 255 + 0.4 / 255
+        oracle = referee(model, x, y, eps=0.01, minimal=True, quantise=True)
+        oracle.scores(query)
+        levels = oracle.ledger.best_distance * 255
+        assert torch.allclose(levels, levels.round(), atol=1e-9)
+
+    def test_the_box_and_the_returned_example_are_held_as_ever(self):
+        model, x, y, (far,) = self.probes([0.3])
+        with pytest.raises(ThreatViolation, match=r"by up to 0\.25;"):
+            referee(model, x, y, minimal=True).scores(x * 0 - 0.25)
+        with pytest.raises(ThreatViolation):
+            referee(model, x, y, minimal=True).scores(far * torch.nan)
+        with pytest.raises(ThreatViolation):
+            referee(model, x, y, eps=0.05, minimal=True).finish(far)
+
+
 def test_an_example_returned_from_outside_is_refused():
     oracle, x = scripted(99)
     with pytest.raises(ThreatViolation):
