@@ -95,6 +95,17 @@ def test_records_hold_what_the_ledger_knows(tmp_path):
     assert (records["clean_share"] % (1 / 16) == 0).all()
 
 
+def test_a_minimum_norm_attack_records_how_near_it_came(tmp_path):
+    tasks = grid(attack=["rays", "square"], defense=["none"], n=60)
+    _, store = run_in(tmp_path, tasks)
+    records, others = (store.row(task.cell).records for task in tasks)
+    assert others["best_distance"].isna().all()
+    wrong, found = records["first_hit"] == 0, records["best_distance"].notna()
+    assert (records["best_distance"][wrong] == 0).all()
+    assert ((records["best_distance"] <= 0.15 + 1e-6) == (records["first_hit"] != -1))[found].all()
+    assert (found & (records["first_hit"] == -1)).any()  # a distance beyond the ball
+
+
 def test_a_network_is_trained_once_and_found_again(tmp_path):
     tasks = grid(attack=["square"], defense=["none"], n=10)
     run_in(tmp_path / "a", tasks, networks=tmp_path / "networks")
