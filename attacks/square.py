@@ -1,6 +1,7 @@
 """Square: random search over square windows, from scores alone."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -29,6 +30,16 @@ PRESETS: dict[str | None, dict[str, Any]] = {
 }
 DEFAULTS = {"rescale": False, "edges": "inclusive", "accept": "loss_or_fooled"}
 P_INIT: dict[str, float] = {"linf": 0.05, "l2": 0.1}  # the paper's choice for undefended models
+
+Values = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what a rule compares (n,)
+# Incumbent's value, candidate's value and the rule's memory, an int64 for each sample that starts at 0, all (n,); which
+# candidates to take and the memory after that. A NaN, the answer that a finished sample gets, is never taken.
+Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def lower(lowest: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+    """Square's rule: take what lowers the value."""
+    return value < lowest, memory
 
 
 @attacks("square")
@@ -77,29 +88,36 @@ class Square:
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
+        return self.search(oracle, x, y, threat, rng, self._loss, lower)
+
+    def search(
+        self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule
+    ) -> Tensor:
+        """Square's proposals under any ``rule`` over any ``values``; returns each sample's incumbent (B, C, H, W)."""
         proposals = _Linf if threat.norm == "linf" else _L2
         inset = 1 if self.edges == "reference" else 0
         u = proposals(x, threat, inset).start(rng.fork("start"))
-        best = self._loss(oracle.scores(u), y)
+        best = values(oracle.scores(u), y)
+        memory = torch.zeros_like(y)
         p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
 
         rows = torch.arange(len(x), device=x.device)
-        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u.clone(), best.clone())
+        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u.clone(), best.clone(), memory.clone())
         for step in range(1, oracle.query_budget):
             active = oracle.active()
             if len(active) == 0:
                 break
             if active is not rows:  # gather anew only when somebody has dropped out
-                u[rows], best[rows] = work
+                u[rows], best[rows], memory[rows] = work
                 rows, labels, streams = active, y[active], rng[active]
-                search, work = proposals(x[active], threat, inset), (u[active], best[active])
-            incumbent, lowest = work
+                search, work = proposals(x[active], threat, inset), (u[active], best[active], memory[active])
+            incumbent, held, known = work
             side = window_side(self._share(p_init, step - 1, oracle.query_budget), x.shape[2:])
             candidate = search.propose(incumbent, side, streams.fork(step))
-            value = self._loss(oracle.scores(candidate, rows), labels)
-            better = value < lowest  # never for NaN, the answer of a finished sample
-            work = torch.where(per_sample(better), candidate, incumbent), torch.where(better, value, lowest)
-        u[rows], best[rows] = work
+            value = values(oracle.scores(candidate, rows), labels)
+            taken, known = rule(held, value, known)
+            work = torch.where(per_sample(taken), candidate, incumbent), torch.where(taken, value, held), known
+        u[rows], best[rows], memory[rows] = work
         return u
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
