@@ -1,0 +1,203 @@
+"""Square under other rules: scripted margins, a plain search, and what the rules recover from AAA."""
+
+import math
+from functools import lru_cache
+
+import pytest
+import torch
+from torch import nn
+
+from attacks.adaptive_square import BiSquare, DecodeSquare, SwitchSquare, UpSquare, decoded
+from attacks.square import Square
+from bench.dataset import Split
+from bench.errors import ConfigError
+from bench.losses import margin
+from bench.oracle import NEVER
+from defenses.aaa import AAALinear, linear_target
+from tests.problems import Linear, attack_with, images, referee
+
+NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
+
+
+class Script(nn.Module):
+    """Reports one margin after the other, whatever it is asked, and keeps what it was asked."""
+
+    def __init__(self, *margins):
+        super().__init__()
+        self.margins, self.asked = torch.tensor(margins).double(), []
+
+    def forward(self, x):
+        value = self.margins[..., len(self.asked)].expand(len(x))
+        self.asked.append(x.clone())
+        return torch.stack((value, torch.zeros_like(value)), dim=1)
+
+
+def taken(attack, *margins):
+    """Which of the queries after the first became the incumbent, seen from the proposals that follow each."""
+    model = Script(*margins, 0)
+    x = images(1, (3, 24, 24))
+    oracle = referee(model, x, torch.zeros(1, dtype=torch.int64), budget=len(margins) + 1)
+    attack_with(attack, oracle, x, torch.zeros(1, dtype=torch.int64))
+    incumbent, found = model.asked[0], []
+    for query, following in zip(model.asked[1:], model.asked[2:], strict=False):
+        apart = [(following != before).any(dim=1).sum().item() for before in (query, incumbent)]
+        assert sorted(apart) == [1, 2]  # pixels; one from what it came from
+        found.append(apart[0] == 1)
+        incumbent = query if found[-1] else incumbent
+    assert len(found) == len(margins) - 1
+    return found
+
+
+P = 0.002  # windows of one pixel, so that what the incumbent was can be read off the next proposal
+
+
+@pytest.mark.parametrize(
+    ("attack", "margins", "expected"),
+    [
+        (UpSquare(p_init=P), [5, 6, 5.5, 6, 3.1, 2.9], [1, 0, 0, 0, 1]),  # a rise; drops of 0.5, 0, 2.9, 3.1
+        (UpSquare(p_init=P, jump=1.0), [5, 4.5, 3.9, 3.9], [0, 1, 0]),
+        (BiSquare(p_init=P), [5, 4, 6.9, 4.5, 3], [1, 0, 0, 1]),  # rises of 2.9 and less leave it downwards
+        (BiSquare(p_init=P), [5, 4, 7, 3, 2], [1, 0, 1, 1]),  # and so does one of exactly 3
+        (BiSquare(p_init=P), [5, 4, 7.1, 3, 5, 6, 2.9], [1, 0, 0, 1, 1, 1]),  # from 3.1 on it goes up, for good
+        (BiSquare(p_init=P), [5, 8.1, 4, 2, 1, 4.1], [0, 0, 0, 1, 1]),  # the proposal that jumps is judged downwards
+        (SwitchSquare(p_init=P, patience=2), [5, 4, 6, 6, 6, 5, 5, 4, 3], [1, 0, 0, 1, 0, 0, 1, 1]),
+        (SwitchSquare(p_init=P, patience=2), [5, 6, 4, 6, 3, 6, 6, 6], [0, 1, 0, 1, 0, 0, 1]),  # two in a row
+        (DecodeSquare(p_init=P), [1, 2, 1.5, 7, 13, 17], [1, 0, 0, 0, 0]),  # truly 5, 4, 4.5, 11, 17, 13
+        (DecodeSquare(p_init=P), [17, 13, 7, 11, 1, 5], [0, 1, 1, 1, 1]),  # truly 13, 17, 11, 7, 5, 1
+    ],
+)
+def test_a_scripted_margin_is_taken_or_refused_by_the_rule(attack, margins, expected):
+    assert taken(attack, *margins) == [bool(one) for one in expected]
+
+
+@pytest.mark.parametrize("attack", [UpSquare(), BiSquare(), SwitchSquare(), DecodeSquare()])
+def test_a_misclassified_proposal_ends_the_sample_whatever_the_rule_says(attack):
+    model = Script(1.0, 0.5, -0.1, 9.0)
+    x, y = images(3), torch.zeros(3, dtype=torch.int64)
+    oracle = referee(model, x, y, budget=4)
+    x_adv = attack_with(attack, oracle, x, y)
+    assert oracle.ledger.first_hit.tolist() == [3] * 3
+    assert torch.equal(x_adv, model.asked[2])  # up-Square refuses a drop of 0.6
+
+
+@pytest.mark.parametrize("rule", ["bi", "up", "switch"])
+def test_no_answer_is_never_taken_and_never_remembered(rule):
+    from attacks.adaptive_square import both_ways, switching, upward
+
+    nan, held = torch.tensor([math.nan] * 3).double(), torch.tensor([1.0, -1.0, 5.0]).double()
+    memory = torch.tensor([0, 1, 19])
+    decide = {"bi": both_ways, "up": upward, "switch": switching}[rule]
+    accepted, after = decide(3, held, nan, memory)
+    assert not accepted.any()
+    assert torch.equal(after, memory)
+
+
+@pytest.mark.parametrize("name", ["bi", "up", "switch", "decode"])
+def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
+    """The slow reference: plain numbers for the rule, Square's proposals from the same random numbers."""
+    from attacks.square import _Linf, window_side
+    from bench.rng import SampleRng
+    from bench.threat import Threat
+
+    attack = {
+        "bi": BiSquare(jump=0.5), "up": UpSquare(jump=0.5), "switch": SwitchSquare(patience=3),
+        "decode": DecodeSquare(interval=0.7),
+    }[name]  # fmt: skip
+    budget, eps, model = 40, 0.02, Linear(classes=4)
+    x = images(6)
+    y = model(x).argmax(1)
+    oracle = referee(model, x, y, eps=eps, budget=budget)
+    x_adv = attack_with(attack, oracle, x, y)
+    for i in range(6):
+        rng = SampleRng.create(0, torch.tensor([i]), "attack")
+        proposals = _Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
+        u, held, up, refusals, hit = None, None, name == "up", 0, NEVER
+        for query in range(1, budget + 1):
+            share = Square(p_init=0.3)._share(0.3, query - 2, budget)
+            if u is None:
+                candidate = proposals.start(rng.fork("start"))
+            else:
+                candidate = proposals.propose(u, window_side(share, (8, 8)), rng.fork(query - 1))
+            logits = model(candidate)[0].tolist()
+            value = logits[y[i]] - max(z for k, z in enumerate(logits) if k != y[i])
+            if value < 0:
+                hit, u = query, candidate
+                break
+            if name == "decode":
+                k = math.ceil(value / 0.7) - 1
+                value = k * 0.7 + (k + 1) * 0.7 - value
+            if u is None:
+                u, held = candidate, value
+                continue
+            rise = value - held
+            take = rise > 0 if up else rise < 0
+            if name in ("bi", "up") and up and rise < -0.5:
+                take = True
+            if name == "bi" and rise > 0.5:
+                up = True
+            refusals = 0 if take else refusals + 1
+            if name == "switch" and refusals == 3:
+                up, refusals = not up, 0
+            if take:
+                u, held = candidate, value
+        assert oracle.ledger.first_hit[i].item() == hit
+        assert torch.equal(x_adv[i], u[0])
+
+
+def test_decoding_undoes_the_mirror_everywhere_even_at_the_ends_of_intervals():
+    true = torch.cat((torch.arange(0, 24, 0.25), torch.tensor([5.9999, 6.0001, 12.0]))).double()
+    reported = linear_target(true, 6.0, 1.0)
+    logits = torch.stack((reported, torch.zeros_like(reported)), dim=1)
+    y = torch.zeros(len(true), dtype=torch.int64)
+    assert torch.allclose(decoded(6.0, logits, y), true, atol=1e-9)
+    assert decoded(6.0, torch.zeros(1, 2), y[:1]).item() == 6  # clamped there by the solver from just below
+    assert decoded(6.0, torch.tensor([[-2.0, 0.0]]), y[:1]).item() == -2
+
+
+@lru_cache
+def undefended_and_defended():
+    """Robust accuracy of a small network behind AAA-linear under each attack; ``none``: Square on the network alone."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 10)).eval()
+    with torch.no_grad():
+        model[-1].weight *= 600  # margins over several intervals
+        model[-1].bias *= 600
+    x = torch.rand(200, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    y = model(x).argmax(1)
+    assert margin(model(x), y).quantile(0.75) > 12
+    defended = AAALinear()(model, NOTHING, 0)
+
+    def robust(attack, served):
+        oracle = referee(served, x, y, eps=0.03, budget=100)
+        attack_with(attack, oracle, x, y)
+        return (oracle.ledger.first_hit == NEVER).float().mean().item()
+
+    square = Square(p_init=0.3)
+    adaptive = {"bi": BiSquare(), "up": UpSquare(), "switch": SwitchSquare(), "decode": DecodeSquare()}
+    return {"none": robust(square, model), "square": robust(square, defended)} | {
+        name: robust(attack, defended) for name, attack in adaptive.items()
+    }
+
+
+def test_decoding_takes_the_defense_away_while_square_fails():
+    found = undefended_and_defended()
+    p = found["none"]
+    noise = 2 * math.sqrt(2 * p * (1 - p) / 200)
+    assert found["decode"] <= p + noise
+    assert found["square"] > p + 2 * noise
+
+
+@pytest.mark.parametrize("name", ["up", "switch"])
+def test_going_up_beats_square_on_mirrored_margins(name):
+    found = undefended_and_defended()
+    assert found[name] < found["square"] - 2 * math.sqrt(0.5 / 200)
+
+
+@pytest.mark.parametrize("attack", [BiSquare, UpSquare, SwitchSquare, DecodeSquare])
+def test_impossible_parameters_are_refused(attack):
+    wrong = {"p_init": 0.0}, {"p_init": 1.5}, {"jump": 0.0}, {"jump": math.inf}, {"interval": math.nan}, {"patience": 0}
+    for arguments in wrong:
+        if set(arguments) <= set(attack.__dataclass_fields__):
+            with pytest.raises(ConfigError):
+                attack(**arguments)
