@@ -14,7 +14,8 @@ from bench.threat import Threat
 class Component:
     """A component as a cell pins it: what the user wrote, every parameter it means, its version and its traits.
 
-    ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``.
+    ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``,
+    ``stateful``.
     """
 
     spec: str

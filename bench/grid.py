@@ -21,7 +21,7 @@ from bench.suite import Grid, Suite
 from bench.threat import Norm, Threat
 
 STAGES = ("data", "training", "output")
-TRAITS = ("random", "rescaled", "batch-dependent")  # attributes of components that tables mark
+TRAITS = ("random", "rescaled", "batch-dependent", "stateful")  # attributes of components that tables mark
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ MARKS = {
     "failed": ("✗", "failed; run again, or read the traceback in its .failed.json; never ranked"),
     "invalid": ("!", "the model answered NaN or infinity; never ranked"),
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
-    "batch-dependent": ("∥", "foreign attack whose samples are not independent of their batch"),
+    "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
+    "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
     "random": ("~", "random defense: @ counts the first lucky query; final, 16 repeats of it, flatters the defense"),
 }
 UNRANKED = {"limited", "incomplete", "failed", "invalid"}
@@ -303,7 +304,8 @@ def _records(table: Table) -> list[dict[str, Any]]:
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "✗": r"$\times$", "…": r"$\ldots$",
+    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
+    "✗": r"$\times$", "…": r"$\ldots$",
     "↔": r"$\leftrightarrow$", "∥": r"$\parallel$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
 }  # fmt: skip
 

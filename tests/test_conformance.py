@@ -214,6 +214,8 @@ class TestOutputDefenses:
         assert torch.equal(self.answer(name, data, rows, seed=5), first) != defenses.create(name).random
 
     def test_a_row_does_not_see_its_batch(self, name, data):
+        if any(getattr(defenses.create(name), trait, False) for trait in ("batch_dependent", "stateful")):
+            pytest.skip("declares that rows depend on others, and is marked so in every table")
         whole = self.answer(name, data, torch.arange(40))
         parts = [self.answer(name, data, rows) for rows in torch.arange(40).split(7)]
         assert torch.allclose(torch.cat(parts), whole, atol=1e-3)

@@ -1,0 +1,271 @@
+"""UniG: scale the features before the last layer anew for each query, so that the gradients of samples look alike.
+
+An attacker who follows score differences then probes a direction that all samples share, and not the one that hurts
+the sample. Wu et al., ACM TIST 2023.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.dataset import Split
+from bench.errors import ConfigError
+from bench.protocols import Stage
+from bench.registry import defenses
+from bench.rng import SampleRng
+
+Variant = Literal["stateless", "as-released"]
+
+MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of the released optimiser
+
+
+@defenses("unig")
+@dataclass(frozen=True, kw_only=True)
+class UniG:
+    """Multiply the features before the last linear layer by a P in [1 - delta, 1 + delta], optimised at each query.
+
+    P starts at 1 plus noise of deviation ``sigma``, then takes ``steps`` steps of SGD (momentum 0.9, weight decay 5e-4)
+    of size ``lr`` that bring the gradients of the cross-entropy by the features closer together. The defaults are those
+    for CIFAR-10; for ImageNet the authors take delta 0.1 and lr 1.
+
+    ``as-released`` compares each row with its neighbours in the query batch, and its momentum goes on from query to
+    query, by row and whoever sits there: figures depend on who shares the batch and on every query before. Rows that a
+    batch does not fill count with P = 1. ``stateless`` compares each row with ``anchors`` fixed calibration images, as
+    the authors do for a batch of one (they take 5), and forgets the momentum; nothing else is different.
+
+    As it starts from noise and takes one step of a size that mostly ends at the bounds, it needs two controls:
+    ``lr=0``, noise on the features alone, and ``sigma=0``, the optimisation alone. With both, or with delta 0, the
+    answers are those of the undefended network. Decisions are not kept for certain.
+
+    Gradients pass through the multiplication with P held fixed; how P depends on the image is left out (BPDA).
+
+    Source:
+        Wu et al., ACM TIST 2023, arXiv:2208.06228, and the released ``model/UniG.py``.
+
+    Raises:
+        ConfigError: a delta outside [0, 1], a negative sigma, lr or number of steps, or no anchors.
+    """
+
+    variant: Variant = "stateless"
+    delta: float = 0.5
+    steps: int = 1
+    lr: float = 10.0
+    sigma: float = 0.5
+    anchors: int = 5
+
+    stage: ClassVar[Stage] = "output"
+    random: ClassVar[bool] = True
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Wu et al., ACM TIST 2023, arXiv:2208.06228"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.delta <= 1:
+            raise ConfigError(f"delta is {self.delta}; it is from 0 to 1, beyond which features change their sign")
+        for name, value in {"sigma": self.sigma, "lr": self.lr, "steps": self.steps}.items():
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} is {value}; it is zero or more, and finite")
+        if self.anchors < 1:
+            raise ConfigError(f"anchors is {self.anchors}; a row is compared with at least 1")
+
+    @property
+    def batch_dependent(self) -> bool:
+        """Whether a row's answer depends on the rest of its batch."""
+        return self.variant == "as-released"
+
+    @property
+    def stateful(self) -> bool:
+        """Whether an answer depends on the queries before."""
+        return self.variant == "as-released"
+
+    def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
+        """The served model; all randomness comes with each query.
+
+        Raises:
+            ConfigError: a network that does not end in a linear layer, or fewer calibration images than anchors.
+        """
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        count = min(self.anchors, len(calibration))
+        if self.variant == "stateless" and count < self.anchors:
+            raise ConfigError(
+                f"anchors is {self.anchors} but there are {count} calibration images; lower it, or use "
+                "variant=as-released, which needs none"
+            )
+        rows = torch.arange(count, device=calibration.images.device)
+        x, y = calibration.pixels(rows).to(device), calibration.labels[rows].to(device)
+        head = last_linear(model, x)
+        reference = None
+        if self.variant == "stateless":
+            with torch.no_grad(), _features(head) as seen:
+                model(x)
+            features = seen[0].float() if seen[0].dtype.itemsize < 4 else seen[0]
+            reference = Head.of(head, features).gradient(features, torch.ones_like(features), y).u
+        return Unified(model, head, self, reference).eval()
+
+
+class Gradient(NamedTuple):
+    """What the closed form of one sample's gradient is made of."""
+
+    u: Tensor  # (B, D), W^T (q - onehot), so that P * u is the gradient by the features
+    q: Tensor  # (B, K), the probabilities
+
+
+class Head(NamedTuple):
+    """The last layer: logits ``features @ weight.T + bias``."""
+
+    weight: Tensor  # (K, D)
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: nn.Linear, features: Tensor) -> "Head":
+        """The layer's numbers where and as ``features`` are."""
+        bias = None if layer.bias is None else layer.bias.detach().to(features)
+        return cls(layer.weight.detach().to(features), bias)
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(B, K) of ``features`` (B, D)."""
+        return nn.functional.linear(features, self.weight, self.bias)
+
+    def gradient(self, features: Tensor, scale: Tensor, classes: Tensor) -> Gradient:
+        """For the cross-entropy of ``scale * features`` (B, D) with ``classes`` (B,)."""
+        q = self.logits(scale * features).softmax(dim=1)
+        return Gradient((q - nn.functional.one_hot(classes, q.shape[1]).to(q)) @ self.weight, q)
+
+    def pull(self, features: Tensor, scale: Tensor, gradient: Gradient, v: Tensor) -> Tensor:
+        """The derivative (B, D) of ``v . (scale * u)`` by ``scale``, ``v`` (B, D) held fixed.
+
+        ``u * v + f * W^T H W (scale * v)``, where ``H = diag(q) - q q^T`` is the derivative of the softmax.
+        """
+        z = (scale * v) @ self.weight.T                                            # (B, K)
+        curved = gradient.q * (z - (gradient.q * z).sum(dim=1, keepdim=True))      # H z
+        return gradient.u * v + features * (curved @ self.weight)
+
+
+class Unified(nn.Module):
+    """``model`` with the input of ``head``, its last layer, scaled anew at each query.
+
+    ``reference`` (A, D) are the gradients that all rows are compared with; without them it is their neighbours.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Linear, settings: UniG, reference: Tensor | None) -> None:
+        super().__init__()
+        self.model, self.settings, self.reference = model, settings, reference
+        self._head = [head]  # in a list, since it is a part of the model already
+        self.velocity: Tensor | None = None  # (rows so far, D); the released optimiser's memory
+
+    def forward(self, x: Tensor, rng: SampleRng | None = None) -> Tensor:
+        """Logits (B, K) of ``x`` (B, C, H, W) with the start of each P from the streams of ``rng``, one for each row.
+
+        Raises:
+            ValueError: no ``rng``, or one of another length.
+        """
+        if rng is None or len(rng) != len(x):
+            raise ValueError(
+                f"unig got {'no' if rng is None else len(rng)} random streams for {len(x)} images; call model(x, rng) "
+                "with a SampleRng that has one for each row, new at each query"
+            )
+
+        def scaled(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+            features: Tensor = inputs[0]
+            with torch.autocast(features.device.type, enabled=False):  # which would put P into bf16
+                scale = self.scale(features.detach(), rng)
+            return (features * scale.to(features.dtype),)
+
+        # For this call only: other cells serve the same network without this defense.
+        with self._head[0].register_forward_pre_hook(scaled):
+            logits: Tensor = self.model(x)
+        return logits
+
+    @torch.no_grad()
+    def scale(self, features: Tensor, rng: SampleRng) -> Tensor:
+        """P (B, D) for ``features`` (B, D), at least in float32."""
+        f = features.float() if features.dtype.itemsize < 4 else features
+        settings, head = self.settings, Head.of(self._head[0], f)
+        classes = head.logits(f).argmax(dim=1)
+        scale = 1 + settings.sigma * rng.normal(f.shape[1]).to(f)
+        before = self.velocity if settings.stateful else None
+        velocity = torch.zeros_like(f) if before is None else before
+        if len(velocity) < len(f):
+            velocity = torch.cat((velocity, velocity.new_zeros(len(f) - len(velocity), f.shape[1])))
+        differences: Callable[[Tensor], tuple[Tensor, Tensor]] = self._from_neighbours
+        if self.reference is not None:
+            differences = self._from_reference
+        width: Tensor | None = None
+        for _ in range(settings.steps):
+            gradient = head.gradient(f, scale, classes)
+            v, spread = differences(scale * gradient.u)
+            width = spread if width is None else width  # the first, for all steps
+            slope = head.pull(f, scale, gradient, v) / width.clamp(min=torch.finfo(f.dtype).tiny)
+            decay = torch.ones_like(velocity)  # rows without a sample count with P = 1
+            decay[: len(f)] = scale
+            velocity = MOMENTUM * velocity + WEIGHT_DECAY * decay
+            velocity[: len(f)] += slope
+            scale = (scale - settings.lr * velocity[: len(f)]).clamp(1 - settings.delta, 1 + settings.delta)
+        if settings.stateful:
+            self.velocity = velocity
+        return scale.clamp(1 - settings.delta, 1 + settings.delta)
+
+    def _from_neighbours(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative (B, D) of the distances between neighbours by each row of ``g`` (B, D), and g's range ().
+
+        A row of its own has no neighbours and zero derivative; the released code fails there.
+        """
+        unit = nn.functional.normalize(g[:-1] - g[1:], dim=1, eps=torch.finfo(g.dtype).tiny)
+        edge = g.new_zeros(1, g.shape[1])
+        return torch.cat((unit, edge)) - torch.cat((edge, unit)), g.amax() - g.amin()
+
+    def _from_reference(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """The derivative (B, D) of each row's distances from the reference, and their common range (B, 1)."""
+        assert self.reference is not None
+        reference = self.reference.to(g)
+        unit = nn.functional.normalize(g[:, None] - reference, dim=2, eps=torch.finfo(g.dtype).tiny)  # (B, A, D)
+        high = torch.maximum(g.amax(dim=1, keepdim=True), reference.amax())
+        low = torch.minimum(g.amin(dim=1, keepdim=True), reference.amin())
+        return unit.sum(dim=1), high - low
+
+
+def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
+    """The linear layer whose output are the logits of ``model``.
+
+    Found by running ``x`` (B, C, H, W) through it; where B is 0, it is taken to be the last linear layer defined.
+
+    Raises:
+        ConfigError: there is none: something comes after it, or the classifier is no ``nn.Linear`` of one vector.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if len(x):
+        outputs: list[tuple[nn.Linear, Tensor, Tensor]] = []
+
+        def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            assert isinstance(layer, nn.Linear)
+            outputs.append((layer, inputs[0], output))
+
+        handles = [layer.register_forward_hook(record) for layer in layers]
+        try:
+            with torch.no_grad():
+                logits: Tensor = model(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        calls = [layer for layer, _, _ in outputs]
+        layers = [
+            layer for layer, given, output in outputs
+            if given.ndim == 2 and torch.equal(output.to(logits), logits) and calls.count(layer) == 1
+        ]  # fmt: skip
+    if not layers:
+        raise ConfigError(
+            f"unig scales the input of the nn.Linear that gives the logits, and {type(model).__name__} has none: its "
+            "logits come from something else; use a network that ends in nn.Linear"
+        )
+    return layers[-1]
+
+
+@contextmanager
+def _features(head: nn.Linear) -> Iterator[list[Tensor]]:
+    """A list of what ``head`` is given while it is open."""
+    seen: list[Tensor] = []
+    with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        yield seen
