@@ -279,9 +279,11 @@ class Oracle:
 
     def _eight_bit(self, x: Tensor, clean: Tensor) -> Tensor:
         """The nearest image of whole grey levels that is inside the ball; gradients pass as if nothing had happened."""
-        levels = (x * 255).round()
-        if self._threat.norm != "linf":  # rounding can lengthen an l2 step; moving each pixel towards x cannot
-            start = (clean * 255).round()
+        start = (clean * 255).round()
+        if self._threat.norm == "linf":
+            reach = math.floor(min(self._reach, 1.0) * 255 + 1e-4)
+            levels = torch.minimum(torch.maximum((x * 255).round(), start - reach), start + reach)
+        else:  # rounding can lengthen an l2 step; moving each pixel towards x cannot
             levels = start + ((x - clean) * 255).trunc()
         return x + (levels.clamp(0, 255) / 255 - x).detach()
 
