@@ -20,6 +20,7 @@ class Clocked(nn.Module):
         super().__init__()
         self.network = network
         self.images, self.seconds = 0, 0.0
+        self.eval()  # torchattacks restores the mode it finds, batch-norms included
 
     def reset(self) -> None:
         """Start anew."""
