@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
@@ -96,33 +96,6 @@ class Defense(Protocol):
     def paper(self) -> str: ...
     @property
     def __call__(self) -> Callable[..., Any]: ...
-
-
-class OutputDefense(Defense, Protocol):
-    """See :class:`Defense`, stage ``output``."""
-
-    @property
-    def random(self) -> bool: ...
-    @property
-    def __call__(self) -> Callable[[nn.Module, Split, int], nn.Module]: ...
-
-
-class TrainingDefense(Defense, Protocol):
-    """See :class:`Defense`, stage ``training``."""
-
-    @property
-    def __call__(self) -> Callable[[Callable[[], nn.Module], Dataset, Job], nn.Module]: ...
-
-
-class DataDefense(Defense, Protocol):
-    """See :class:`Defense`, stage ``data``."""
-
-    @property
-    def norm(self) -> Norm: ...
-    @property
-    def eps(self) -> float: ...
-    @property
-    def __call__(self) -> Callable[[Dataset, Job], Split]: ...
 
 
 class Architecture(Protocol):
