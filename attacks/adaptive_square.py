@@ -1,6 +1,7 @@
 """Square against defenses that edit the scores: other rules for which proposals to take, or a decoded margin."""
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -8,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from attacks.square import Square, lower
+from attacks.square import Rule, Square, Values, lower
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.oracle import Oracle
@@ -57,9 +58,33 @@ def decoded(interval: float, logits: Tensor, y: Tensor) -> Tensor:
     return torch.where(reported < 0, reported, 2 * centre - reported)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _AdaptiveSquare(ABC):
+    """Square's proposals, with the schedule of a run of 10,000, under the tactic of a subclass."""
+
+    p_init: float = 0.3
+
+    access: ClassVar[Access] = "scores"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
+    version: ClassVar[int] = 1
+    paper: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        Square(p_init=self.p_init)  # complains about an impossible one
+
+    @abstractmethod
+    def tactic(self) -> tuple[Values, Rule]:
+        """What is compared, and which candidates are taken."""
+
+    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
+        values, rule = self.tactic()
+        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, values, rule)
+
+
 @attacks("bi-square")
 @dataclass(frozen=True, kw_only=True)
-class BiSquare:
+class BiSquare(_AdaptiveSquare):
     """Bi-Square (Chen et al., 2022): downwards until the margin jumps up by more than ``jump``, then upwards.
 
     Each sample finds out by itself. Square's proposals, with the schedule of a run of 10,000.
@@ -71,53 +96,43 @@ class BiSquare:
     Source: the rule in ``square.py`` of the authors' code; unlike there, a misclassified proposal is never missed.
     """
 
-    p_init: float = 0.3
     jump: float = 3.0
 
-    access: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = AAA
 
     def __post_init__(self) -> None:
         _above_zero("jump", self.jump)
-        Square(p_init=self.p_init)  # complains about an impossible one
+        super().__post_init__()
 
-    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
-        rule = partial(both_ways, self.jump)
-        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, margin, rule)
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(both_ways, self.jump)
 
 
 @attacks("up-square")
 @dataclass(frozen=True, kw_only=True)
-class UpSquare:
+class UpSquare(_AdaptiveSquare):
     """Up-Square (Chen et al., 2022): upwards on purpose, and down where the margin drops by more than ``jump``.
 
     Args, Source: as for :class:`BiSquare`.
     """
 
-    p_init: float = 0.3
     jump: float = 3.0
 
-    access: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = AAA
 
     def __post_init__(self) -> None:
         _above_zero("jump", self.jump)
-        Square(p_init=self.p_init)
+        super().__post_init__()
 
-    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
-        rule = partial(upward, self.jump)
-        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, margin, rule)
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(upward, self.jump)
 
 
 @attacks("switch-square")
 @dataclass(frozen=True, kw_only=True)
-class SwitchSquare:
+class SwitchSquare(_AdaptiveSquare):
     """Square that turns round after ``patience`` refusals in a row, first downwards; made for AAA-sine.
 
     The incumbent stays where it is when the direction turns. Knows nothing of the interval.
@@ -129,28 +144,23 @@ class SwitchSquare:
     Source: the direction switch in the code of Random Logit Scaling, 10 unsuccessful iterations.
     """
 
-    p_init: float = 0.3
     patience: int = 10
 
-    access: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = "Random Logit Scaling, openreview CXafPv4aAG"
 
     def __post_init__(self) -> None:
         if self.patience < 1:
             raise ConfigError(f"patience is {self.patience}; turn round after at least one refusal")
-        Square(p_init=self.p_init)
+        super().__post_init__()
 
-    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
-        rule = partial(switching, self.patience)
-        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, margin, rule)
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(switching, self.patience)
 
 
 @attacks("decode-square")
 @dataclass(frozen=True, kw_only=True)
-class DecodeSquare:
+class DecodeSquare(_AdaptiveSquare):
     """Square on the margin behind AAA-linear: an attacker who knows the interval mirrors every margin back.
 
     Exact where the solver of the defense reaches its target margin with step 1; AAA-sine cannot be inverted.
@@ -162,22 +172,17 @@ class DecodeSquare:
     Source: our own; the mirror is its own inverse.
     """
 
-    p_init: float = 0.3
     interval: float = 6.0
 
-    access: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = "ours"
 
     def __post_init__(self) -> None:
         _above_zero("interval", self.interval)
-        Square(p_init=self.p_init)
+        super().__post_init__()
 
-    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
-        values = partial(decoded, self.interval)
-        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, values, lower)
+    def tactic(self) -> tuple[Values, Rule]:
+        """The decoded margin, under Square's own rule."""
+        return partial(decoded, self.interval), lower
 
 
 def _above_zero(name: str, value: float) -> None:
