@@ -102,9 +102,10 @@ def run(
         errors.print(f"stopped; finished shards are kept in {store.root}, the same command goes on", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = [store.row(task.cell) for task in tasks]
-    console.print(f"\n{_markdown(rows, plan.budgets)}", soft_wrap=True)
+    console.print(f"\n{render(tables(rows, plan.budgets), 'md', details=False)}", soft_wrap=True)
     console.print(
-        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}",
+        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "
+        "`bench leaderboard` prints every figure of theirs",
         soft_wrap=True,
     )
     if outcome.failed:
@@ -210,10 +211,6 @@ def _device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"device {name!r} is not there; use cpu, or cuda where a GPU is installed") from None
     return device
-
-
-def _markdown(rows: Any, budgets: Any) -> str:
-    return render(tables(rows, budgets), "md")
 
 
 def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:

@@ -1,12 +1,16 @@
 """One shard of a cell, measured: an attack against a served model, or a learner against a released data set."""
 
+import math
+import time
 from collections.abc import Callable
 from hashlib import blake2b
+from statistics import median
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from bench.dataset import Dataset, Split
 from bench.grid import Task
@@ -17,6 +21,7 @@ from bench.protocols import Attack, Job
 from bench.rng import SampleRng
 from bench.served import ServedModel
 
+COST_IMAGES, COST_ROUNDS = 100, 5
 VOTES = 16  # fresh evaluations of a random model; the majority is its prediction
 
 
@@ -24,6 +29,7 @@ def attack_served(
     task: Task,
     searched: ServedModel,
     plain: ServedModel,
+    twin: ServedModel,
     ids: list[int],
     device: torch.device,
     on_spent: Callable[[int], None] = lambda queries: None,
@@ -32,6 +38,8 @@ def attack_served(
 
     The attack meets ``searched`` through the oracle; clean images and final examples are judged on ``plain``, the
     same model in plain float32. Samples that are misclassified when clean fell at query 0 and are not attacked.
+    ``twin`` is the network without its output defense, in plain float32 as well: what the defense changes is measured
+    against it.
 
     Returns:
         One record for each sample, columns as in :func:`_records`.
@@ -48,6 +56,7 @@ def attack_served(
     noise = SampleRng.create(cell.seed, keys, "defense")
 
     clean = _judge(plain, x, y, noise.fork("clean"))
+    undefended = _judge(twin, x, y, noise)
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     minimal = getattr(attack, "minimal", False)
@@ -71,20 +80,37 @@ def attack_served(
         "backwards": torch.zeros_like(y).index_copy(0, todo, ledger.backwards),
         "best_margin": clean.margin.index_copy(0, todo, torch.minimum(ledger.best_margin, clean.margin[todo])),
         "invalid": torch.zeros_like(clean.correct).index_copy(0, todo, ledger.invalid),
-        "clean_pred": clean.prediction,
-        "clean_margin": clean.margin,
-        "clean_share": clean.share,
-        "final_pred": after.prediction,
-        "final_margin": after.margin,
-        "final_share": after.share,
+        **clean.columns("clean"),
+        **after.columns("final"),
+        "twin_pred": undefended.prediction,
+        "logit_change": (clean.logits - undefended.logits).norm(dim=1),
+        "probability_change": (clean.probabilities - undefended.probabilities).abs().sum(dim=1) / 2,
         "norm_linf": lp_norm(final - x, "linf"),
         "norm_l2": lp_norm(final - x, "l2"),
+        "rmse": lp_norm(final - x, "l2") / math.sqrt(x[0].numel()),
         "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
         "best_distance": distance if minimal else torch.full_like(distance, torch.nan),
         "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
     }
     return _records(task.data.test, rows, table, task)
+
+
+@torch.no_grad()
+def query_cost(defended: ServedModel, undefended: ServedModel, task: Task, device: torch.device) -> float:
+    """The time of a query over that of the same query without the defense: the median of 5 forwards of 100 images."""
+    rows = torch.tensor(task.cell.ids[:COST_IMAGES])
+    x, rng = task.data.test.pixels(rows).to(device), SampleRng.create(task.cell.seed, rows.to(device), "cost")
+
+    def seconds(model: ServedModel) -> float:
+        started = time.perf_counter()
+        model(x, rng)
+        if x.is_cuda:
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - started
+
+    rounds = [(seconds(defended), seconds(undefended)) for _ in range(COST_ROUNDS + 1)][1:]  # the first one warms up
+    return median(ours for ours, _ in rounds) / median(theirs for _, theirs in rounds)
 
 
 def learn_released(
@@ -111,15 +137,37 @@ def learn_released(
 
 
 class _Judgement:
-    """What a model says of images: its majority class, whether that is right, its margin, and the share of votes."""
+    """What a model says of images: its majority class, whether that is right, its margin, and the share of votes.
+
+    ``logits`` and ``probabilities`` (B, K) are means over the votes; ``confidence`` is that in the majority class.
+    """
 
     def __init__(self, logits: Tensor, y: Tensor) -> None:  # logits (votes, B, K)
+        logits = logits.float()
         votes = logits.nan_to_num().argmax(dim=2)
-        counts = torch.nn.functional.one_hot(votes, logits.shape[2]).sum(dim=0)  # (B, K)
+        counts = one_hot(votes, logits.shape[2]).sum(dim=0)  # (B, K)
         self.prediction = counts.argmax(dim=1)
         self.correct = self.prediction == y
         self.share = (votes == y).float().mean(dim=0)
         self.margin = torch.stack([margin(one, y) for one in logits]).mean(dim=0)
+        self.logits = logits.mean(dim=0)
+        self.probabilities = logits.softmax(dim=2).mean(dim=0)
+        self.confidence = self.probabilities.gather(1, self.prediction[:, None]).squeeze(1)
+        self.nll = -_log_mean_exp(logits.log_softmax(dim=2).gather(2, y.expand(len(logits), -1)[..., None]))[:, 0]
+        self.brier = (self.probabilities - one_hot(y, logits.shape[2])).square().sum(dim=1)
+
+    def columns(self, when: str) -> dict[str, Tensor]:
+        """What is recorded of each sample (B,), its names starting with ``when``."""
+        kept = {
+            "pred": self.prediction, "margin": self.margin, "share": self.share,
+            "confidence": self.confidence, "nll": self.nll, "brier": self.brier,
+        }  # fmt: skip
+        return {f"{when}_{name}": values for name, values in kept.items()}
+
+
+def _log_mean_exp(values: Tensor) -> Tensor:
+    """The logarithm of the mean over the first dimension of what ``values`` are the logarithms of."""
+    return values.logsumexp(dim=0) - math.log(len(values))
 
 
 @torch.no_grad()
@@ -132,6 +180,9 @@ def _records(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) ->
     """One line for each sample: what identifies it, then the columns of ``table`` (B,).
 
     ``first_hit`` is the query that beat the sample: 0 if it was misclassified when clean, NEVER (-1) if none did.
+    ``*_confidence`` is the mean probability of the predicted class, ``*_nll`` minus the logarithm of that of the true
+    class, ``*_brier`` the squared distance from the truth; ``twin_pred`` is the undefended prediction on the clean
+    image, ``logit_change`` (l2) and ``probability_change`` (total variation) are what the defense does to its scores.
     ``best_distance`` is that of the nearest misclassified query of a minimum-norm attack, in the norm of the threat: 0
     if the clean image was misclassified, NaN if no query was, and for other attacks.
     """

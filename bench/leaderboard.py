@@ -1,8 +1,9 @@
 """Stored rows, read as tables: robust accuracy at every budget asked for, worst cases, intervals and ranks."""
 
 import json
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any, Literal
 
@@ -10,8 +11,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from bench.oracle import NEVER
-from bench.stats import holm, mcnemar, wilson
+from bench.outcomes import Share, clean, column, figures, final, query_budget, restricted, robust, tested
+from bench.stats import holm, mcnemar
 from bench.store import Row
 
 Format = Literal["md", "csv", "latex", "json"]
@@ -26,33 +27,24 @@ MARKS = {
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
     "random": ("~", "random defense: @ counts the first lucky query; final, 16 repeats of it, flatters the defense"),
 }
+SCORES = (
+    "What the defense does to its answers: predictions changed (%), mean change of logits (l2) and of probabilities "
+    "(total variation), time of a query against the undefended one; then clean → after the attack that left the least."
+)
+ERRORS = {"ECE": "ece", "adaptive ECE": "adaptive_ece"}
+LOSSES = {"Brier": "brier", "NLL": "nll"}
+QUERIES = (
+    "What the queries achieved among images that were right when clean: area under accuracy against queries (of all "
+    "images), queries of the successes, of all (censored at the budget), and the size of the final changes."
+)
+ACHIEVED = {  # column: figure, how it is printed
+    "AUC": ("auc", "{:.3f}"), "log AUC": ("log_auc", "{:.3f}"), "success": ("success_rate", "{:.1%}"),
+    "mean": ("mean_queries", "{:.0f}"), "median": ("median_queries", "{:.0f}"),
+    "mean of all": ("restricted_mean_queries", "{:.0f}"), "median of all": ("censored_median_queries", "{:.0f}"),
+    "linf": ("linf", "{:.4f}"), "RMSE": ("rmse", "{:.4f}"),
+    "expected": ("expected_accuracy", "{:.1%}"),
+}  # fmt: skip
 UNRANKED = {"limited", "incomplete", "failed", "invalid"}
-
-
-@dataclass(frozen=True)
-class Share:
-    """A share of samples with its 95 % Wilson interval; nothing when there are no samples."""
-
-    right: NDArray[np.bool_]
-
-    @property
-    def n(self) -> int:
-        return len(self.right)
-
-    @property
-    def value(self) -> float:
-        return float(self.right.mean()) if self.n else float("nan")
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        return wilson(int(self.right.sum()), self.n)
-
-    def __str__(self) -> str:
-        if not self.n:
-            return ""
-        low, high = self.interval
-        digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
-        return f"{100 * self.value:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 @dataclass(frozen=True)
@@ -66,6 +58,7 @@ class Line:
     marks: frozenset[str] = frozenset()
     rank: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.outcomes.figures
 
 
 @dataclass(frozen=True)
@@ -93,25 +86,38 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
     return result
 
 
-def render(tables: Sequence[Table], style: Format) -> str:
-    """The tables as text: Markdown, LaTeX (booktabs), or tidy CSV and JSON with one record for each line."""
+def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
+    """The tables as text: Markdown, LaTeX (booktabs), or tidy CSV and JSON with one record for each line.
+
+    ``details`` adds what the defenses do to their scores and what the queries achieved. CSV and JSON always hold that;
+    a censored median is empty there where fewer than half of the samples fell.
+    """
     if style in ("csv", "json"):
         records = [record for table in tables for record in _records(table)]
         if style == "json":
             return json.dumps(records, indent=1)
         return pd.DataFrame(records).to_csv(index=False)
+    return "\n".join((_latex if style == "latex" else _markdown)(table, details) for table in tables)
+
+
+def _markdown(table: Table, details: bool) -> str:
+    parts = [f"### {table.title}", *(f"{title}\n\n{_text(frame)}" for title, frame in _frames(table, details))]
+    parts.insert(2, "  \n".join(filter(None, (_legend(table), table.origin))))
+    return "\n\n".join(parts).replace("\n\n\n", "\n") + "\n"
+
+
+def _text(frame: pd.DataFrame) -> str:
+    return frame.to_markdown(index=False, disable_numparse=True)
+
+
+def _latex(table: Table, details: bool) -> str:
     parts = []
-    for table in tables:
-        frame = _frame(table)
-        if style == "latex":
-            caption = _latex_text(" ".join((f"{table.title}.", _legend(table, latex=True), table.origin)))
-            frame = frame.map(lambda text: _latex_text(str(text)))
-            frame.columns = [_latex_text(name) for name in frame.columns]
-            parts.append(frame.to_latex(index=False, escape=False, caption=caption, position="ht"))
-        else:
-            notes = "  \n".join(filter(None, (_legend(table), table.origin)))
-            body = frame.to_markdown(index=False, disable_numparse=True)
-            parts.append(f"### {table.title}\n\n{body}\n\n{notes}\n")
+    for title, frame in _frames(table, details):
+        notes = (_legend(table, latex=True), table.origin) if not title else ()
+        caption = _latex_text(" ".join((f"{table.title}.", title, *notes)).strip())
+        frame = frame.map(lambda text: _latex_text(str(text)))
+        frame.columns = [_latex_text(name) for name in frame.columns]
+        parts.append(frame.to_latex(index=False, escape=False, caption=caption, position="ht"))
     return "\n".join(parts)
 
 
@@ -120,13 +126,13 @@ def summary(row: Row) -> str:
     if row.errors:
         return "failed: " + row.errors[-1].strip().splitlines()[-1]
     if row.cell.learns:
-        return f"test accuracy {_test_share(row)} %"
-    budget = row.cell.threat.query_budget or 0
-    return f"clean {_clean(row)} %, robust @{budget} {_robust(row, budget)} %"
+        return f"test accuracy {tested(row)} %"
+    budget = query_budget(row)
+    return f"clean {clean(row)} %, robust @{budget} {robust(row, budget)} %"
 
 
 def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
-    largest = max(row.cell.threat.query_budget or 0 for row in rows)
+    largest = max(query_budget(row) for row in rows)
     shown = sorted({budget for budget in budgets if budget < largest} | {largest})
     by_defense: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
@@ -138,48 +144,44 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
     lines = []
     for name in sorted(worst, key=lambda name: (ranks.get(name, len(worst) + 1), -decisive[name].value)):
         line = worst[name]
-        lines.append(Line(line.defense, line.attack, line.shares, line.n, line.marks, ranks.get(name)))
+        lines.append(replace(line, rank=ranks.get(name)))
         lines += [_served_line(row, shown) for row in by_defense[name]] if len(by_defense[name]) > 1 else []
     return lines
 
 
 def _served_line(row: Row, budgets: Sequence[int]) -> Line:
-    shares = {"clean": _clean(row)}
-    shares |= {f"@{budget}": _robust(row, budget) for budget in budgets}
-    shares["final"] = Share(_final_right(row))
+    shares = {"clean": clean(row)}
+    shares |= {f"@{budget}": robust(row, budget) for budget in budgets}
+    shares["final"] = final(row)
     seed = f", seed {row.cell.seed}" if row.cell.seed else ""
-    return Line(row.cell.defense_name, row.cell.attack.spec + seed, shares, len(row.records), _marks(row))
+    name = row.cell.attack.spec + seed
+    return Line(row.cell.defense_name, name, shares, len(row.records), _marks(row), figures=figures(row))
 
 
 def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
     """The line of a defense: each sample under whichever of the attacks beats it soonest."""
     if len(rows) == 1:
         return _served_line(rows[0], budgets)
-    common = set.intersection(*(set(_column(row, "sample_id")) for row in rows))
-    same = [_restricted(row, common) for row in rows]
-    shares = {"clean": Share(np.logical_and.reduce([_clean(row).right for row in same]))}
+    common = set.intersection(*(set(column(row, "sample_id")) for row in rows))
+    same = [restricted(row, common) for row in rows]
+    shares = {"clean": Share(np.logical_and.reduce([clean(row).right for row in same]))}
     for budget in budgets:
         # An attack that ran with a smaller budget has beaten its samples within this one, too.
-        within = [_robust(row, min(budget, row.cell.threat.query_budget or 0)).right for row in same]
+        within = [robust(row, min(budget, query_budget(row))).right for row in same]
         shares[f"@{budget}"] = Share(np.logical_and.reduce(within))
-    shares["final"] = Share(np.logical_and.reduce([_final_right(row) for row in same]))
+    shares["final"] = Share(np.logical_and.reduce([final(row).right for row in same]))
     marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent"}
     return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks)
-
-
-def _restricted(row: Row, ids: set[int]) -> Row:
-    """``row`` with the records of the samples ``ids`` alone."""
-    return Row(row.cell, row.records[np.isin(_column(row, "sample_id"), list(ids))], row.shards)
 
 
 def _released_lines(rows: list[Row]) -> list[Line]:
     """Each protection under each learner; the lowest test accuracy protects best, and the best learner decides."""
     lines = []
     for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
-        figures = {"train": "train_accuracy", "changed pixels": "changed_pixels_mean"}
-        extra = {name: row.figures[figure] for name, figure in figures.items() if figure in row.figures}
+        wanted = {"train": "train_accuracy", "changed pixels": "changed_pixels_mean"}
+        extra = {name: row.figures[figure] for name, figure in wanted.items() if figure in row.figures}
         seed = f", seed {row.cell.seed}" if row.cell.seed else ""
-        name, share = row.cell.attack.spec + seed, {"test": _test_share(row)}
+        name, share = row.cell.attack.spec + seed, {"test": tested(row)}
         lines.append(Line(row.cell.defense_name, name, share, len(row.records), _marks(row), extra=extra))
     return lines
 
@@ -218,66 +220,94 @@ def _comparable(row: Row) -> tuple[bool, str, str, str]:
     return cell.learns, cell.setting, cell.data_hash, cell.weights_hash
 
 
-def _column(row: Row, name: str) -> NDArray[Any]:
-    return row.records[name].to_numpy() if name in row.records else np.zeros(0)
-
-
-def _clean(row: Row) -> Share:
-    return Share(_column(row, "first_hit") != 0)
-
-
-def _robust(row: Row, budget: int) -> Share:
-    """Right when clean, and not beaten by any of the first ``budget`` queries."""
-    if budget > (row.cell.threat.query_budget or 0):
-        return Share(np.zeros(0, dtype=bool))
-    hit = _column(row, "first_hit")
-    return Share((hit == NEVER) | (hit > budget))
-
-
-def _final_right(row: Row) -> NDArray[np.bool_]:
-    """Right when clean, and right on the final example, judged afresh in plain float32."""
-    right: NDArray[np.bool_] = (_column(row, "first_hit") != 0) & (_column(row, "final_pred") == _column(row, "y"))
-    return right
-
-
-def _test_share(row: Row) -> Share:
-    return Share(_column(row, "final_pred") == _column(row, "y"))
-
-
 def _marks(row: Row) -> frozenset[str]:
     found = {
         "limited": row.cell.limited,
         "incomplete": not row.complete,
         "failed": bool(row.errors),
-        "invalid": bool(_column(row, "invalid").any()),
+        "invalid": bool(column(row, "invalid").any()),
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)
 
 
-def _frame(table: Table) -> pd.DataFrame:
-    """The table as people read it."""
+def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:
+    """The table as people read it: accuracies; what the defenses do to their scores; what the queries achieved."""
+    parts = [("", _accuracies(table))]
+    if details:
+        parts += [(SCORES, _scores(table)), (QUERIES, _queries(table))]
+    return [(title, frame) for title, frame in parts if len(frame) or not title]
+
+
+def _accuracies(table: Table) -> pd.DataFrame:
     lines = []
-    previous = None
     for line in table.lines:
         marks = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
         shares = {name: str(share) for name, share in line.shares.items()}
+        extra = {
+            name: f"{100 * value:.1f}" if name == "train" else f"{value:.2f}" for name, value in line.extra.items()
+        }
         lines.append(
             {
                 "rank": "" if line.rank is None else str(line.rank),
-                "defense": line.defense if line.defense != previous else "",
+                "defense": line.defense,
                 "attack": f"{line.attack} {marks}".strip(),
                 **shares,
-                **{
-                    name: f"{100 * value:.1f}" if name == "train" else f"{value:.2f}"
-                    for name, value in line.extra.items()
-                },
+                **extra,
                 "n": str(line.n),
             }
         )
-        previous = line.defense
-    frame = pd.DataFrame(lines).fillna("")
+    frame = _once(lines)
     return frame if any(line.rank for line in table.lines) else frame.drop(columns="rank")
+
+
+def _scores(table: Table) -> pd.DataFrame:
+    """One line for each defense, the scores under attack those under the attack that left it the least."""
+    lines = []
+    for defense in dict.fromkeys(line.defense for line in table.lines):
+        own = [line for line in table.lines if line.defense == defense and "ece" in line.figures]
+        if not own:
+            continue
+        line = min(own, key=lambda line: line.shares["final"].value)
+        found = line.figures
+        lines.append(
+            {
+                "defense": defense,
+                "changed": f"{100 * found['changed_predictions']:.1f}",
+                "Δ logits": f"{found['logit_change']:.2f}",
+                "Δ probs": f"{found['probability_change']:.3f}",
+                "cost": f"{found['cost']:.2f}" if "cost" in found else "",
+                **{name: _before_after(found, key, "{:.1%}") for name, key in ERRORS.items()},
+                **{name: _before_after(found, key, "{:.2f}") for name, key in LOSSES.items()},
+                "under": line.attack,
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _before_after(found: dict[str, float], key: str, form: str) -> str:
+    return f"{form} → {form}".format(found[key], found[f"attacked_{key}"])
+
+
+def _queries(table: Table) -> pd.DataFrame:
+    lines = []
+    for line in table.lines:
+        found = line.figures
+        if "auc" not in found:
+            continue
+        shown = {"defense": line.defense, "attack": line.attack}
+        for name, (key, form) in ACHIEVED.items():
+            shown[name] = form.format(found[key]).replace("inf", "> all") if key in found else ""
+        lines.append(shown)
+    return _once(lines)
+
+
+def _once(lines: list[dict[str, str]]) -> pd.DataFrame:
+    """The lines, each defense named in its first one alone."""
+    frame = pd.DataFrame(lines).fillna("")
+    if len(frame):
+        frame["defense"] = frame["defense"].where(frame["defense"] != frame["defense"].shift(), "")
+    return frame
 
 
 def _legend(table: Table, latex: bool = False) -> str:
@@ -298,7 +328,8 @@ def _records(table: Table) -> list[dict[str, Any]]:
             low, high = share.interval if share.n else (None, None)
             value = share.value if share.n else None
             record |= {name: value, f"{name} low": low, f"{name} high": high}
-        records.append({**record, **line.extra})
+        finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
+        records.append({**record, **line.extra, **finite})
     return records
 
 
@@ -307,6 +338,7 @@ _LATEX = {
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
     "✗": r"$\times$", "…": r"$\ldots$",
     "↔": r"$\leftrightarrow$", "∥": r"$\parallel$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
+    "Δ": r"$\Delta$", "→": r"$\to$",
 }  # fmt: skip
 
 

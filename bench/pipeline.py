@@ -34,13 +34,18 @@ class Pipeline:
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
-        base = self._network(task)
-        module = numerics.fast(base) if mode == "fast" else numerics.plain(base)
+        network = self.undefended(task, mode)
         defense = task.chain.get("output")
         if defense is None:
-            return ServedModel(module, batch_size=self.batch_size)
-        served = defense(module, task.data.calibration.to(self.device), task.cell.seed).eval()
+            return network
+        served = defense(network.module, task.data.calibration.to(self.device), task.cell.seed).eval()
         return ServedModel(served, random=defense.random, batch_size=self.batch_size)
+
+    def undefended(self, task: Task, mode: Numerics) -> ServedModel:
+        """The network of ``task`` without its output defense."""
+        base = self._network(task)
+        module = numerics.fast(base) if mode == "fast" else numerics.plain(base)
+        return ServedModel(module, batch_size=self.batch_size)
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""

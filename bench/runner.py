@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from bench.errors import BenchError
-from bench.evaluate import attack_served, learn_released
+from bench.evaluate import attack_served, learn_released, query_cost
 from bench.grid import Task
 from bench.pipeline import Pipeline
 from bench.provenance import provenance
@@ -112,11 +112,16 @@ def _measure(
 
     pipeline.train(task, count.epochs)
     searched, plain = pipeline.served(task, task.cell.numerics), pipeline.served(task, "plain")
+    twin = pipeline.undefended(task, "plain")
+    figures = {}
+    if start == 0:
+        undefended = pipeline.undefended(task, task.cell.numerics)
+        figures["cost"] = query_cost(searched, undefended, task, pipeline.device)
     tables = []
     for first in range(0, len(ids), batch_size):
         part = ids[first : first + batch_size]
-        tables.append(attack_served(task, searched, plain, part, pipeline.device, partial(count.queries, first)))
-    return pd.concat(tables, ignore_index=True), {}
+        tables.append(attack_served(task, searched, plain, twin, part, pipeline.device, partial(count.queries, first)))
+    return pd.concat(tables, ignore_index=True), figures
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.protocols import Stage
 from bench.registry import added, defenses
 from bench.rng import SampleRng
@@ -30,7 +31,6 @@ RESIDUE = 1e-7  # mass that the classes below the runner-up keep at an end of th
 TIE_BREAK = 4e-6  # between levelled classes: on an exact tie the gradient of the margin would be shared out among them
 RELEASED_BATCH = 128  # rows in the mean of the released loss; a constant, so that a row never depends on the others
 TEMPERATURES = [10 ** (step / 100) for step in range(-100, 101)]
-ECE_BINS = 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,30 +317,12 @@ def tuned_temperature(logits: Tensor, labels: Tensor, target: Target, beta: floa
     """
     margin, correct = target(top_margin(logits)), logits.argmax(dim=1) == labels
 
-    def error(temperature: float) -> Tensor:
+    def error(temperature: float) -> float:
         wanted = top_confidence(logits, temperature)
         _, confidence = exact_optimum(margin, wanted, beta, logits.shape[1])
-        return expected_calibration_error(confidence, correct)
+        return calibration_error(confidence.double().cpu().numpy(), correct.cpu().numpy())
 
-    return TEMPERATURES[int(torch.stack([error(temperature) for temperature in TEMPERATURES]).argmin())]
-
-
-def expected_calibration_error(confidence: Tensor, correct: Tensor) -> Tensor:
-    """The mean gap between confidence and accuracy over 15 equal bins (a, b], weighted by their samples.
-
-    Args:
-        confidence: (N,) in (0, 1], of the predicted classes.
-        correct: (N,) bool.
-
-    Returns:
-        A scalar in [0, 1].
-
-    Source:
-        Guo et al., 2017, arXiv:1706.04599, equation 3.
-    """
-    bins = (confidence * ECE_BINS).ceil().long().sub(1).clamp(0, ECE_BINS - 1)
-    gaps = torch.zeros(ECE_BINS, dtype=confidence.dtype, device=confidence.device)
-    return gaps.index_add_(0, bins, confidence - correct.to(confidence)).abs().sum() / len(confidence)
+    return min(TEMPERATURES, key=error)
 
 
 def _water_level(behind: Tensor, apart: Tensor, mass: Tensor) -> Tensor:

@@ -4,15 +4,15 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.protocols import Stage
 from bench.registry import defenses
-from defenses.aaa import TEMPERATURES, calibration_logits, expected_calibration_error, top_confidence
+from defenses.aaa import TEMPERATURES, calibration_logits, top_confidence
 
 Objective = Literal["nll", "ece"]
 
@@ -80,9 +80,9 @@ def best_temperature(logits: Tensor, labels: Tensor, objective: Objective) -> fl
     """
     exact, correct = logits.double(), logits.argmax(dim=1) == labels
 
-    def error(temperature: float) -> Tensor:
+    def error(temperature: float) -> float:
         if objective == "nll":
-            return F.cross_entropy(exact / temperature, labels)
-        return expected_calibration_error(top_confidence(exact, temperature), correct)
+            return F.cross_entropy(exact / temperature, labels).item()
+        return calibration_error(top_confidence(exact, temperature).cpu().numpy(), correct.cpu().numpy())
 
-    return TEMPERATURES[int(torch.stack([error(temperature) for temperature in TEMPERATURES]).argmin())]
+    return min(TEMPERATURES, key=error)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.registry import defenses
 from defenses.aaa import (
     RELEASED_BATCH,
@@ -18,7 +19,6 @@ from defenses.aaa import (
     attractor,
     exact_logits,
     exact_optimum,
-    expected_calibration_error,
     linear_target,
     secret_offset,
     sine_target,
@@ -399,7 +399,7 @@ def test_a_tuned_temperature_lowers_the_calibration_error_of_what_is_served():
     correct = Sharp()(split.pixels()).argmax(1) == split.labels
 
     def error(model: nn.Module) -> float:
-        return expected_calibration_error(top_confidence(model(split.pixels()), 1.0), correct).item()
+        return calibration_error(top_confidence(model(split.pixels()), 1.0).numpy(), correct.numpy())
 
     # Wide intervals force large margins, and those a high confidence, on classes as close as these.
     for interval in (6.0, 1.0):
@@ -417,14 +417,6 @@ def test_tuning_uses_the_confidence_that_is_served():
     _, predicted = exact_optimum(margin, wanted, BETA, 10)
     served = top_confidence(exact_logits(logits, margin, wanted, BETA), 1.0)
     torch.testing.assert_close(served, predicted, rtol=0, atol=1e-5)
-
-
-def test_calibration_error_of_known_bins():
-    confidence = torch.tensor([1.0, 1.0, 0.5, 0.5], dtype=torch.float64)
-    correct = torch.tensor([True, False, True, False])
-    assert expected_calibration_error(confidence, correct).item() == pytest.approx(0.25)
-    edge = torch.tensor([1 / 15, 2 / 15], dtype=torch.float64)  # (a, b]: each in a bin of its own
-    assert expected_calibration_error(edge, torch.tensor([True, False])).item() == pytest.approx(16 / 30)
 
 
 def test_settings_that_cannot_be_meant_are_refused():

@@ -31,7 +31,8 @@ class TestCommittedRows:
         assert (ROOT / "leaderboards" / f"{folder.name}.md").read_text() == table + "\n"
 
     def test_the_readme_shows_the_table(self, folder):
-        table = (ROOT / "leaderboards" / f"{folder.name}.md").read_text()
+        rows, _ = Store(folder).rows()
+        table = render(tables(rows, BUDGETS[folder.name]), "md", details=False)
         lines = [line for line in table.splitlines() if line.startswith("|")]
         readme = (ROOT / "README.md").read_text()
         assert all(line in readme for line in lines)

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.registry import defenses
-from defenses.aaa import expected_calibration_error, top_confidence
+from defenses.aaa import top_confidence
 from defenses.temperature import Temperature, best_temperature
 
 NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
@@ -58,7 +59,7 @@ def test_no_other_temperature_of_the_grid_is_better(objective):
     def error(temperature: float) -> float:
         if objective == "nll":
             return -(logits / temperature).log_softmax(1)[torch.arange(1_000), labels].mean().item()
-        return expected_calibration_error(top_confidence(logits, temperature), correct).item()
+        return calibration_error(top_confidence(logits, temperature).numpy(), correct.numpy())
 
     found = error(best_temperature(logits, labels, objective))
     assert all(found <= error(0.1 * 10 ** (step / 100)) + 1e-12 for step in range(201))
@@ -72,7 +73,7 @@ def test_tuning_calibrates_what_is_served(objective):
     correct = Scores()(split.pixels()).argmax(1) == split.labels
 
     def error(model: nn.Module) -> float:
-        return expected_calibration_error(top_confidence(model(split.pixels()), 1.0), correct).item()
+        return calibration_error(top_confidence(model(split.pixels()), 1.0).numpy(), correct.numpy())
 
     # A calibrated model's error is noise: 15 bins of n / 15 samples, each off by sqrt(p (1 - p) / (n / 15)) or so.
     assert error(served) < 4 * 0.5 * (15 / 4_000) ** 0.5

@@ -1,0 +1,90 @@
+"""Figures of a set of samples, from what was recorded about each: calibration, and what queries achieved."""
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+
+BINS = 15  # of calibration errors
+
+
+def calibration_error(confidence: Floats, correct: Bools) -> float:
+    """Expected calibration error: the gap between confidence and accuracy in 15 equal bins (a, b], averaged by size.
+
+    Args:
+        confidence: (n,) in (0, 1], of the predicted classes.
+        correct: (n,) whether these are right.
+
+    Returns:
+        From 0 to 1; NaN without samples.
+
+    Source:
+        Guo et al., 2017, arXiv:1706.04599, equation 3.
+    """
+    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    sums: Floats = np.bincount(bins, confidence - correct, minlength=BINS).astype(float)
+    return _gap(sums, len(confidence))
+
+
+def adaptive_calibration_error(confidence: Floats, correct: Bools) -> float:
+    """As :func:`calibration_error`, in 15 bins of equally many samples, sorted by confidence.
+
+    Source:
+        Nguyen and O'Connor, 2015, arXiv:1508.05154, section 3; the equal-mass form of Nixon et al., 2019,
+        arXiv:1904.01685, for the top class alone.
+    """
+    order = np.argsort(confidence, kind="stable")
+    parts = np.array_split((confidence - correct)[order], BINS)
+    return _gap(np.array([part.sum() for part in parts]), len(confidence))
+
+
+def _gap(sums: Floats, n: int) -> float:
+    return float(np.abs(sums).sum() / n) if n else math.nan
+
+
+def query_curve_area(hits: Floats, budget: int) -> float:
+    """The area under accuracy against queries, as a share of the whole: the mean of ``min(hit, budget) / budget``.
+
+    Args:
+        hits: (n,) query that beat each sample; 0 if it was wrong when clean, infinity if none did.
+        budget: queries, 1 or more. Equals the mean accuracy at 0 .. budget - 1 queries.
+    """
+    return float(np.minimum(hits, budget).mean() / budget) if len(hits) else math.nan
+
+
+def log_query_curve_area(hits: Floats, budget: int) -> float:
+    """As :func:`query_curve_area` over ``ln(1 + queries)``, which gives the first hundreds of queries their weight."""
+    return float(np.log1p(np.minimum(hits, budget)).mean() / math.log1p(budget)) if len(hits) else math.nan
+
+
+def query_statistics(hits: Floats, budget: int) -> dict[str, float]:
+    """What queries cost and achieved among the samples that were right when clean.
+
+    Args:
+        hits: as for :func:`query_curve_area`.
+
+    Returns:
+        ``success_rate``; ``mean_queries`` and ``median_queries`` of the successes, which fall when an attack gives up
+        on hard samples; ``restricted_mean_queries``, the mean of ``min(hit, budget)``, and ``censored_median_queries``,
+        infinity where fewer than half fell, which do not. NaN where there is nothing to average.
+    """
+    attacked = hits[hits > 0]
+    fallen = attacked[attacked <= budget]
+    return {
+        "success_rate": len(fallen) / len(attacked) if len(attacked) else math.nan,
+        "mean_queries": float(fallen.mean()) if len(fallen) else math.nan,
+        "median_queries": float(np.median(fallen)) if len(fallen) else math.nan,
+        "restricted_mean_queries": float(np.minimum(attacked, budget).mean()) if len(attacked) else math.nan,
+        "censored_median_queries": _censored_median(attacked, budget),
+    }
+
+
+def _censored_median(attacked: Floats, budget: int) -> float:
+    """The query by which half of the samples have fallen; infinite if fewer than half have."""
+    if not len(attacked):
+        return math.nan
+    middle = float(np.sort(attacked)[(len(attacked) - 1) // 2])
+    return middle if middle <= budget else math.inf

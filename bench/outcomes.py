@@ -1,0 +1,137 @@
+"""What the records of a row say: who was right when clean, after so many queries and in the end, and every figure."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.metrics import (
+    adaptive_calibration_error,
+    calibration_error,
+    log_query_curve_area,
+    query_curve_area,
+    query_statistics,
+)
+from bench.oracle import NEVER
+from bench.stats import wilson
+from bench.store import Row
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of samples with its 95 % Wilson interval; nothing when there are no samples."""
+
+    right: NDArray[np.bool_]
+
+    @property
+    def n(self) -> int:
+        return len(self.right)
+
+    @property
+    def value(self) -> float:
+        return float(self.right.mean()) if self.n else float("nan")
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(int(self.right.sum()), self.n)
+
+    def __str__(self) -> str:
+        if not self.n:
+            return ""
+        low, high = self.interval
+        digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
+        return f"{100 * self.value:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
+def column(row: Row, name: str) -> NDArray[Any]:
+    """A column of the records, one entry for each sample; empty where the row does not have it."""
+    return row.records[name].to_numpy() if name in row.records else np.zeros(0)
+
+
+def query_budget(row: Row) -> int:
+    """How many queries each sample could cost; 0 for a learner."""
+    return row.cell.threat.query_budget or 0
+
+
+def clean(row: Row) -> Share:
+    """Right before any attack."""
+    return Share(column(row, "first_hit") != 0)
+
+
+def robust(row: Row, queries: int) -> Share:
+    """Right when clean, and not beaten by any of the first ``queries``; nothing beyond what the row was run with."""
+    if queries > query_budget(row):
+        return Share(np.zeros(0, dtype=bool))
+    hit = column(row, "first_hit")
+    return Share((hit == NEVER) | (hit > queries))
+
+
+def final(row: Row) -> Share:
+    """Right when clean, and right on the final example, judged afresh in plain float32."""
+    return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
+
+
+def tested(row: Row) -> Share:
+    """Right on clean test images, for the network that a learner has trained."""
+    return Share(column(row, "final_pred") == column(row, "y"))
+
+
+def restricted(row: Row, ids: Collection[int]) -> Row:
+    """``row`` with the records of the samples ``ids`` alone."""
+    return Row(row.cell, row.records[np.isin(column(row, "sample_id"), list(ids))], row.shards)
+
+
+def figures(row: Row) -> dict[str, float]:
+    """Every figure of a row of a served model beside its accuracies; those that its records do not give are left out.
+
+    Of the defense: ``changed_predictions`` (a share), ``logit_change`` (mean l2) and ``probability_change`` (mean total
+    variation) against the undefended network on clean images; ``ece``, ``adaptive_ece``, ``brier`` and ``nll`` on
+    clean images and, after ``attacked_``, on the final examples; ``expected_accuracy``, the mean share of fresh
+    evaluations of the final example that are right; ``cost``, its time for a query over the undefended network's.
+    Of the attack: areas ``auc`` and ``log_auc``, the statistics of :func:`bench.metrics.query_statistics`, and the mean
+    ``linf`` and ``rmse`` of the final examples of the samples it attacked.
+    """
+    found = {**_scores(row), **_queries(row), **{name: row.figures[name] for name in ("cost",) if name in row.figures}}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _scores(row: Row) -> dict[str, float]:
+    if not len(column(row, "clean_confidence")):
+        return {}
+    y, prediction = column(row, "y"), column(row, "clean_pred")
+    found = {
+        "changed_predictions": float((prediction != column(row, "twin_pred")).mean()),
+        "logit_change": float(column(row, "logit_change").mean()),
+        "probability_change": float(column(row, "probability_change").mean()),
+        "expected_accuracy": float(np.where(column(row, "first_hit") == 0, 0, column(row, "final_share")).mean()),
+    }
+    for prefix, when in (("", "clean"), ("attacked_", "final")):
+        confidence, correct = column(row, f"{when}_confidence").astype(float), column(row, f"{when}_pred") == y
+        found |= {
+            f"{prefix}ece": calibration_error(confidence, correct),
+            f"{prefix}adaptive_ece": adaptive_calibration_error(confidence, correct),
+            f"{prefix}brier": float(column(row, f"{when}_brier").mean()),
+            f"{prefix}nll": float(column(row, f"{when}_nll").mean()),
+        }
+    return found
+
+
+def _queries(row: Row) -> dict[str, float]:
+    hits, budget = column(row, "first_hit").astype(float), query_budget(row)
+    if not len(hits) or not budget:
+        return {}
+    hits[hits == NEVER] = math.inf
+    found = {
+        "auc": query_curve_area(hits, budget),
+        "log_auc": log_query_curve_area(hits, budget),
+        **query_statistics(hits, budget),
+    }
+    attacked = hits > 0
+    for name in ("linf", "rmse"):
+        sizes = column(row, {"linf": "norm_linf"}.get(name, name))
+        if len(sizes) and attacked.any():
+            found[name] = float(sizes[attacked].mean())
+    return found
