@@ -13,6 +13,7 @@ from rich.table import Table
 import bench
 from bench.errors import BenchError, ConfigError
 from bench.estimate import Estimate, estimate
+from bench.flags import write_flags
 from bench.grid import Loader, Task, expand
 from bench.leaderboard import Format, render, tables
 from bench.pipeline import Pipeline
@@ -102,7 +103,9 @@ def run(
         errors.print(f"stopped; finished shards are kept in {store.root}, the same command goes on", soft_wrap=True)
         raise typer.Exit(130) from None
     rows = [store.row(task.cell) for task in tasks]
-    console.print(f"\n{render(tables(rows, plan.budgets), 'md', details=False)}", soft_wrap=True)
+    shown = tables(rows, plan.budgets)
+    write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
+    console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
     console.print(
         f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "
         "`bench leaderboard` prints every figure of theirs",

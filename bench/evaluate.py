@@ -2,10 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -19,27 +19,33 @@ from bench.norms import lp_norm
 from bench.oracle import Oracle
 from bench.protocols import Attack, Job
 from bench.rng import SampleRng
-from bench.served import ServedModel
+from bench.served import ServedModel, Target
 
-COST_IMAGES, COST_ROUNDS = 100, 5
+INSPECTED = 256  # images that a served model is probed with
+ROUNDS = 6  # of timing, the first to warm up
 VOTES = 16  # fresh evaluations of a random model; the majority is its prediction
+
+
+class Measured(NamedTuple):
+    """One record for each sample, and what was measured once: figures, and what probing the served model has shown."""
+
+    records: pd.DataFrame
+    figures: Mapping[str, float] = {}
+    findings: Sequence[Mapping[str, Any]] = ()
 
 
 def attack_served(
     task: Task,
-    searched: ServedModel,
-    plain: ServedModel,
-    twin: ServedModel,
+    target: Target,
     ids: list[int],
     device: torch.device,
     on_spent: Callable[[int], None] = lambda queries: None,
 ) -> pd.DataFrame:
     """Attack the samples ``ids`` and measure what came of it.
 
-    The attack meets ``searched`` through the oracle; clean images and final examples are judged on ``plain``, the
-    same model in plain float32. Samples that are misclassified when clean fell at query 0 and are not attacked.
-    ``twin`` is the network without its output defense, in plain float32 as well: what the defense changes is measured
-    against it.
+    The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
+    and what the defense changes is measured against the undefended network. Samples that are misclassified when clean
+    fell at query 0 and are not attacked.
 
     Returns:
         One record for each sample, columns as in :func:`_records`.
@@ -55,13 +61,13 @@ def attack_served(
     keys = rows.to(device)
     noise = SampleRng.create(cell.seed, keys, "defense")
 
-    clean = _judge(plain, x, y, noise.fork("clean"))
-    undefended = _judge(twin, x, y, noise)
+    clean = _judge(target.plain, x, y, noise.fork("clean"))
+    undefended = _judge(target.undefended, x, y, noise)
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     minimal = getattr(attack, "minimal", False)
     oracle = Oracle(
-        searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
+        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
         attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
@@ -69,7 +75,7 @@ def attack_served(
     x_adv = attack(oracle, before, y[todo], cell.threat, stream) if len(todo) else before
     final = x.clone()
     final[todo] = oracle.finish(x_adv)
-    after = _judge(plain, final, y, noise.fork("final"))
+    after = _judge(target.plain, final, y, noise.fork("final"))
 
     ledger = oracle.ledger
     nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)
@@ -96,26 +102,34 @@ def attack_served(
     return _records(task.data.test, rows, table, task)
 
 
-@torch.no_grad()
-def query_cost(defended: ServedModel, undefended: ServedModel, task: Task, device: torch.device) -> float:
-    """The time of a query over that of the same query without the defense: the median of 5 forwards of 100 images."""
-    rows = torch.tensor(task.cell.ids[:COST_IMAGES])
+def inspect_served(
+    task: Task, target: Target, device: torch.device
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """What is measured once for a served model: the ``cost`` of a query, and what probing it shows."""
+    rows = torch.tensor(task.cell.ids[:INSPECTED])
     x, rng = task.data.test.pixels(rows).to(device), SampleRng.create(task.cell.seed, rows.to(device), "cost")
+    return {"cost": _cost(target, x, rng)}, []
+
+
+@torch.no_grad()
+def _cost(target: Target, x: Tensor, rng: SampleRng) -> float:
+    """The time of a query over that of the same query without the defense, medians of a few forwards of ``x``."""
 
     def seconds(model: ServedModel) -> float:
         started = time.perf_counter()
         model(x, rng)
         if x.is_cuda:
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(x.device)
         return time.perf_counter() - started
 
-    rounds = [(seconds(defended), seconds(undefended)) for _ in range(COST_ROUNDS + 1)][1:]  # the first one warms up
-    return median(ours for ours, _ in rounds) / median(theirs for _, theirs in rounds)
+    rounds = [(seconds(target.searched), seconds(target.undefended_searched)) for _ in range(ROUNDS)]
+    warm = rounds[1:]
+    return median(defended for defended, _ in warm) / median(undefended for _, undefended in warm)
 
 
 def learn_released(
     task: Task, released: Dataset, ids: list[int], job: Job, build: Callable[[], nn.Module]
-) -> tuple[pd.DataFrame, dict[str, float]]:
+) -> Measured:
     """Train the learner of ``task`` on ``released`` and test it on clean images.
 
     Returns:
@@ -133,7 +147,7 @@ def learn_released(
     fitted = _judge(model, train.pixels().to(job.device), train.labels.to(job.device), unused)
     table = {"final_pred": judged.prediction, "final_margin": judged.margin}
     figures = {"train_accuracy": float(fitted.correct.float().mean()), **_change(task.data.train, train)}
-    return _records(test, rows, table, task), figures
+    return Measured(_records(test, rows, table, task), figures)
 
 
 class _Judgement:

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bench.flags import Flag, flags
 from bench.outcomes import Share, clean, column, figures, final, query_budget, restricted, robust, tested
 from bench.stats import holm, mcnemar
 from bench.store import Row
@@ -68,6 +69,7 @@ class Table:
     title: str
     lines: list[Line]
     origin: str = ""  # hardware, version and commit that the rows come from
+    flags: list[Flag] = field(default_factory=list)
 
 
 def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
@@ -82,7 +84,7 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
     for (_, title, *_), group in groupby(sorted(rows, key=_comparable), key=_comparable):
         members = list(group)
         lines = _released_lines(members) if members[0].cell.learns else _served_lines(members, budgets)
-        result.append(Table(title, lines, _origin(members)))
+        result.append(Table(title, lines, _origin(members), flags(members, rows)))
     return result
 
 
@@ -103,6 +105,9 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
 def _markdown(table: Table, details: bool) -> str:
     parts = [f"### {table.title}", *(f"{title}\n\n{_text(frame)}" for title, frame in _frames(table, details))]
     parts.insert(2, "  \n".join(filter(None, (_legend(table), table.origin))))
+    if table.flags:
+        signs = [f"- {flag.defense}: **{flag.flag}**. {flag.evidence}." for flag in table.flags]
+        parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *signs]))
     return "\n\n".join(parts).replace("\n\n\n", "\n") + "\n"
 
 

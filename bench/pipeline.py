@@ -19,7 +19,7 @@ from bench.models.weights import load_weights
 from bench.numerics import Numerics
 from bench.protocols import Job
 from bench.registry import attacks
-from bench.served import ServedModel
+from bench.served import ServedModel, Target
 from bench.store import replace_file
 
 Progress = Callable[[int, int], None]
@@ -31,6 +31,14 @@ class Pipeline:
     def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
         self.folder, self.device, self.batch_size = folder, device, batch_size
         self._last: tuple[str, nn.Module] | None = None  # neighbouring cells share their network
+
+    def target(self, task: Task) -> Target:
+        """What the attack of ``task`` meets."""
+        mode = task.cell.numerics
+        return Target(
+            self.served(task, mode), self.served(task, "plain"),
+            self.undefended(task, mode), self.undefended(task, "plain"),
+        )  # fmt: skip
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""

@@ -3,7 +3,7 @@
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from bench.errors import BenchError
-from bench.evaluate import attack_served, learn_released, query_cost
+from bench.evaluate import Measured, attack_served, inspect_served, learn_released
 from bench.grid import Task
 from bench.pipeline import Pipeline
 from bench.provenance import provenance
@@ -92,36 +92,31 @@ def _run_shard(
     began = time.perf_counter()
     shard = Shard(task.cell, start, stop)
     try:
-        records, figures = _measure(task, start, stop, pipeline, batch_size, count)
+        measured = _measure(task, start, stop, pipeline, batch_size, count)
     except BenchError:
         raise
     except Exception:  # whatever a component raises becomes a failed row, never a lost grid
-        store.fail(_ended(shard, began, pipeline.device, error=traceback.format_exc()))
+        store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))
         return False
-    store.save(_ended(shard, began, pipeline.device, figures=figures), records)
+    shard = replace(shard, figures=measured.figures, findings=measured.findings)
+    store.save(_ended(shard, began, pipeline.device), measured.records)
     return True
 
 
-def _measure(
-    task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, count: "_Count"
-) -> tuple[pd.DataFrame, dict[str, float]]:
+def _measure(task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, count: "_Count") -> Measured:
     ids = list(task.cell.ids[start:stop])
     if task.learns:
         released = pipeline.released(task, count.epochs)
         return learn_released(task, released, ids, pipeline.job(task, count.epochs), task.build)
 
     pipeline.train(task, count.epochs)
-    searched, plain = pipeline.served(task, task.cell.numerics), pipeline.served(task, "plain")
-    twin = pipeline.undefended(task, "plain")
-    figures = {}
-    if start == 0:
-        undefended = pipeline.undefended(task, task.cell.numerics)
-        figures["cost"] = query_cost(searched, undefended, task, pipeline.device)
+    target = pipeline.target(task)
     tables = []
     for first in range(0, len(ids), batch_size):
         part = ids[first : first + batch_size]
-        tables.append(attack_served(task, searched, plain, twin, part, pipeline.device, partial(count.queries, first)))
-    return pd.concat(tables, ignore_index=True), figures
+        tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
+    records = pd.concat(tables, ignore_index=True)
+    return Measured(records, *inspect_served(task, target, pipeline.device)) if start == 0 else Measured(records)
 
 
 @dataclass(frozen=True)
@@ -142,9 +137,5 @@ class _Count:
         self.reporter.work(done, self.samples * self.budget, "queries settled")
 
 
-def _ended(
-    shard: Shard, began: float, device: torch.device, figures: dict[str, float] | None = None, error: str | None = None
-) -> Shard:
-    return Shard(
-        shard.cell, shard.start, shard.stop, time.perf_counter() - began, figures or {}, provenance(device), error
-    )
+def _ended(shard: Shard, began: float, device: torch.device) -> Shard:
+    return replace(shard, seconds=time.perf_counter() - began, provenance=provenance(device))

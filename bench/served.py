@@ -29,3 +29,16 @@ class ServedModel:
     def _forward(self, x: Tensor, rng: SampleRng) -> Tensor:
         logits: Tensor = self.module(x, rng) if self.random else self.module(x)
         return logits
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an attack is aimed at, and the undefended network behind it.
+
+    Each of them in the numbers that attacks search in, and in plain float32, which results are judged in.
+    """
+
+    searched: ServedModel
+    plain: ServedModel
+    undefended_searched: ServedModel
+    undefended: ServedModel

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -34,6 +34,7 @@ class Shard:
     seconds: float = 0.0
     figures: Mapping[str, float] = field(default_factory=dict)  # measured once for the shard, not for each sample
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    findings: Sequence[Mapping[str, Any]] = ()  # what probing the served model has shown, in the first shard of a cell
     error: str | None = None  # the traceback of a failed shard
 
     @property
@@ -178,6 +179,7 @@ class Store:
             "seconds": round(shard.seconds, 3),
             "figures": dict(shard.figures),
             "provenance": dict(shard.provenance),
+            "findings": [dict(finding) for finding in shard.findings],
             "error": shard.error,
             "records_sha256": records_hash,
         }
@@ -200,6 +202,7 @@ def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
         shard = Shard(
             cell=Cell.from_json(content["cell"]),
             **{name: content[name] for name in ("start", "stop", "seconds", "figures", "provenance", "error")},
+            findings=tuple(content.get("findings", ())),  # rows from before findings were stored have none
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}); {remedy}") from None
