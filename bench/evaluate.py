@@ -44,7 +44,7 @@ def attack_served(
     """Attack the samples ``ids`` and measure what came of it.
 
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
-    and what the defense changes is measured against the undefended network. Samples that are misclassified when clean
+    and what the defense changes is measured against the undefended network, which surrogate attacks are given. Samples that are misclassified when clean
     fell at query 0 and are not attacked.
 
     Returns:
@@ -66,9 +66,10 @@ def attack_served(
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     minimal = getattr(attack, "minimal", False)
+    surrogate = target.undefended if getattr(attack, "surrogate", False) else None
     oracle = Oracle(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
-        attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
+        surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")

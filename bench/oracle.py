@@ -64,6 +64,7 @@ class Oracle:
         quantise: round every query to 8 bit first, as a service that takes images does.
         minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
             misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
+        surrogate: the undefended network in plain float32, for an attack that declares ``surrogate``.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
     """
@@ -78,6 +79,7 @@ class Oracle:
         *,
         quantise: bool = False,
         minimal: bool = False,
+        surrogate: ServedModel | None = None,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
     ) -> None:
@@ -87,11 +89,23 @@ class Oracle:
         self.query_budget = threat.query_budget
         self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
         self._quantise, self._minimal, self._attack, self._on_spent = quantise, minimal, attack, on_spent
+        self._surrogate = surrogate
         self._reach = math.inf if minimal else threat.eps  # how far queries may go
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active = torch.arange(len(x), device=x.device)
         self._active_x = x
         self._asked_since_refresh = 0
+
+    @property
+    def surrogate(self) -> ServedModel:
+        """The undefended network, to work on at will; what is done to it counts nowhere.
+
+        Raises:
+            AccessError: the attack does not declare that it works on a surrogate.
+        """
+        if self._surrogate is None:
+            raise AccessError(f"{self._attack} asked for the undefended network; declare surrogate = True")
+        return self._surrogate
 
     @property
     def live(self) -> Tensor:

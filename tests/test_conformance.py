@@ -17,6 +17,7 @@ from bench.oracle import NEVER
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses, parameters
 from bench.rng import SampleRng
+from bench.served import ServedModel
 from tests.problems import attack_with, referee
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
@@ -50,6 +51,8 @@ def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
     attack = attacks.create(name)
     model = network() if model is None else model
     rules = {"access": attack.access, "minimal": getattr(attack, "minimal", False)}
+    if getattr(attack, "surrogate", False):
+        rules["surrogate"] = ServedModel(model)
     oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **rules)
     return attack_with(attack, oracle, x, y, seed=seed, ids=ids), oracle.ledger
 

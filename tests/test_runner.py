@@ -115,3 +115,10 @@ def test_a_network_is_trained_once_and_found_again(tmp_path):
     assert file.stat().st_mtime_ns == before
     again = store.row(tasks[0].cell).records
     assert again.equals(Store(tmp_path / "a").row(tasks[0].cell).records)
+
+
+def test_the_twin_of_a_defended_network_is_the_network_without_its_output_defense(tmp_path):
+    _, store = run_in(tmp_path, tasks := grid(attack=["transfer"], defense=["none", "aaa-linear"], numerics="plain"))
+    none, aaa = (store.row(task.cell).records["first_hit"] for task in tasks)
+    assert list(none) == list(aaa)  # AAA keeps decisions
+    assert 0 < (none == 1).sum() < len(none)
