@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import numerics
 from bench.grid import Task
+from bench.pipeline import deploy
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.store import Store
 
 TIMED = 3  # batches, after one that warms up
@@ -51,11 +50,7 @@ def _seconds_per_query(task: Task, device: torch.device, batch: int) -> float:
     """Time a batch through the served model, and back where the attack takes gradients; weights do not matter."""
     with torch.random.fork_rng():
         network = task.build().to(device)
-    module = numerics.fast(network) if task.cell.numerics == "fast" else numerics.plain(network)
-    defense = task.chain.get("output")
-    if defense is not None:
-        module = defense(module, task.data.calibration.to(device), task.cell.seed)
-    model = ServedModel(module, defense is not None and defense.random, batch)
+    model = deploy(task, network, task.cell.numerics, device, batch)
     gradients = task.attack.access == "gradients"
     ids = torch.arange(batch)
     x = task.data.test.pixels(ids % len(task.data.test)).to(device).requires_grad_(gradients)

@@ -15,12 +15,14 @@ def plain(network: nn.Module) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def fast(network: nn.Module) -> nn.Module:
+def fast(network: nn.Module, fold: bool = True) -> nn.Module:
     """A copy of ``network`` that answers sooner: batch-norm folded into convolutions, channels last, bf16 on a GPU.
 
-    The logits are float32 whatever happens inside. A network that torch.fx cannot trace keeps its batch-norms.
+    The logits are float32 whatever happens inside. Without ``fold``, or where torch.fx cannot trace the network, it
+    keeps its batch-norms.
     """
-    network = fold_batch_norm(plain(copy.deepcopy(network))).to(memory_format=torch.channels_last)
+    network = plain(copy.deepcopy(network))
+    network = (fold_batch_norm(network) if fold else network).to(memory_format=torch.channels_last)
     wrapped = _Bfloat16(network) if _on_gpu(network) else _ChannelsLast(network)
     return wrapped.eval()
 

@@ -42,12 +42,7 @@ class Pipeline:
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
-        network = self.undefended(task, mode)
-        defense = task.chain.get("output")
-        if defense is None:
-            return network
-        served = defense(network.module, task.data.calibration.to(self.device), task.cell.seed).eval()
-        return ServedModel(served, random=defense.random, batch_size=self.batch_size)
+        return deploy(task, self._network(task), mode, self.device, self.batch_size)
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
@@ -95,6 +90,17 @@ class Pipeline:
         except OSError as error:
             raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
         return network
+
+
+def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
+    """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
+    defense = task.chain.get("output")
+    fold = not getattr(defense, "needs_batch_norm", False)
+    module = numerics.fast(network, fold) if mode == "fast" else numerics.plain(network)
+    if defense is None:
+        return ServedModel(module, batch_size=batch_size)
+    served = defense(module, task.data.calibration.to(device), task.cell.seed).eval()
+    return ServedModel(served, random=defense.random, batch_size=batch_size)
 
 
 def _recipe_key(task: Task) -> str:

@@ -83,7 +83,8 @@ class Defense(Protocol):
       With ``random = True`` the served module is called ``model(x, rng)``: ``rng`` is a SampleRng with one stream for
       each row, new at each query, and the only source of randomness it may use. Optionally ``batch_dependent = True``
       where a row's answer depends on the rest of its batch, and ``stateful = True`` where it depends on earlier
-      queries (properties, too); tables mark both.
+      queries (properties, too); tables mark both. ``needs_batch_norm = True`` where it works on the network's
+      batch-norms, which fast numbers fold away otherwise.
     - ``stage = "training"``: ``defense(build, data, job) -> model``, the signature of a learner.
     - ``stage = "data"``: ``defense(data, job) -> Split``, the training split to release: same length, order and labels,
       uint8, inside the defense's own ``norm`` and ``eps``.

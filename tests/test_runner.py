@@ -122,3 +122,9 @@ def test_the_twin_of_a_defended_network_is_the_network_without_its_output_defens
     none, aaa = (store.row(task.cell).records["first_hit"] for task in tasks)
     assert list(none) == list(aaa)  # AAA keeps decisions
     assert 0 < (none == 1).sum() < len(none)
+
+
+def test_fast_numbers_leave_a_defense_the_batch_norms_that_it_needs(tmp_path):
+    tasks = grid(attack=["noise"], defense=["dent"], queries=3, numerics="fast", n=10)
+    outcome, _ = run_in(tmp_path, tasks)
+    assert outcome.ran == 1
