@@ -30,7 +30,7 @@ def fast(network: nn.Module, fold: bool = True) -> nn.Module:
 def fold_batch_norm(network: nn.Module) -> nn.Module:
     """``network`` (eval mode) with each batch-norm that directly follows a convolution folded into its weights."""
     try:
-        graph = fx.symbolic_trace(network)
+        graph = fx.GraphModule(network, _Tracer().trace(network))
     except Exception:  # tracing runs the network's own Python, which may raise anything at all
         return network
     layers = dict(graph.named_modules())
@@ -51,6 +51,13 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return graph
+
+
+class _Tracer(fx.Tracer):
+    """Keeps other libraries' kinds of linear layers whole, since output defenses look for the last one."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)
 
 
 class _ChannelsLast(nn.Module):

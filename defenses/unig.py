@@ -235,8 +235,9 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
     Raises:
         ConfigError: there is none: something comes after it, or the classifier is no ``nn.Linear`` of one vector.
     """
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    if len(x):
+    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers, why = list(names), "it has none"
+    if len(x) and layers:
         outputs: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
         def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -251,14 +252,18 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
             for handle in handles:
                 handle.remove()
         calls = [layer for layer, _, _ in outputs]
+        if calls:
+            edited = "gives something else, which is made into the logits afterwards"
+            fault = "runs more than once" if calls.count(calls[-1]) > 1 else edited
+            why = f"the last one, {names[calls[-1]]!r}, {fault}"
         layers = [
             layer for layer, given, output in outputs
             if given.ndim == 2 and torch.equal(output.to(logits), logits) and calls.count(layer) == 1
         ]  # fmt: skip
     if not layers:
         raise ConfigError(
-            f"unig scales the input of the nn.Linear that gives the logits, and {type(model).__name__} has none: its "
-            "logits come from something else; use a network that ends in nn.Linear"
+            "unig scales the input of the nn.Linear whose output are the logits; this network cannot be split there: "
+            f"{why}; use a network that ends in nn.Linear"
         )
     return layers[-1]
 

@@ -229,16 +229,20 @@ def test_networks_of_torchvision_can_be_split():
     assert last_linear(vit, x) is vit.heads.head
 
 
+SHARED = nn.Linear(192, 192)
+
+
 @pytest.mark.parametrize(
-    "model",
+    ("model", "why"),
     [
-        nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten()),
-        nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Softmax(dim=1)),
-        nn.Sequential(nn.Linear(8, 8), nn.Flatten()),
+        (nn.Sequential(nn.Conv2d(3, 6, 8), nn.Flatten()), "it has none"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.Softmax(dim=1)), "the last one, '1', gives something else"),
+        (nn.Sequential(nn.Linear(8, 8), nn.Flatten()), "the last one, '0', gives something else"),
+        (nn.Sequential(nn.Flatten(), SHARED, SHARED), "the last one, '1', runs more than once"),
     ],
 )
-def test_networks_that_end_in_something_else_are_refused(model):
-    with pytest.raises(ConfigError, match="use a network that ends in"):
+def test_networks_that_end_in_something_else_are_refused(model, why):
+    with pytest.raises(ConfigError, match=f"cannot be split there: {why}.*use a network that ends in"):
         serve("unig", model.eval())
 
 
