@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -35,6 +35,23 @@ Values = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to 
 # Incumbent's value, candidate's value and the rule's memory, an int64 for each sample that starts at 0, all (n,); which
 # candidates to take and the memory after that. A NaN, the answer that a finished sample gets, is never taken.
 Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class ScoreOracle(Protocol):
+    """What a search asks: the oracle, or something that stands before it."""
+
+    @property
+    def query_budget(self) -> int:
+        """How many images it may ask about for each sample."""
+        ...
+
+    def active(self) -> Tensor:
+        """The rows (n,) worth asking about, the same tensor until somebody has dropped out."""
+        ...
+
+    def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits (n, K) of ``x`` (n, C, H, W)."""
+        ...
 
 
 def lower(lowest: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +108,7 @@ class Square:
         return self.search(oracle, x, y, threat, rng, self._loss, lower)
 
     def search(
-        self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule
+        self, oracle: ScoreOracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule
     ) -> Tensor:
         """Square's proposals under any ``rule`` over any ``values``; returns each sample's incumbent (B, C, H, W)."""
         proposals = _Linf if threat.norm == "linf" else _L2

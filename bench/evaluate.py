@@ -44,8 +44,8 @@ def attack_served(
     """Attack the samples ``ids`` and measure what came of it.
 
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
-    and what the defense changes is measured against the undefended network, which surrogate attacks are given. Samples that are misclassified when clean
-    fell at query 0 and are not attacked.
+    and what the defense changes is measured against the undefended network, which attacks with a surrogate are given.
+    Samples that are misclassified when clean fell at query 0 and are not attacked.
 
     Returns:
         One record for each sample, columns as in :func:`_records`.
@@ -69,7 +69,8 @@ def attack_served(
     surrogate = target.undefended if getattr(attack, "surrogate", False) else None
     oracle = Oracle(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
-        surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
+        alone=getattr(attack, "alone", False), surrogate=surrogate, attack=cell.attack.spec,
+        on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")

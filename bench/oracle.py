@@ -64,6 +64,8 @@ class Oracle:
         quantise: round every query to 8 bit first, as a service that takes images does.
         minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
             misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
+        alone: forward the queries of each row as a batch of their own, for an attack on defenses that couple a batch.
+            What a row is answered then depends on its own queries alone; it costs a forward pass for each row.
         surrogate: the undefended network in plain float32, for an attack that declares ``surrogate``.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
@@ -79,6 +81,7 @@ class Oracle:
         *,
         quantise: bool = False,
         minimal: bool = False,
+        alone: bool = False,
         surrogate: ServedModel | None = None,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
@@ -89,7 +92,7 @@ class Oracle:
         self.query_budget = threat.query_budget
         self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
         self._quantise, self._minimal, self._attack, self._on_spent = quantise, minimal, attack, on_spent
-        self._surrogate = surrogate
+        self._alone, self._surrogate = alone, surrogate
         self._reach = math.inf if minimal else threat.eps  # how far queries may go
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active = torch.arange(len(x), device=x.device)
@@ -222,10 +225,18 @@ class Oracle:
             images = self._eight_bit(images, clean.repeat_interleave(k, dim=0))
         asked = images.detach().view_as(probes)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
-        logits = self._model(images, streams).unflatten(0, (len(rows), k))              # (n, k, K)
+        logits = self._forward(images, streams, k).unflatten(0, (len(rows), k))         # (n, k, K)
         answered = self._record(logits.detach(), asked, rows, number, legal, clean)
         logits = torch.where(answered[..., None], logits, torch.nan)
         return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
+
+    def _forward(self, images: Tensor, streams: SampleRng, k: int) -> Tensor:
+        """Logits (n k, K) of ``images`` (n k, C, H, W), all in one batch or in batches of ``k``."""
+        if not self._alone or len(images) <= k:
+            return self._model(images, streams)
+        batches = torch.arange(len(images), device=images.device).split(k)
+        apart = [self._model(images[batch], streams[batch] if self._model.random else streams) for batch in batches]
+        return torch.cat(apart)
 
     def _record(
         self, logits: Tensor, x: Tensor, rows: Tensor, number: Tensor, legal: Tensor, clean: Tensor

@@ -30,7 +30,8 @@ class Attack(Protocol):
     ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
     ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget, and ``minimal = True``
     for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside;
-    and ``surrogate = True`` where it works on the undefended network, which it then finds at ``oracle.surrogate``.
+    ``surrogate = True`` where it works on the undefended network, which it then finds at ``oracle.surrogate``; and
+    ``alone = True`` where the queries of a row in one call are to be a batch of their own.
     """
 
     @property

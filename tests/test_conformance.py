@@ -50,7 +50,7 @@ def batch():
 def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
     attack = attacks.create(name)
     model = network() if model is None else model
-    rules = {"access": attack.access, "minimal": getattr(attack, "minimal", False)}
+    rules = {"access": attack.access, **{trait: getattr(attack, trait, False) for trait in ("minimal", "alone")}}
     if getattr(attack, "surrogate", False):
         rules["surrogate"] = ServedModel(model)
     oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **rules)
