@@ -13,7 +13,7 @@ from bench.errors import ConfigError
 from bench.losses import LOSSES, margin
 from bench.norms import TINY, box, lp_norm, per_sample
 from bench.oracle import Oracle
-from bench.registry import attacks
+from bench.registry import added, attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
@@ -62,29 +62,38 @@ def lower(lowest: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor
 @attacks("square")
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Square attack (Andriushchenko et al., ECCV 2020), untargeted, in linf and l2.
+    """Square attack (Andriushchenko et al., ECCV 2020), untargeted or targeted, in linf and l2.
 
     One query for the start and one for each proposal; a sample stops at its first misclassified query. Every sample
     draws its own windows and signs.
+
+    The targeted form pulls each sample towards a class of its own, drawn uniformly from the wrong ones. It is a way to
+    search and no other goal: a sample falls, and stops, at its first misclassified query, whatever the class, and
+    whether the target was reached is not counted. Targets are usually sought with a smaller ``p_init`` and a larger
+    budget, up to 100,000; the published code names no value, so the default stays.
 
     Args:
         preset: ``eccv2020`` (schedule rescaled to the budget), ``autoattack`` (p_init 0.8) or ``aaa`` (p_init 0.3,
             schedule of a run of 10,000); arguments that are given win over the preset.
         p_init: share of the pixels in the first windows; 0.05 (linf) or 0.1 (l2) by default.
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
-        accept: take a proposal when the ``loss`` falls, or also when it is misclassified (``loss_or_fooled``).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``prob`` (the probability) of the label; the
+            targeted form maximises that of the target, as both public codes do with ``ce``.
+        accept: take a proposal when the ``loss`` falls, or also when it is misclassified (``loss_or_fooled``), as the
+            target where there is one.
         rescale: stretch the schedule over the query budget; then one run does not answer for smaller budgets.
         edges: ``inclusive`` lets windows reach the last row and column, ``reference`` never does, like the public code.
+        targeted: draw a wrong class for each sample and raise it, where otherwise its label is lowered.
 
     Source: arXiv:1912.00049, algorithms 1 to 3; schedule and l2 windows as in the authors' code.
     """
 
     preset: Literal["eccv2020", "autoattack", "aaa"] | None = None
     p_init: float | None = None
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "prob"] = "margin"
     accept: Literal["loss", "loss_or_fooled"] | None = None
     rescale: bool | None = None
     edges: Literal["inclusive", "reference"] | None = None
+    targeted: bool = added(False)
 
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
@@ -114,7 +123,10 @@ class Square:
         proposals = _Linf if threat.norm == "linf" else _L2
         inset = 1 if self.edges == "reference" else 0
         u = proposals(x, threat, inset).start(rng.fork("start"))
-        best = values(oracle.scores(u), y)
+        first = oracle.scores(u)
+        if self.targeted:
+            y = wrong_classes(rng.fork("target"), y, first.shape[1])
+        best = values(first, y)
         memory = torch.zeros_like(y)
         p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
 
@@ -138,9 +150,11 @@ class Square:
         return u
 
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
-        value = LOSSES[self.loss](logits, y)
+        """What :class:`Square` minimises (n,); ``y`` holds the targets of a targeted search, which are to win."""
+        side = -1 if self.targeted else 1
+        value = side * LOSSES[self.loss](logits, y)
         if self.accept == "loss_or_fooled" and self.loss != "margin":  # under the margin, fooled is lower already
-            value = torch.where(margin(logits, y) <= 0, -math.inf, value)
+            value = torch.where(side * margin(logits, y) <= 0, -math.inf, value)
         return value
 
     def _share(self, p_init: float, iteration: int, budget: int) -> float:
@@ -154,6 +168,11 @@ def window_side(share: float, size: tuple[int, ...] | torch.Size) -> int:
     """The side of a square that covers ``share`` of an image of ``size`` (H, W), 1 .. min(H, W) - 1."""
     height, width = size
     return max(1, min(round(math.sqrt(share * height * width)), min(height, width) - 1))
+
+
+def wrong_classes(rng: SampleRng, y: Tensor, classes: int) -> Tensor:
+    """A class (B,) for each sample, uniform over all ``classes`` but ``y``."""
+    return (y + 1 + rng.integers(classes - 1)) % classes
 
 
 class _Linf:

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.square import P_INIT, Square, bump, odd_side, window_side
+from attacks.square import P_INIT, Square, bump, odd_side, window_side, wrong_classes
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.norms import lp_norm
 from bench.oracle import NEVER
+from bench.registry import describe
+from bench.rng import SampleRng
 from tests.problems import Linear, Noisy, Scripted, attack_with, images, referee
 
 ROWS = (0, 11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)  # an iteration of each row of the schedule
@@ -176,23 +178,33 @@ def run_ids(square, x, y, model, ids, **settings):
     return attack_with(square, oracle, x, y, ids=ids), oracle.ledger
 
 
-def test_a_plain_search_of_one_sample_at_a_time_finds_the_same():
-    """The slow reference: loops, one sample, the same random numbers."""
-    from bench.rng import SampleRng
+def plain_value(logits, k, loss):
+    """The loss of class ``k`` by its formula."""
+    others = [z for j, z in enumerate(logits) if j != k]
+    probability = math.exp(logits[k]) / sum(math.exp(z) for z in logits)
+    return {"margin": logits[k] - max(others), "ce": math.log(probability), "prob": probability}[loss]
 
+
+@pytest.mark.parametrize("targeted", [False, True])
+@pytest.mark.parametrize("loss", ["margin", "ce", "prob"])
+def test_a_plain_search_of_one_sample_at_a_time_finds_the_same(loss, targeted):
+    """The slow reference: loops, one sample, the same random numbers."""
     eps, budget, p_init = 0.03, 60, 0.1
     model = Linear((3, 10, 10), classes=4)
     x = images(8, (3, 10, 10))
     y = model(x).argmax(1)
-    _, ledger = run_ids(Square(p_init=p_init), x, y, model, torch.arange(8), eps=eps, budget=budget)
+    square = Square(p_init=p_init, loss=loss, targeted=targeted)
+    x_adv, ledger = run_ids(square, x, y, model, torch.arange(8), eps=eps, budget=budget)
 
-    square = Square(p_init=p_init)
     for i in range(8):
         rng = SampleRng.create(0, torch.tensor([i]), "attack")
         low, high = (x[i] - eps).clamp(min=0), (x[i] + eps).clamp(max=1)
         stripes = rng.fork("start").coins(3, 1, 10)[0].expand(3, 10, 10)
         u = torch.where(stripes, high, low)
         hit, best = NEVER, math.inf
+        wrong = [k for k in range(4) if k != y[i]]
+        wrong = wrong[y[i] :] + wrong[: y[i]]  # from the label's successor on, round the end
+        k = wrong[int(rng.fork("target").uniform().item() * 3)] if targeted else y[i].item()
         for query in range(1, budget + 1):
             candidate = u.clone()
             if query > 1:
@@ -212,13 +224,53 @@ def test_a_plain_search_of_one_sample_at_a_time_finds_the_same():
                     candidate = u.clone()
                 else:
                     signs = draws[0]
-            value = margin(model(candidate[None]), y[i : i + 1]).item()
+            logits = model(candidate[None])[0].tolist()
+            value = (-1 if targeted else 1) * plain_value(logits, k, loss)
             if value < best:
                 best, u = value, candidate
-            if value < 0:
-                hit = query
+            if plain_value(logits, y[i], "margin") < 0:
+                hit, u = query, candidate
                 break
         assert ledger.first_hit[i].item() == hit
+        assert torch.equal(x_adv[i], u)
+
+
+def test_targets_are_uniform_over_the_wrong_classes():
+    n, classes = 6000, 5
+    y = torch.arange(n) % classes
+    targets = wrong_classes(SampleRng.create(0, torch.arange(n), "attack"), y, classes)
+    counts = torch.zeros(classes, classes).index_put((y, targets), torch.ones(n), accumulate=True)
+    assert counts.diagonal().sum() == 0
+    shares = counts[~torch.eye(classes, dtype=torch.bool)] / (n / classes)
+    assert (shares - 1 / 4).abs().max() < 4 * math.sqrt(1 / 4 * 3 / 4 / (n / classes))  # 20 shares
+
+
+def test_a_targeted_search_raises_its_target_and_any_wrong_class_ends_it():
+    model, x, ids = Linear(classes=5), images(60), torch.arange(60)
+    y = model(x).argmax(1)
+    targets = wrong_classes(SampleRng.create(0, ids, "attack").fork("target"), y, 5)
+    near, _ = run_ids(Square(targeted=True), x, y, model, ids, eps=0.002, budget=100)
+    free, _ = run_ids(Square(), x, y, model, ids, eps=0.002, budget=100)
+    lead = margin(model(near), targets) - margin(model(free), targets)
+    assert lead.mean() > 4 * lead.std() / math.sqrt(60)
+    far, ledger = run_ids(Square(targeted=True), x, y, model, ids, eps=0.03, budget=100)
+    hit, found = ledger.first_hit != NEVER, model(far).argmax(1)
+    assert (found != y)[hit].all()
+    reached = (found == targets)[hit]
+    assert 0 < reached.sum() < len(reached)
+
+
+def test_rows_that_were_stored_before_targets_keep_their_keys():
+    assert "targeted" not in describe(Square())
+    assert describe(Square(targeted=True))["targeted"] is True
+
+
+def test_probabilities_order_proposals_as_likelihoods_do():
+    model, x, ids = Linear(classes=5), images(20), torch.arange(20)
+    y = model(x).argmax(1)
+    by_prob, by_ce = (run_ids(Square(loss=loss), x, y, model, ids, eps=0.02, budget=100) for loss in ("prob", "ce"))
+    assert torch.equal(by_prob[0], by_ce[0])
+    assert torch.equal(by_prob[1].first_hit, by_ce[1].first_hit)
 
 
 def small_network() -> nn.Module:
