@@ -11,32 +11,33 @@ from torch import Tensor
 
 from attacks.square import Rule, Square, Values, lower
 from bench.errors import ConfigError
-from bench.losses import margin
+from bench.losses import margin, probability
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
 AAA = "Chen et al., NeurIPS 2022, arXiv:2205.12134"
+DLD = "Fu et al., AISTATS 2026, arXiv:2602.08679"
 
 
-def upward(jump: float, held: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def upward(jump: float, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
     """Take what raises the margin, or drops it by more than ``jump``: then it has crossed into the next interval."""
     rise = value - held
     return (rise > 0) | (rise < -jump), memory
 
 
-def both_ways(jump: float, held: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def both_ways(jump: float, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
     """Take what lowers the margin, until a proposal has raised it by more than ``jump``; :func:`upward` from then on.
 
     ``memory`` is 1 from that proposal on; it is itself judged by the rule before.
     """
-    down, _ = lower(held, value, memory)
-    up, _ = upward(jump, held, value, memory)
+    down, _ = lower(held, value, memory, rng)
+    up, _ = upward(jump, held, value, memory, rng)
     return torch.where(memory == 0, down, up), torch.where(value - held > jump, 1, memory)
 
 
-def switching(patience: int, held: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def switching(patience: int, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
     """Take what lowers the margin, or what raises it, and turn round after ``patience`` refusals in a row.
 
     ``memory`` counts refusals, and an acceptance takes it back to the last multiple of ``patience``; an odd multiple
@@ -46,6 +47,36 @@ def switching(patience: int, held: Tensor, value: Tensor, memory: Tensor) -> tup
     taken = torch.where(turns % 2 == 0, value < held, value > held)
     refused = ~taken & ~value.isnan()
     return taken, torch.where(taken, memory - refusals, memory + refused.long())
+
+
+def reversing(patience: int, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+    """Like :func:`switching`, but one refusal later, and the proposal at which a sample turns round is taken."""
+    taken, after = switching(patience + 1, held, value, memory, rng)
+    turned = after // (patience + 1) > memory // (patience + 1)
+    return taken | turned, after
+
+
+def exploring(chance: float, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
+    """Take what lowers the margin, and anything else with probability ``chance``."""
+    lucky = rng.fork("explore").uniform() < chance
+    return (value < held) | (lucky & ~value.isnan()), memory
+
+
+def annealing(
+    heat: float, cooling: float, patience: int, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng
+) -> tuple[Tensor, Tensor]:
+    """Take what lowers the margin, and a rise with probability exp(-rise / temperature).
+
+    The temperature is ``heat * cooling^t`` at the t-th proposal since the last heating, which follows ``patience``
+    refusals. ``memory`` is ``patience * t`` plus the refusals since then.
+    """
+    temperature = heat * cooling ** (memory // patience)
+    exponential = -(1 - rng.fork("anneal").uniform()).log()  # of mean 1
+    taken = value - held < temperature * exponential
+    refused = ~taken & ~value.isnan()
+    after = memory + patience + refused.long()
+    after = torch.where(refused & (memory % patience == patience - 1), 0, after)
+    return taken, torch.where(value.isnan(), memory, after)
 
 
 def decoded(interval: float, logits: Tensor, y: Tensor) -> Tensor:
@@ -149,13 +180,121 @@ class SwitchSquare(_AdaptiveSquare):
     paper: ClassVar[str] = "Random Logit Scaling, openreview CXafPv4aAG"
 
     def __post_init__(self) -> None:
-        if self.patience < 1:
-            raise ConfigError(f"patience is {self.patience}; turn round after at least one refusal")
+        _at_least_one("patience", self.patience)
         super().__post_init__()
 
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
         return margin, partial(switching, self.patience)
+
+
+@attacks("reverse-square")
+@dataclass(frozen=True, kw_only=True)
+class ReverseSquare(_AdaptiveSquare):
+    """Square that after more than ``patience`` refusals in a row takes the proposal and turns round, first downwards.
+
+    Each sample pursues its own direction. Taking that proposal moves the incumbent off the extremum on which it sits;
+    :class:`SwitchSquare` stays there.
+
+    Args:
+        p_init: as for :class:`BiSquare`.
+        patience: refusals in a row that are borne; the default is ours.
+
+    Source: the tactic ``reverse`` of the public code of the Dashed Line Defense.
+    """
+
+    patience: int = 10
+
+    paper: ClassVar[str] = DLD
+
+    def __post_init__(self) -> None:
+        _at_least_one("patience", self.patience)
+        super().__post_init__()
+
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(reversing, self.patience)
+
+
+@attacks("explore-square")
+@dataclass(frozen=True, kw_only=True)
+class ExploreSquare(_AdaptiveSquare):
+    """Square that takes any proposal with probability ``chance``, drawn from the sample's stream.
+
+    Args:
+        p_init: as for :class:`BiSquare`.
+        chance: probability with which a proposal is taken whatever its margin, 0 to 1; the default is ours.
+
+    Source: the tactic ``explore`` of the public code of the Dashed Line Defense.
+    """
+
+    chance: float = 0.1
+
+    paper: ClassVar[str] = DLD
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.chance <= 1:
+            raise ConfigError(f"chance is {self.chance:g}; it is a probability, from 0 to 1")
+        super().__post_init__()
+
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(exploring, self.chance)
+
+
+@attacks("annealing-square")
+@dataclass(frozen=True, kw_only=True)
+class AnnealingSquare(_AdaptiveSquare):
+    """Square by simulated annealing: a rise of the margin is taken with probability exp(-rise / temperature).
+
+    The temperature falls by a factor with each proposal. After ``patience`` refusals it is back at ``heat``.
+
+    Args:
+        p_init: as for :class:`BiSquare`.
+        heat: the first temperature, in units of the margin.
+        cooling: factor on the temperature for each proposal, above 0 and at most 1.
+        patience: refusals, in a row or not, after which a sample is heated again. All three defaults are ours.
+
+    Source: the tactic ``sa`` of the public code of the Dashed Line Defense.
+    """
+
+    heat: float = 1.0
+    cooling: float = 0.95
+    patience: int = 50
+
+    paper: ClassVar[str] = DLD
+
+    def __post_init__(self) -> None:
+        _above_zero("heat", self.heat)
+        if not 0 < self.cooling <= 1:
+            raise ConfigError(f"cooling is {self.cooling:g}; it is a factor above 0 and at most 1")
+        _at_least_one("patience", self.patience)
+        super().__post_init__()
+
+    def tactic(self) -> tuple[Values, Rule]:
+        """The margin as it is shown, under the rule of this attack."""
+        return margin, partial(annealing, self.heat, self.cooling, self.patience)
+
+
+@attacks("confidence-square")
+@dataclass(frozen=True, kw_only=True)
+class ConfidenceSquare(_AdaptiveSquare):
+    """Square on the probability of the label, which is the top one until the sample falls.
+
+    AAA reverses the margin, but keeps the top confidence near a calibrated one, a monotone function of the true logits:
+    the confidence often keeps the trend that the margin has lost. The same search as ``square(p_init=0.3, loss=prob)``.
+
+    Args:
+        p_init: as for :class:`BiSquare`.
+
+    Source: our own.
+    """
+
+    paper: ClassVar[str] = "ours"
+
+    def tactic(self) -> tuple[Values, Rule]:
+        """The probability, under Square's own rule."""
+        return probability, lower
 
 
 @attacks("decode-square")
@@ -183,6 +322,11 @@ class DecodeSquare(_AdaptiveSquare):
     def tactic(self) -> tuple[Values, Rule]:
         """The decoded margin, under Square's own rule."""
         return partial(decoded, self.interval), lower
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; it is a number of refusals, at least 1")
 
 
 def _above_zero(name: str, value: float) -> None:

@@ -32,9 +32,10 @@ DEFAULTS = {"rescale": False, "edges": "inclusive", "accept": "loss_or_fooled"}
 P_INIT: dict[str, float] = {"linf": 0.05, "l2": 0.1}  # the paper's choice for undefended models
 
 Values = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what a rule compares (n,)
-# Incumbent's value, candidate's value and the rule's memory, an int64 for each sample that starts at 0, all (n,); which
-# candidates to take and the memory after that. A NaN, the answer that a finished sample gets, is never taken.
-Rule = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# Incumbent's value, candidate's value and the rule's memory, an int64 for each sample that starts at 0, all (n,), and
+# the streams of this step, of which the proposals take their own forks; which candidates to take and the memory after
+# that. A NaN, the answer that a finished sample gets, is never taken.
+Rule = Callable[[Tensor, Tensor, Tensor, SampleRng], tuple[Tensor, Tensor]]
 
 
 class ScoreOracle(Protocol):
@@ -54,7 +55,7 @@ class ScoreOracle(Protocol):
         ...
 
 
-def lower(lowest: Tensor, value: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+def lower(lowest: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tuple[Tensor, Tensor]:
     """Square's rule: take what lowers the value."""
     return value < lowest, memory
 
@@ -142,9 +143,10 @@ class Square:
                 search, work = proposals(x[active], threat, inset), (u[active], best[active], memory[active])
             incumbent, held, known = work
             side = window_side(self._share(p_init, step - 1, oracle.query_budget), x.shape[2:])
-            candidate = search.propose(incumbent, side, streams.fork(step))
+            draws = streams.fork(step)
+            candidate = search.propose(incumbent, side, draws)
             value = values(oracle.scores(candidate, rows), labels)
-            taken, known = rule(held, value, known)
+            taken, known = rule(held, value, known, draws)
             work = torch.where(per_sample(taken), candidate, incumbent), torch.where(taken, value, held), known
         u[rows], best[rows], memory[rows] = work
         return u

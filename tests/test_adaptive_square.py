@@ -1,18 +1,36 @@
-"""Square under other rules: scripted margins, a plain search, and what the rules recover from AAA."""
+"""Square under other rules: scripted margins, a plain search, what the rules recover from AAA, and answers averaged."""
 
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
 from torch import nn
 
-from attacks.adaptive_square import BiSquare, DecodeSquare, SwitchSquare, UpSquare, decoded
-from attacks.square import Square
+from attacks.adaptive_square import (
+    AnnealingSquare,
+    BiSquare,
+    ConfidenceSquare,
+    DecodeSquare,
+    ExploreSquare,
+    ReverseSquare,
+    SwitchSquare,
+    UpSquare,
+    annealing,
+    both_ways,
+    decoded,
+    exploring,
+    reversing,
+    switching,
+    upward,
+)
+from attacks.square import Square, _Linf, window_side
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.oracle import NEVER
+from bench.rng import SampleRng
+from bench.threat import Threat
 from defenses.aaa import AAALinear, linear_target
 from tests.problems import Linear, attack_with, images, referee
 
@@ -62,6 +80,12 @@ P = 0.002  # windows of one pixel, so that what the incumbent was can be read of
         (BiSquare(p_init=P), [5, 8.1, 4, 2, 1, 4.1], [0, 0, 0, 1, 1]),  # the proposal that jumps is judged downwards
         (SwitchSquare(p_init=P, patience=2), [5, 4, 6, 6, 6, 5, 5, 4, 3], [1, 0, 0, 1, 0, 0, 1, 1]),
         (SwitchSquare(p_init=P, patience=2), [5, 6, 4, 6, 3, 6, 6, 6], [0, 1, 0, 1, 0, 0, 1]),  # two in a row
+        (ReverseSquare(p_init=P, patience=2), [5, 6, 7, 8, 7, 9, 6, 5, 4, 3], [0, 0, 1, 0, 1, 0, 0, 1, 1]),
+        (ReverseSquare(p_init=P, patience=1), [5, 6, 4, 6, 6, 5, 7], [0, 1, 0, 1, 0, 1]),  # one is borne, two are not
+        (ExploreSquare(p_init=P, chance=0.0), [5, 6, 4, 4, 3], [0, 1, 0, 1]),
+        (ExploreSquare(p_init=P, chance=1.0), [5, 6, 4, 4, 3], [1, 1, 1, 1]),
+        (AnnealingSquare(p_init=P, heat=1e-9), [5, 6, 4, 4.1, 3], [0, 1, 0, 1]),
+        (AnnealingSquare(p_init=P, heat=1e9, cooling=1.0), [5, 60, 4, 9], [1, 1, 1]),
         (DecodeSquare(p_init=P), [1, 2, 1.5, 7, 13, 17], [1, 0, 0, 0, 0]),  # truly 5, 4, 4.5, 11, 17, 13
         (DecodeSquare(p_init=P), [17, 13, 7, 11, 1, 5], [0, 1, 1, 1, 1]),  # truly 13, 17, 11, 7, 5, 1
     ],
@@ -70,7 +94,12 @@ def test_a_scripted_margin_is_taken_or_refused_by_the_rule(attack, margins, expe
     assert taken(attack, *margins) == [bool(one) for one in expected]
 
 
-@pytest.mark.parametrize("attack", [UpSquare(), BiSquare(), SwitchSquare(), DecodeSquare()])
+EVERY = [
+    UpSquare, BiSquare, SwitchSquare, ReverseSquare, ExploreSquare, AnnealingSquare, DecodeSquare, ConfidenceSquare,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", [attack() for attack in EVERY])
 def test_a_misclassified_proposal_ends_the_sample_whatever_the_rule_says(attack):
     model = Script(1.0, 0.5, -0.1, 9.0)
     x, y = images(3), torch.zeros(3, dtype=torch.int64)
@@ -80,29 +109,64 @@ def test_a_misclassified_proposal_ends_the_sample_whatever_the_rule_says(attack)
     assert torch.equal(x_adv, model.asked[2])  # up-Square refuses a drop of 0.6
 
 
-@pytest.mark.parametrize("rule", ["bi", "up", "switch"])
-def test_no_answer_is_never_taken_and_never_remembered(rule):
-    from attacks.adaptive_square import both_ways, switching, upward
+RULES = {
+    "bi": partial(both_ways, 3), "up": partial(upward, 3), "switch": partial(switching, 3),
+    "reverse": partial(reversing, 2), "explore": partial(exploring, 1.0), "annealing": partial(annealing, 9.0, 0.9, 20),
+}  # fmt: skip
 
+
+@pytest.mark.parametrize("rule", RULES)
+def test_no_answer_is_never_taken_and_never_remembered(rule):
     nan, held = torch.tensor([math.nan] * 3).double(), torch.tensor([1.0, -1.0, 5.0]).double()
     memory = torch.tensor([0, 1, 19])
-    decide = {"bi": both_ways, "up": upward, "switch": switching}[rule]
-    accepted, after = decide(3, held, nan, memory)
+    accepted, after = RULES[rule](held, nan, memory, SampleRng.create(0, torch.arange(3), "attack"))
     assert not accepted.any()
     assert torch.equal(after, memory)
 
 
-@pytest.mark.parametrize("name", ["bi", "up", "switch", "decode"])
+def share_taken(rule, rise, memory=0, n=20_000):
+    """The share of ``n`` samples that take a proposal whose margin is higher by ``rise``, and their memories."""
+    held = torch.full((n,), 2.0).double()
+    rng = SampleRng.create(0, torch.arange(n), "attack")
+    accepted, after = rule(held, held + rise, torch.full((n,), memory), rng)
+    return accepted.double().mean().item(), after
+
+
+@pytest.mark.parametrize("chance", [0.02, 0.3])
+def test_exploring_takes_a_rise_with_its_chance(chance):
+    share, _ = share_taken(partial(exploring, chance), 100.0)
+    assert abs(share - chance) < 4 * math.sqrt(chance * (1 - chance) / 20_000)
+    assert share_taken(partial(exploring, chance), -0.01)[0] == 1
+
+
+@pytest.mark.parametrize(("rise", "proposals"), [(0.5, 0), (2.0, 0), (0.5, 3), (0.1, 10)])
+def test_annealing_takes_a_rise_with_the_chance_of_its_temperature(rise, proposals):
+    expected = math.exp(-rise / (1.5 * 0.8**proposals))
+    share, after = share_taken(partial(annealing, 1.5, 0.8, 7), rise, 7 * proposals + 6)
+    assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 20_000)
+    assert set(after.tolist()) == {0, 7 * (proposals + 1) + 6}  # the seventh refusal heats, an acceptance cools
+
+
+def test_annealing_counts_refusals_and_heats_after_them():
+    rule, memory, temperatures = partial(annealing, 1e-3, 0.5, 3), 0, []
+    for rise in (1, -1, 1, 1, 1):  # refused, taken, refused, refused: heated
+        temperatures.append(1e-3 * 0.5 ** (memory // 3))
+        memory = share_taken(rule, rise, memory, n=1)[1].item()
+    assert temperatures == [1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-3]
+
+
+PLAIN = {
+    "bi": BiSquare(jump=0.5), "up": UpSquare(jump=0.5), "switch": SwitchSquare(patience=3),
+    "reverse": ReverseSquare(patience=2), "explore": ExploreSquare(chance=0.2),
+    "annealing": AnnealingSquare(heat=0.5, cooling=0.9, patience=4), "confidence": ConfidenceSquare(),
+    "decode": DecodeSquare(interval=0.7),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PLAIN)
 def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
     """The slow reference: plain numbers for the rule, Square's proposals from the same random numbers."""
-    from attacks.square import _Linf, window_side
-    from bench.rng import SampleRng
-    from bench.threat import Threat
-
-    attack = {
-        "bi": BiSquare(jump=0.5), "up": UpSquare(jump=0.5), "switch": SwitchSquare(patience=3),
-        "decode": DecodeSquare(interval=0.7),
-    }[name]  # fmt: skip
+    attack = PLAIN[name]
     budget, eps, model = 40, 0.02, Linear(classes=4)
     x = images(6)
     y = model(x).argmax(1)
@@ -111,7 +175,7 @@ def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
     for i in range(6):
         rng = SampleRng.create(0, torch.tensor([i]), "attack")
         proposals = _Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
-        u, held, up, refusals, hit = None, None, name == "up", 0, NEVER
+        u, held, up, refusals, temperature, hit = None, None, name == "up", 0, 0.5, NEVER
         for query in range(1, budget + 1):
             share = Square(p_init=0.3)._share(0.3, query - 2, budget)
             if u is None:
@@ -126,6 +190,8 @@ def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
             if name == "decode":
                 k = math.ceil(value / 0.7) - 1
                 value = k * 0.7 + (k + 1) * 0.7 - value
+            if name == "confidence":
+                value = 1 / sum(math.exp(z - logits[y[i]]) for z in logits)
             if u is None:
                 u, held = candidate, value
                 continue
@@ -135,13 +201,34 @@ def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
                 take = True
             if name == "bi" and rise > 0.5:
                 up = True
-            refusals = 0 if take else refusals + 1
-            if name == "switch" and refusals == 3:
-                up, refusals = not up, 0
+            if name == "explore":
+                take = take or rng.fork(query - 1).fork("explore").uniform().item() < 0.2
+            if name == "annealing":
+                take = take or rng.fork(query - 1).fork("anneal").uniform().item() > 1 - math.exp(-rise / temperature)
+                temperature *= 0.9
+                refusals += not take
+                if refusals == 4:
+                    temperature, refusals = 0.5, 0
+            else:
+                refusals = 0 if take else refusals + 1
+            if name in ("switch", "reverse") and refusals == 3:
+                up, refusals, take = not up, 0, name == "reverse"
             if take:
                 u, held = candidate, value
         assert oracle.ledger.first_hit[i].item() == hit
         assert torch.equal(x_adv[i], u[0])
+
+
+def test_the_confidence_attack_is_square_on_the_probability():
+    model, x = Linear(classes=5), images(20)
+    y = model(x).argmax(1)
+    oracles = [referee(model, x, y, eps=0.015, budget=60) for _ in range(2)]
+    one, other = (
+        attack_with(attack, oracle, x, y)
+        for attack, oracle in zip((ConfidenceSquare(), Square(p_init=0.3, loss="prob")), oracles, strict=True)
+    )
+    assert torch.equal(one, other)
+    assert torch.equal(oracles[0].ledger.first_hit, oracles[1].ledger.first_hit)
 
 
 def test_decoding_undoes_the_mirror_everywhere_even_at_the_ends_of_intervals():
@@ -174,7 +261,10 @@ def undefended_and_defended():
         return (oracle.ledger.first_hit == NEVER).float().mean().item()
 
     square = Square(p_init=0.3)
-    adaptive = {"bi": BiSquare(), "up": UpSquare(), "switch": SwitchSquare(), "decode": DecodeSquare()}
+    adaptive = {
+        "bi": BiSquare(), "up": UpSquare(), "switch": SwitchSquare(), "reverse": ReverseSquare(),
+        "decode": DecodeSquare(),
+    }  # fmt: skip
     return {"none": robust(square, model), "square": robust(square, defended)} | {
         name: robust(attack, defended) for name, attack in adaptive.items()
     }
@@ -188,15 +278,18 @@ def test_decoding_takes_the_defense_away_while_square_fails():
     assert found["square"] > p + 2 * noise
 
 
-@pytest.mark.parametrize("name", ["up", "switch"])
+@pytest.mark.parametrize("name", ["up", "switch", "reverse"])
 def test_going_up_beats_square_on_mirrored_margins(name):
     found = undefended_and_defended()
     assert found[name] < found["square"] - 2 * math.sqrt(0.5 / 200)
 
 
-@pytest.mark.parametrize("attack", [BiSquare, UpSquare, SwitchSquare, DecodeSquare])
+@pytest.mark.parametrize("attack", EVERY)
 def test_impossible_parameters_are_refused(attack):
-    wrong = {"p_init": 0.0}, {"p_init": 1.5}, {"jump": 0.0}, {"jump": math.inf}, {"interval": math.nan}, {"patience": 0}
+    wrong = [
+        {"p_init": 0.0}, {"p_init": 1.5}, {"jump": 0.0}, {"jump": math.inf}, {"interval": math.nan}, {"patience": 0},
+        {"chance": -0.1}, {"chance": 1.1}, {"heat": 0.0}, {"heat": math.inf}, {"cooling": 0.0}, {"cooling": 1.1},
+    ]  # fmt: skip
     for arguments in wrong:
         if set(arguments) <= set(attack.__dataclass_fields__):
             with pytest.raises(ConfigError):
