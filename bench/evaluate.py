@@ -65,12 +65,11 @@ def attack_served(
     undefended = _judge(target.undefended, x, y, noise)
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
-    minimal = getattr(attack, "minimal", False)
+    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
     surrogate = target.undefended if getattr(attack, "surrogate", False) else None
     oracle = Oracle(
-        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, minimal=minimal,
-        alone=getattr(attack, "alone", False), surrogate=surrogate, attack=cell.attack.spec,
-        on_spent=lambda spent: on_spent(saved + spent),
+        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, **rules,
+        surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")
@@ -98,7 +97,7 @@ def attack_served(
         "rmse": lp_norm(final - x, "l2") / math.sqrt(x[0].numel()),
         "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
-        "best_distance": distance if minimal else torch.full_like(distance, torch.nan),
+        "best_distance": distance if rules["minimal"] else torch.full_like(distance, torch.nan),
         "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
     }
     return _records(task.data.test, rows, table, task)

@@ -56,6 +56,10 @@ class Oracle:
     zero gradients. The ball and the box are checked before anything is answered; minimum-norm attacks (``minimal``) are
     held to the box in their queries, and to the ball in what counts as success and in what they return.
 
+    A random model answers the same image differently each time, so an attack that takes the first lucky answer proves
+    little. For one that averages (``averages``), the k queries of a call are k draws of one image: all are counted, and
+    the sample falls, at the last of them, if their mean is misclassified.
+
     Args:
         model: the defended model.
         x, y: the batch, images (B, C, H, W) in [0, 1] and true labels (B,) int64.
@@ -64,6 +68,8 @@ class Oracle:
         quantise: round every query to 8 bit first, as a service that takes images does.
         minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
             misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
+        averages: the k queries of a call are draws of its first image, whatever the others show, and are judged
+            together: by the mean of the logits that were answered, k or as many as the budget leaves.
         alone: forward the queries of each row as a batch of their own, for an attack on defenses that couple a batch.
             What a row is answered then depends on its own queries alone; it costs a forward pass for each row.
         surrogate: the undefended network in plain float32, for an attack that declares ``surrogate``.
@@ -81,6 +87,7 @@ class Oracle:
         *,
         quantise: bool = False,
         minimal: bool = False,
+        averages: bool = False,
         alone: bool = False,
         surrogate: ServedModel | None = None,
         attack: str = "attack",
@@ -91,8 +98,8 @@ class Oracle:
         self.ledger = Ledger.blank(x)
         self.query_budget = threat.query_budget
         self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
-        self._quantise, self._minimal, self._attack, self._on_spent = quantise, minimal, attack, on_spent
-        self._alone, self._surrogate = alone, surrogate
+        self._quantise, self._minimal, self._averages, self._alone = quantise, minimal, averages, alone
+        self._surrogate, self._attack, self._on_spent = surrogate, attack, on_spent
         self._reach = math.inf if minimal else threat.eps  # how far queries may go
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active = torch.arange(len(x), device=x.device)
@@ -218,6 +225,8 @@ class Oracle:
         clean = self._active_x if rows is self._active else self._x[rows]
         probes = x if x.ndim == 5 else x[:, None]                                       # (n, k, C, H, W)
         k = probes.shape[1]
+        if self._averages:
+            probes = probes[:, :1].expand_as(probes)
         legal = self._legal(probes.detach(), clean, rows, self._reach)
         number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=x.device)  # (n, k)
         images = probes.flatten(0, 1)
@@ -244,8 +253,14 @@ class Oracle:
         """Enter queries into the ledger; returns which of them (n, k) are answered."""
         ledger = self.ledger
         answered = legal & self.live[rows, None] & (number <= self.query_budget)
+        judged = answered
+        if self._averages:
+            draws = answered.sum(dim=1, keepdim=True)
+            total = torch.where(answered[..., None], logits, 0).sum(dim=1, keepdim=True)
+            logits = (total / draws.clamp(min=1)[..., None]).expand_as(logits)
+            judged = answered & (answered.cumsum(dim=1) == draws)  # the last of them
         finite = logits.isfinite().all(dim=-1)
-        wrong = answered & finite & (logits.argmax(dim=-1) != self._y[rows, None])
+        wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None])
         counts = finite
         if self._minimal:
             distance = lp_norm((x - clean[:, None]).flatten(0, 1), self._threat.norm).view_as(wrong)

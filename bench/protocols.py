@@ -28,10 +28,11 @@ class Attack(Protocol):
 
     Class attributes: ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``; optionally
     ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
-    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget, and ``minimal = True``
+    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget; ``minimal = True``
     for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside;
-    ``surrogate = True`` where it works on the undefended network, which it then finds at ``oracle.surrogate``; and
-    ``alone = True`` where the queries of a row in one call are to be a batch of their own.
+    ``averages = True`` where the k queries of one call are k draws of one image: each is paid for, and success is a
+    misclassified mean of their logits; ``alone = True`` where the queries of a row in one call are to be a batch of
+    their own; and ``surrogate = True`` where it works on the undefended network, which it finds at ``oracle.surrogate``.
     """
 
     @property

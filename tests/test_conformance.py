@@ -50,7 +50,8 @@ def batch():
 def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
     attack = attacks.create(name)
     model = network() if model is None else model
-    rules = {"access": attack.access, **{trait: getattr(attack, trait, False) for trait in ("minimal", "alone")}}
+    declared = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
+    rules = {"access": attack.access, **declared}
     if getattr(attack, "surrogate", False):
         rules["surrogate"] = ServedModel(model)
     oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **rules)

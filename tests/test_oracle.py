@@ -1,5 +1,7 @@
 """The referee counts, refuses and remembers; no attack can do otherwise."""
 
+import math
+
 import pytest
 import torch
 
@@ -128,6 +130,70 @@ class TestMinimumNorm:
             referee(model, x, y, minimal=True).scores(far * torch.nan)
         with pytest.raises(ThreatViolation):
             referee(model, x, y, eps=0.05, minimal=True).finish(far)
+
+
+class Told(torch.nn.Module):
+    """Answers with the margins it was told, call after call, one list of draws for each sample."""
+
+    def __init__(self, *calls):
+        super().__init__()
+        self.calls = list(calls)
+
+    def forward(self, x):
+        values = torch.tensor(self.calls.pop(0)).double().flatten()
+        return torch.stack((values, torch.zeros_like(values)), dim=1)
+
+
+class TestAveraging:
+    """The queries of a call are draws of one image, paid for one by one and judged by their mean."""
+
+    def ask(self, *calls, **settings):
+        n, k = torch.tensor(calls[0]).shape
+        x = images(n)
+        oracle = referee(Told(*calls), x, torch.zeros(n, dtype=torch.int64), averages=True, **settings)
+        scores = [oracle.scores((x + 0.01 * call)[:, None].expand(-1, k, -1, -1, -1)) for call in range(len(calls))]
+        return oracle, scores, x
+
+    def test_the_mean_decides_and_all_draws_are_paid_for(self):
+        oracle, scores, x = self.ask([[-2, 1, 2, 3], [2, 1, 2, -6]], [[4, -1, -1, -3], [-9, -9, -9, -9]])
+        assert oracle.ledger.first_hit.tolist() == [8, 4]  # one lucky draw is none, nor is one unlucky draw a rescue
+        assert oracle.ledger.forwards.tolist() == [8, 4]
+        assert oracle.ledger.best_margin.tolist() == [-0.25, -0.25]
+        assert scores[0][0, :, 0].tolist() == [-2, 1, 2, 3]  # the attack sees every draw
+        assert scores[1][1].isnan().all()
+        assert torch.equal(oracle.finish(x), torch.stack((x[0] + 0.01, x[1])))
+
+    @pytest.mark.parametrize(("second", "first_hit"), [([-3, 1, 9], 5), ([1, -0.5, -9], NEVER), ([-1, -1, 9], 5)])
+    def test_a_call_cut_short_is_judged_by_the_draws_that_were_answered(self, second, first_hit):
+        oracle, scores, _ = self.ask([[1, 1, 1]], [second], budget=5)
+        assert oracle.ledger.first_hit.tolist() == [first_hit]
+        assert oracle.ledger.forwards.tolist() == [5]
+        assert scores[1][0, :, 0].isnan().tolist() == [False, False, True]
+
+    def test_one_draw_is_one_query(self):
+        model, x = Linear(), images(20)
+        y = model(x).argmax(1)
+        plain, averaged = (referee(model, x, y, eps=0.1, averages=averages) for averages in (False, True))
+        for step in (0.002, -0.005, 0.01):
+            query = x + step * model.weight[0].sign().view(3, 8, 8)
+            assert torch.equal(plain.scores(query).nan_to_num(), averaged.scores(query[:, None])[:, 0].nan_to_num())
+        assert torch.equal(plain.ledger.first_hit, averaged.ledger.first_hit)
+        assert 0 < (plain.ledger.first_hit == NEVER).sum() < 20
+
+    def test_other_images_cannot_hide_among_the_draws(self):
+        model, x = Linear(), images(1)
+        y = model(x).argmax(1)
+        far = x - 0.2 * (model.weight[y] - model.weight[1 - y]).sign().view_as(x)  # beaten for sure
+        oracle = referee(model, x, y, eps=0.2, averages=True)
+        scores = oracle.scores(torch.stack((x, far, far), dim=1))
+        assert torch.allclose(scores, model(x)[:, None])
+        assert oracle.ledger.first_hit.tolist() == [NEVER]
+
+    def test_one_invalid_draw_spoils_the_mean(self):
+        oracle, _, _ = self.ask([[-1, math.nan, -1]])
+        assert oracle.ledger.invalid.all()
+        assert oracle.ledger.first_hit.tolist() == [NEVER]
+        assert oracle.ledger.forwards.tolist() == [3]
 
 
 def test_an_example_returned_from_outside_is_refused():
