@@ -143,10 +143,10 @@ class Square:
                 search, work = proposals(x[active], threat, inset), (u[active], best[active], memory[active])
             incumbent, held, known = work
             side = window_side(self._share(p_init, step - 1, oracle.query_budget), x.shape[2:])
-            draws = streams.fork(step)
-            candidate = search.propose(incumbent, side, draws)
+            here = streams.fork(step)
+            candidate = search.propose(incumbent, side, here)
             value = values(oracle.scores(candidate, rows), labels)
-            taken, known = rule(held, value, known, draws)
+            taken, known = rule(held, value, known, here)
             work = torch.where(per_sample(taken), candidate, incumbent), torch.where(taken, value, held), known
         u[rows], best[rows], memory[rows] = work
         return u

@@ -12,6 +12,7 @@ from attacks.adaptive_square import (
     BiSquare,
     ConfidenceSquare,
     DecodeSquare,
+    EOTSquare,
     ExploreSquare,
     ReverseSquare,
     SwitchSquare,
@@ -32,7 +33,7 @@ from bench.oracle import NEVER
 from bench.rng import SampleRng
 from bench.threat import Threat
 from defenses.aaa import AAALinear, linear_target
-from tests.problems import Linear, attack_with, images, referee
+from tests.problems import Linear, Noisy, attack_with, images, referee
 
 NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
 
@@ -96,10 +97,11 @@ def test_a_scripted_margin_is_taken_or_refused_by_the_rule(attack, margins, expe
 
 EVERY = [
     UpSquare, BiSquare, SwitchSquare, ReverseSquare, ExploreSquare, AnnealingSquare, DecodeSquare, ConfidenceSquare,
+    EOTSquare,
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", [attack() for attack in EVERY])
+@pytest.mark.parametrize("attack", [attack() for attack in EVERY if attack is not EOTSquare])
 def test_a_misclassified_proposal_ends_the_sample_whatever_the_rule_says(attack):
     model = Script(1.0, 0.5, -0.1, 9.0)
     x, y = images(3), torch.zeros(3, dtype=torch.int64)
@@ -284,11 +286,65 @@ def test_going_up_beats_square_on_mirrored_margins(name):
     assert found[name] < found["square"] - 2 * math.sqrt(0.5 / 200)
 
 
+def noisy(draws, budget, *, sigma, n=8, eps=0.02):
+    """A plain Square (``draws`` None) or one that averages, against Gaussian noise on the logits of a linear model."""
+    model, x = Linear(classes=4), images(n)
+    y = model(x).argmax(1)
+    attack = Square(p_init=0.3) if draws is None else EOTSquare(draws=draws)
+    served = Noisy(model, sigma)
+    oracle = referee(served, x, y, eps=eps, budget=budget, random=True, averages=getattr(attack, "averages", False))
+    return attack_with(attack, oracle, x, y), oracle.ledger, x, y, model
+
+
+@pytest.mark.parametrize(("draws", "budget"), [(1, 40), (3, 60), (5, 63)])
+def test_a_plain_average_of_one_sample_at_a_time_asks_the_same(draws, budget):
+    """The slow reference: one query after the other, the last call cut short by the budget."""
+    x_adv, ledger, x, y, model = noisy(draws, budget, sigma=2.0)
+    for i in range(8):
+        rng, noise = (SampleRng.create(0, torch.tensor([i]), purpose) for purpose in ("attack", "defense"))
+        proposals = _Linf(x[i : i + 1], Threat("linf", 0.02, "scores", budget), 0)
+        u, held, hit, queries, calls = None, math.inf, NEVER, 0, 0
+        while queries < budget and hit == NEVER:
+            if u is None:
+                candidate = proposals.start(rng.fork("start"))
+            else:
+                side = window_side(Square()._share(0.3, calls - 1, budget), (8, 8))
+                candidate = proposals.propose(u, side, rng.fork(calls))
+            calls, answers = calls + 1, []
+            while len(answers) < draws and queries < budget:
+                queries += 1
+                answers.append(model(candidate)[0] + 2.0 * noise.fork(queries).normal(4)[0].double())
+            mean = [sum(values) / len(answers) for values in zip(*[one.tolist() for one in answers], strict=True)]
+            value = mean[y[i]] - max(z for k, z in enumerate(mean) if k != y[i])
+            if value < held:
+                u, held = candidate, value
+            if value < 0:
+                hit, u = queries, candidate
+        assert ledger.first_hit[i].item() == hit
+        assert ledger.forwards[i].item() == queries
+        assert torch.equal(x_adv[i], u[0])
+
+
+def test_what_an_average_beats_is_wrong_again_far_more_often_than_what_was_lucky_once():
+    def again(draws):
+        """For each sample that fell, the share of 100 fresh draws that misclassify its final example."""
+        x_adv, ledger, _, y, model = noisy(draws, 200, sigma=1.0, n=200, eps=0.005)
+        hit = ledger.first_hit != NEVER
+        noise = torch.randn(int(hit.sum()), 100, 4, generator=torch.Generator().manual_seed(0)).double()
+        return ((model(x_adv[hit])[:, None] + noise).argmax(2) != y[hit, None]).double().mean(1)
+
+    lucky, real = again(None), again(10)
+    assert min(len(lucky), len(real)) > 50
+    error = math.sqrt(lucky.var() / len(lucky) + real.var() / len(real))
+    assert real.mean() > 1.5 * lucky.mean() + 2 * error
+
+
 @pytest.mark.parametrize("attack", EVERY)
 def test_impossible_parameters_are_refused(attack):
     wrong = [
         {"p_init": 0.0}, {"p_init": 1.5}, {"jump": 0.0}, {"jump": math.inf}, {"interval": math.nan}, {"patience": 0},
         {"chance": -0.1}, {"chance": 1.1}, {"heat": 0.0}, {"heat": math.inf}, {"cooling": 0.0}, {"cooling": 1.1},
+        {"draws": 0},
     ]  # fmt: skip
     for arguments in wrong:
         if set(arguments) <= set(attack.__dataclass_fields__):
