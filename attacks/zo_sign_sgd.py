@@ -6,9 +6,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from attacks.nes import PAIRS, REL_STEP, check, directions, finite, inside, losses
-from bench.losses import LOSSES
-from bench.norms import per_sample, project, steepest
+from attacks.estimation import PROBES, REL_STEP, Walk, check, descend, directions, finite
+from bench.norms import per_sample
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -56,51 +55,24 @@ class ZOSignSGD:
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns the last iterate of each sample that was asked about."""
-        q = PAIRS[threat.norm] if self.q is None else self.q
+        q = PROBES[threat.norm] if self.q is None else self.q
         length = threat.eps * (REL_STEP[threat.norm] if self.rel_step is None else self.rel_step)
 
-        u, rows = x.clone(), torch.arange(len(x), device=x.device)
-        labels, clean, now, signs, streams = y, x, x, torch.zeros_like(x), rng
-        left, step = oracle.query_budget, 0
-        while left > 0:
-            active = oracle.active()
-            if len(active) == 0:
-                break
-            if active is not rows:  # gather anew only when somebody has dropped out
-                u[rows] = now
-                stay = torch.searchsorted(rows, active)
-                labels, clean, now, signs = (part[stay] for part in (labels, clean, now, signs))
-                rows, streams = active, rng[active]
-            if step > 0:
-                now = project(now - length * steepest(signs, threat.norm), clean, threat)
-            base = LOSSES[self.loss](oracle.scores(now, rows), labels)
-            probes = min(q, left - 2)  # one is kept for the image that they lead to
-            if probes >= 2:
-                stream = streams.fork(step)
-                signs = self._estimate(oracle, rows, now, clean, labels, base, threat, stream, probes).sign()
-                left -= probes
-            left, step = left - 1, step + 1
-        u[rows] = now
-        return u
+        def estimate(walk: Walk, rng: SampleRng, spare: int) -> tuple[Tensor, int]:
+            """The signs (n, C, H, W) of the gradient, about."""
+            count = min(q, spare)
+            if count < 2:
+                return walk.memory, 0
+            along, noises = torch.zeros_like(walk.u), torch.zeros_like(walk.u)
+            mean = torch.zeros_like(walk.u[:, 0, 0, 0])
+            for noise in directions(rng, walk.u, count, 1):                              # (n, k, C, H, W)
+                values, _ = walk.ask(walk.u[:, None] + self.eta * noise)                 # (n, k)
+                rise = (finite(values - walk.value[:, None]) / self.eta).to(walk.u)
+                along += torch.einsum("nk,nkchw->nchw", rise, noise)
+                noises, mean = noises + noise.sum(dim=1), mean + rise.sum(dim=1) / count
+            return (along - per_sample(mean) * noises if threat.norm == "linf" else along).sign(), count
 
-    def _estimate(
-        self,
-        oracle: Oracle,
-        rows: Tensor,
-        u: Tensor,
-        x: Tensor,
-        y: Tensor,
-        base: Tensor,
-        threat: Threat,
-        rng: SampleRng,
-        count: int,
-    ) -> Tensor:
-        """``count`` times the gradient (n, C, H, W) at ``u``, about, where the loss is ``base`` (n,)."""
-        along, noises, mean = torch.zeros_like(u), torch.zeros_like(u), torch.zeros_like(u[:, 0, 0, 0])
-        for noise in directions(rng, u, count, 1):                       # (n, k, C, H, W)
-            probes = inside(u[:, None] + self.eta * noise, x, threat)
-            values = losses(oracle.scores(probes, rows), y, self.loss)
-            rise = (finite(values - base[:, None]) / self.eta).to(u)     # (n, k)
-            along += torch.einsum("nk,nkchw->nchw", rise, noise)
-            noises, mean = noises + noise.sum(dim=1), mean + rise.sum(dim=1) / count
-        return along - per_sample(mean) * noises if threat.norm == "linf" else along
+        signs = torch.zeros_like(x)
+        return descend(
+            oracle, x, y, threat, rng, estimate, loss=self.loss, length=length, memory=signs, ask_clean=True
+        )

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.nes import NES, directions
+from attacks.estimation import directions
+from attacks.nes import NES
 from bench.errors import ConfigError
 from bench.losses import LOSSES, margin
 from bench.oracle import NEVER
