@@ -16,7 +16,7 @@ from bench.threat import Threat
 
 NEVER = -1  # first hit of a sample that no query beat
 TOLERANCE = 1e-6  # what float32 rounding may add to a distance; grows with radii above 1
-REFRESH = 16  # queries between two looks at who is still alive, where looking means waiting for a GPU
+REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class Oracle:
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active = torch.arange(len(x), device=x.device)
         self._active_x = x
+        self._refresh = REFRESH if x.is_cuda else 1
         self._asked_since_refresh = 0
 
     @property
@@ -125,11 +126,10 @@ class Oracle:
     def active(self) -> Tensor:
         """The rows (n,) worth asking about; empty when the attack is over.
 
-        The same tensor object comes back until somebody has dropped out. On a GPU it is looked at only every 16th
-        call, since looking waits for the device; until then it may hold rows that get no answers.
+        The same tensor object comes back until somebody has dropped out. On a GPU it is looked at only after 16
+        queries of a sample, since looking waits for the device; until then it may hold rows that get no answers.
         """
-        self._asked_since_refresh += 1
-        if self._x.is_cuda and self._asked_since_refresh < REFRESH:
+        if self._asked_since_refresh < self._refresh:
             return self._active
         self._asked_since_refresh = 0
         self._complain()
@@ -227,6 +227,7 @@ class Oracle:
         k = probes.shape[1]
         if self._averages:
             probes = probes[:, :1].expand_as(probes)
+        self._asked_since_refresh += k
         legal = self._legal(probes.detach(), clean, rows, self._reach)
         number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=x.device)  # (n, k)
         images = probes.flatten(0, 1)

@@ -7,7 +7,7 @@ import torch
 
 from bench.errors import AccessError, ThreatViolation
 from bench.losses import margin
-from bench.oracle import NEVER
+from bench.oracle import NEVER, REFRESH
 from tests.problems import Linear, Noisy, Scripted, images, referee
 
 
@@ -24,6 +24,18 @@ def test_first_hit_is_the_number_of_the_first_misclassified_query(wrong_at):
     expected = wrong_at if wrong_at <= 9 else NEVER
     assert oracle.ledger.first_hit.tolist() == [expected] * 3
     assert oracle.ledger.forwards.tolist() == [min(wrong_at, 9)] * 3  # never a query more
+    assert len(oracle.active()) == 0
+
+
+@pytest.mark.parametrize(("probes", "looks"), [(1, 16), (5, 4), (16, 1), (40, 1)])
+def test_looking_again_waits_for_queries_not_for_calls(probes, looks):
+    """As on a GPU, where a look at who is still alive waits for the device."""
+    oracle, x = scripted(1, budget=99)
+    oracle._refresh = REFRESH
+    rows = oracle.active()
+    for call in range(1, looks + 1):
+        oracle.scores(x[:, None].expand(-1, probes, -1, -1, -1))  # the first of all queries beats every sample
+        assert (oracle.active() is rows) == (call < looks)
     assert len(oracle.active()) == 0
 
 
