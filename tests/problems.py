@@ -1,10 +1,12 @@
 """Small classifiers whose answers are known in closed form, and the pieces that tests build batches from."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.losses import margin
 from bench.oracle import Oracle
 from bench.rng import SampleRng
 from bench.served import ServedModel
@@ -50,10 +52,41 @@ class Scripted(nn.Module):
         return torch.stack((flat + right, flat), dim=1)
 
 
+class Recorded(nn.Module):
+    """Every query that a model was asked, in order."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.asked = model, list[Tensor]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.asked.append(x)
+        return self.model(x)
+
+
+def curved(shape: tuple[int, int, int] = (1, 5, 5)) -> nn.Module:
+    """A small network of four classes with curved boundaries, in float64; always the same one."""
+    torch.manual_seed(0)
+    size = math.prod(shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(size, 24), nn.Tanh(), nn.Linear(24, 4)).double().eval()
+
+
 def images(n: int, shape: tuple[int, int, int] = (3, 8, 8), seed: int = 1) -> Tensor:
     """(n, *shape) float64, uniform on [0.2, 0.8], away from the box."""
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(n, *shape, dtype=torch.float64, generator=generator) * 0.6 + 0.2
+
+
+def linear_problem(
+    n: int = 4, shape: tuple[int, int, int] = (1, 4, 4), norm: Norm = "linf"
+) -> tuple[nn.Module, Tensor, Tensor, Tensor]:
+    """Images near the middle of the box, whose sides are far from the boundary of the classes, and their distances."""
+    model = Linear(shape)
+    w = model.weight[0] - model.weight[1]
+    sides = torch.tensor([1, -1] * (n // 2)).view(n, 1, 1, 1)
+    x = 0.5 + (images(n, shape) - 0.5) / 6 + 0.05 * sides * w.sign().view(shape)
+    y = model(x).argmax(1)
+    return model, x, y, margin(model(x), y) / w.norm(p={"linf": 1, "l2": 2}[norm])  # over the dual norm
 
 
 def referee(

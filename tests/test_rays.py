@@ -8,37 +8,14 @@ from torch import nn
 
 from attacks.rays import RayS
 from bench.errors import ConfigError
-from bench.losses import margin
 from bench.norms import lp_norm
 from bench.oracle import NEVER
-from tests.problems import Linear, attack_with, images, referee
+from tests.problems import Recorded, attack_with, curved, images, linear_problem, referee
 
 
 def run(attack, model, x, y, **settings):
     oracle = referee(model, x, y, access="labels", minimal=True, **settings)
     return attack_with(attack, oracle, x, y), oracle.ledger
-
-
-class Recorded(nn.Module):
-    """Every query that a model was asked, in order."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model, self.asked = model, []
-
-    def forward(self, x):
-        self.asked.append(x)
-        return self.model(x)
-
-
-def linear_problem(n=4, shape=(1, 4, 4)):
-    """Images near the middle of the box, whose sides are far from the boundary of the classes, and their distances."""
-    model = Linear(shape)
-    w = model.weight[0] - model.weight[1]
-    sides = torch.tensor([1, -1] * (n // 2)).view(n, 1, 1, 1)
-    x = 0.5 + (images(n, shape) - 0.5) / 6 + 0.05 * sides * w.sign().view(shape)
-    y = model(x).argmax(1)
-    return model, x, y, margin(model(x), y) / w.abs().sum()  # over the dual norm
 
 
 def test_on_a_linear_model_the_distance_is_the_margin_over_the_l1_norm():
@@ -59,12 +36,6 @@ def test_the_ball_beyond_the_exact_distance_falls_and_the_one_within_never_does(
         assert (ledger.first_hit != NEVER).item() == falls
         assert (model(x_adv).argmax(1) != y[i]).item() == falls
         assert lp_norm(x_adv - x[i], "linf") <= eps + 1e-9
-
-
-def curved(shape=(1, 5, 5)):
-    torch.manual_seed(0)
-    size = math.prod(shape)
-    return nn.Sequential(nn.Flatten(), nn.Linear(size, 24), nn.Tanh(), nn.Linear(24, 4)).double().eval()
 
 
 def plain_search(model, x, y, eps, budget, tol):
