@@ -27,7 +27,9 @@ QUERYING = [
     if not name.endswith(":") and attacks.create(name).access != "training-data"
     for norm in sorted(attacks.create(name).norms)
 ]
-LEARNERS = [name for name in attacks.names() if not name.endswith(":") and (name, "linf") not in QUERYING]
+LEARNERS = [
+    name for name in attacks.names() if not name.endswith(":") and attacks.create(name).access == "training-data"
+]
 BY_STAGE = {
     stage: [name for name in defenses.names() if defenses.create(name).stage == stage]
     for stage in ("data", "training", "output")
