@@ -27,6 +27,26 @@ def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return float(stats.binomtest(only_a, only_a + only_b).pvalue)
 
 
+def paired_bootstrap(
+    a: NDArray[np.bool_], b: NDArray[np.bool_], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """The interval in [-1, 1] for the share of ``a`` minus that of ``b`` (n,), outcomes on the same samples.
+
+    The percentiles of the difference over ``resamples`` draws of n samples with replacement. A draw matters only by
+    how many samples it holds that ``a`` alone or ``b`` alone has right, and these counts are multinomial.
+
+    Source: Efron, 1979, Annals of Statistics 7(1).
+    """
+    n = len(a)
+    if n == 0:
+        return -1.0, 1.0
+    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
+    shares = np.array([only_a, only_b, n - only_a - only_b]) / n
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)  # (resamples, 3)
+    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def holm(p_values: NDArray[np.float64]) -> NDArray[np.float64]:
     """p-values (m,) adjusted for ``m`` tests at once (Holm, 1979)."""
     order = np.argsort(p_values)

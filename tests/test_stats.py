@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.stats import holm, mcnemar, wilson
+from bench.stats import holm, mcnemar, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -46,11 +46,51 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     [(0, 0, 1.0), (1, 0, 1.0), (5, 0, 2 / 2**5), (0, 6, 2 / 2**6), (4, 1, 2 * (1 + 5) / 2**5), (3, 3, 1.0)],
 )
 def test_mcnemar_is_the_binomial_test_of_the_pairs_that_differ(only_a, only_b, p):
-    both, neither = 7, 4  # have no say
-    a = np.array([True] * only_a + [False] * only_b + [True] * both + [False] * neither)
-    b = np.array([False] * only_a + [True] * only_b + [True] * both + [False] * neither)
+    a, b = outcomes(only_a, only_b, both=7, neither=4)  # the last two have no say
     assert mcnemar(a, b) == pytest.approx(p)
     assert mcnemar(b, a) == pytest.approx(p)
+
+
+def outcomes(only_a: int, only_b: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
+    a = np.array([True] * only_a + [False] * only_b + [True] * both + [False] * neither)
+    b = np.array([False] * only_a + [True] * only_b + [True] * both + [False] * neither)
+    return a, b
+
+
+class TestPairedBootstrap:
+    def test_it_is_the_percentile_interval_of_resampled_indices(self):
+        a, b = outcomes(12, 5, 20, 13)
+        rng, n, resamples = np.random.default_rng(1), len(a), 4000
+        drawn = [a[rows].mean() - b[rows].mean() for rows in rng.integers(0, n, (resamples, n))]
+        reference = np.quantile(drawn, [0.025, 0.975])
+        # The ends are multiples of 1 / n, and a percentile of 4,000 draws has a standard error below half of that.
+        assert paired_bootstrap(a, b) == pytest.approx(reference, abs=1.01 / n)
+
+    def test_it_approaches_the_normal_interval_of_the_difference(self):
+        a, b = outcomes(3000, 1000, 4000, 2000)
+        n, share_a, share_b = 10_000, 0.3, 0.1
+        deviation = math.sqrt((share_a + share_b - (share_a - share_b) ** 2) / n)
+        expected = (0.2 - 1.96 * deviation, 0.2 + 1.96 * deviation)
+        # Standard error of a 2.5 % percentile: sqrt(0.025 * 0.975 / 10,000) over the density there, 0.0584 / deviation.
+        error = deviation * math.sqrt(0.025 * 0.975 / 10_000) / 0.0584
+        assert paired_bootstrap(a, b) == pytest.approx(expected, abs=4 * error + 1 / n)
+
+    def test_pairs_that_agree_leave_no_doubt_and_narrow_it(self):
+        assert paired_bootstrap(*outcomes(0, 0, 7, 4)) == (0, 0)
+        assert paired_bootstrap(*outcomes(9, 0, 0, 0)) == (1, 1)
+        assert paired_bootstrap(*outcomes(0, 9, 0, 0)) == (-1, -1)
+        (low, high), (near, far) = paired_bootstrap(*outcomes(9, 9, 0, 0)), paired_bootstrap(*outcomes(9, 9, 50, 50))
+        assert low < near < 0 < far < high
+
+    def test_swapping_the_sides_turns_the_sign(self):
+        a, b = outcomes(30, 10, 40, 20)
+        low, high = paired_bootstrap(a, b)
+        assert paired_bootstrap(b, a) == pytest.approx((-high, -low), abs=2.01 / len(a))  # other draws
+
+    def test_it_repeats_and_without_samples_leaves_everything_open(self):
+        a, b = outcomes(12, 5, 20, 13)
+        assert paired_bootstrap(a, b) == paired_bootstrap(a, b)
+        assert paired_bootstrap(a[:0], b[:0]) == (-1, 1)
 
 
 def test_holm_multiplies_the_smallest_most_and_never_turns_the_order():
