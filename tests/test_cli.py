@@ -140,6 +140,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         (["run", "quick", "--device", "meta"], "device 'meta' is not there", "use cpu"),
         (["leaderboard", "nowhere"], "no results folder nowhere", "run a suite with --out nowhere first"),
         (["leaderboard", ".", "--format", "html"], "format is 'html'", "md, csv, latex, json"),
+        (["compare"], "neither of --published and --defense", "give one of the two"),
+        (["compare", "--published", "--defense", "rnd"], "both of --published and --defense", "give one of the two"),
+        (["compare", "--published", "--budget", "9"], "--budget with --published", "leave it out"),
+        (["compare", ".", "--defense", "rnd"], "--defense is given 1 time(s)", "once for each chain"),
+        (["compare", "--defense", "rnd", "--defense", "none"], "no results folder", "bench compare FOLDER"),
+        (["compare", "--published", "--figures", "nowhere"], "no published figures in nowhere", "with --figures"),
+        (["compare", "nowhere", "--published"], "no results folder nowhere", "run a suite with --out nowhere first"),
+        (["compare", ".", "--published", "--format", "latex"], "format is 'latex'", "md, csv, json"),
         (["ls", "attack"], "cannot list 'attack'", "attacks, defenses, models, datasets, suites"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -248,6 +256,33 @@ def test_the_leaderboard_shows_the_folder_in_every_format(trained, style):
     if style == "json":
         (record,) = json.loads(ended.out)
         assert record["n"] == 20
+
+
+@pytest.mark.parametrize("style", ["md", "csv", "json"])
+def test_committed_rows_stand_beside_published_figures(style):
+    ended = bench("compare", "--published", ROOT / "leaderboards" / "cifar10-query", "--format", style)
+    assert (ended.code, ended.err) == (0, "")
+    assert "38.79" in ended.out, "the undefended network of UniG's README"
+    assert "80.59" in ended.out, "AAA's abstract"
+    assert "53.42" not in ended.out, "AutoAttack has not run"
+    if style == "json":
+        assert all("JPEG-coded copy" in record["differs"] for record in json.loads(ended.out))
+
+
+def test_two_defenses_are_compared_on_committed_rows():
+    folder = ROOT / "leaderboards" / "cifar10-query"
+    chains = ("--defense", "aaa-linear(solver=exact)", "--defense", "rnd( sigma=0.02 )")
+    ended = bench("compare", folder, *chains, "--budget", 2500, "--format", "json")
+    assert (ended.code, ended.err) == (0, "")
+    worst = next(record for record in json.loads(ended.out) if record["at"] == "@2500")
+    board = json.loads(bench("leaderboard", folder, "--format", "json").out)
+    of = {line["defense"]: line["@2500"] for line in reversed(board)}  # the first line of a defense is its worst case
+    assert (worst["a accuracy"], worst["b accuracy"]) == (of["aaa-linear(solver=exact)"], of["rnd(sigma=0.02)"])
+    assert worst["difference low"] < worst["difference"] < worst["difference high"]
+    assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 100
+    line = complaint(bench("compare", folder, "--defense", "aaa-linear", "--defense", "none"))
+    assert "no rows of defense 'aaa-linear'" in line
+    assert "aaa-linear(solver=exact)" in line
 
 
 def test_a_broken_cell_is_a_failed_row_and_costs_no_other(user, means, tmp_path):

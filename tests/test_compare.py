@@ -1,0 +1,112 @@
+"""Two defenses on the same samples, from records of a few samples worked out by hand."""
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from bench.compare import Duel, duels, render_duels
+from bench.errors import ConfigError
+from bench.oracle import NEVER
+from bench.stats import mcnemar, paired_bootstrap
+from bench.store import Row
+from bench.threat import Threat
+from tests.test_leaderboard import learner, row
+
+A = [NEVER] * 6 + [5, 5]
+B = [NEVER] * 2 + [50] * 4 + [5, 0]
+
+
+def only(rows: list[Row], budgets: list[int] | None = None) -> Duel:
+    (duel,) = duels(rows, "a", "b", budgets)
+    return duel
+
+
+def values(duel: Duel, attack: str = "square") -> dict[str, tuple[float, float]]:
+    return {line.at: (line.a.value, line.b.value) for line in duel.lines if line.attack == attack}
+
+
+def test_both_accuracies_at_every_budget_that_is_asked():
+    duel = only([row(A, "a"), row(B, "b"), row(B, "c")], [10, 60])
+    assert values(duel) == {"clean": (1, 7 / 8), "@10": (6 / 8, 6 / 8), "@60": (6 / 8, 2 / 8), "final": (6 / 8, 2 / 8)}
+    at_60 = duel.lines[2]
+    assert at_60.p_value == mcnemar(at_60.a.right, at_60.b.right) == 2 / 2**4  # four samples, all one way
+    assert at_60.interval == paired_bootstrap(at_60.a.right, at_60.b.right)
+    assert duel.n == 8
+
+
+def test_samples_pair_by_their_number_and_not_by_their_place():
+    a, b = row(A, "a"), row(B, "b")
+    late = Row(b.cell, b.records[b.records["sample_id"] >= 2], b.shards)
+    duel = only([a, late])
+    assert duel.n == 6
+    assert values(duel)["@100"] == (4 / 6, 0)
+
+
+def test_the_worst_case_is_over_the_attacks_that_both_have_met():
+    rows = [
+        row([NEVER, NEVER, 7, NEVER], "a"), row([3, NEVER, NEVER, NEVER], "a", "pgd"), row([1] * 4, "a", "rays"),
+        row([NEVER, 7, NEVER, NEVER], "b"), row([NEVER, NEVER, NEVER, 9], "b", "pgd"),
+    ]  # fmt: skip
+    duel = only(rows, [8])
+    assert values(duel, "worst of 2")["@8"] == (2 / 4, 3 / 4)
+    assert values(duel)["@8"] == (3 / 4, 3 / 4)
+    assert values(duel, "rays") == {}
+    assert duel.unshared == {"a": ["rays"], "b": []}
+    assert "only a has met rays" in render_duels([duel], "md")
+
+
+def test_learners_compare_by_test_accuracy():
+    (duel,) = duels([learner(9, 10, "ops"), learner(1, 10)], "ops", "none")
+    assert values(duel, "standard") == {"test": (0.1, 0.9)}
+
+
+def test_models_and_threats_are_compared_apart():
+    other = Threat("l2", 0.5, "scores", 100)
+    found = duels([row(A, "a"), row(B, "b"), row(A, "a", threat=other), row(B, "b", threat=other)], "a", "b")
+    assert [duel.setting for duel in found] == ["digits · cnn · l2 0.5", "digits · cnn · linf 8/255"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "names", "budgets", "complaint"),
+    [
+        ([row(A, "aaa"), row(B, "rnd")], ("aab", "rnd"), None, "'aab'; did you mean 'aaa'? present: aaa, rnd"),
+        ([row(A, "aaa"), row(B, "rnd")], ("rnd", "rnd"), None, "both defenses are rnd; name two of aaa, rnd"),
+        ([row(A, "a"), row(B, "b", quantise=True)], ("a", "b"), None, "a and b share no setting: a has run on digits"),
+        ([row(A, "a"), row(B, "b", weights_hash="1")], ("a", "b"), None, "share no setting"),
+        ([row(A, "a"), row(B, "b", "pgd")], ("a", "b"), None, "share no finished attack on digits"),
+        ([row(A, "a"), row([], "b", asked=8, error="boom")], ("a", "b"), None, "share no finished attack"),
+        ([row(A, "a"), row(B, "b")], ("a", "b"), [10, 500], "budget is 500, but rows on digits"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_compared_is_told_with_its_remedy(rows: list[Row], names: Any, budgets: Any, complaint: str):
+    with pytest.raises(ConfigError) as caught:
+        duels(rows, *names, budgets)
+    assert complaint in str(caught.value)
+
+
+def test_no_samples_in_common_is_an_error():
+    b = row(B, "b")
+    apart = Row(b.cell, b.records.assign(sample_id=b.records["sample_id"] + 100), b.shards)
+    with pytest.raises(ConfigError, match=r"no samples in common on digits.*same n"):
+        only([row(A, "a"), apart])
+
+
+def test_markdown_fits_its_numbers_into_one_line_each():
+    text = render_duels([only([row(A, "a"), row(B, "b")], [60])], "md")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
+    (line,) = [line for line in lines if line[1] == "@60"]
+    assert line == ["", "@60", "75.0 [41, 93]", "25.0 [7, 59]", "+50.0 [+12, +88]", "0.1250"]
+    assert "8 samples in common" in text
+
+
+def test_csv_and_json_hold_the_same_records():
+    found = [only([row(A, "a"), row(B, "b")], [60])]
+    from_json = json.loads(render_duels(found, "json"))
+    from_csv = list(csv.DictReader(io.StringIO(render_duels(found, "csv"))))
+    assert [record["at"] for record in from_json] == [record["at"] for record in from_csv] == ["clean", "@60", "final"]
+    assert from_json[1]["difference"] == 0.5
+    assert float(from_csv[1]["difference"]) == 0.5
+    assert from_json[1]["p"] == 0.125
