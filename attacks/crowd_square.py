@@ -5,10 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from attacks.nes import inside
 from attacks.square import Square, lower
 from bench.errors import ConfigError
 from bench.losses import margin
+from bench.norms import project
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -77,7 +77,8 @@ class _Crowd:
     def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         clean, streams = (self.x, self.rng) if rows is None else (self.x[rows], self.rng[rows])
         noise = streams.fork(self.asked).uniform(self.copies, *x.shape[1:]).to(x) * 2 - 1
-        probes = inside(x[:, None] + self.jitter * noise, clean, self.threat)     # (n, k, C, H, W)
+        probes = (x[:, None] + self.jitter * noise).flatten(0, 1)                 # (n k, C, H, W)
+        probes = project(probes, clean.repeat_interleave(self.copies, dim=0), self.threat).view_as(noise)
         probes[:, 0] = x
         self.asked += 1
         return self.oracle.scores(probes, rows).mean(dim=1)

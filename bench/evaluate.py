@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from hashlib import blake2b
 from statistics import median
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from bench.audit import audit, confirm
 from bench.dataset import Dataset, Split
 from bench.grid import Task
 from bench.losses import margin
@@ -103,13 +105,33 @@ def attack_served(
     return _records(task.data.test, rows, table, task)
 
 
-def inspect_served(
-    task: Task, target: Target, device: torch.device
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """What is measured once for a served model: the ``cost`` of a query, and what probing it shows."""
-    rows = torch.tensor(task.cell.ids[:INSPECTED])
-    x, rng = task.data.test.pixels(rows).to(device), SampleRng.create(task.cell.seed, rows.to(device), "cost")
-    return {"cost": _cost(target, x, rng)}, []
+class Inspector:
+    """Measures what belongs to a served model whatever attacks it: the ``cost`` of a query, and what probing it shows.
+
+    It looks at each model under each threat once, however many attacks meet it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: dict[Any, tuple[dict[str, float], list[dict[str, Any]]]] = {}
+
+    def __call__(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Figures, and findings of :mod:`bench.audit` as plain values."""
+        cell = task.cell
+        model = cell.data_hash, cell.model.spec, cell.weights_hash, cell.defense_name, cell.numerics, cell.seed
+        key = *model, cell.threat.norm, cell.threat.eps, cell.ids[:INSPECTED]
+        if key not in self._seen:
+            self._seen[key] = self._inspect(task, target)
+        return self._seen[key]
+
+    def _inspect(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        cell, rows = task.cell, torch.tensor(task.cell.ids[:INSPECTED])
+        x, y = task.data.test.pixels(rows).to(self._device), task.data.test.labels[rows].to(self._device)
+        declared = {trait for component in cell.defense for trait in component.traits}
+        findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
+        findings += confirm(findings, declared)
+        cost = _cost(target, x, SampleRng.create(cell.seed, rows.to(self._device), "cost"))
+        return {"cost": cost}, [asdict(finding) for finding in findings]
 
 
 @torch.no_grad()

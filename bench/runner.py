@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from bench.errors import BenchError
-from bench.evaluate import Measured, attack_served, inspect_served, learn_released
+from bench.evaluate import Inspector, Measured, attack_served, learn_released
 from bench.grid import Task
 from bench.pipeline import Pipeline
 from bench.provenance import provenance
@@ -54,6 +54,7 @@ def run(
         BenchError: the store cannot be written or read.
     """
     ran = kept = failed = 0
+    inspect = Inspector(pipeline.device)
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     for task in tasks:
         todo = missing[task.cell.key]
@@ -66,7 +67,7 @@ def run(
         # A learner's training serves all samples at once.
         for start, stop in stretches(todo, len(task.cell.ids) if task.learns else shard_size):
             count = _Count(reporter, task.cell.threat.query_budget or 0, ended, len(todo))
-            fine &= _run_shard(task, start, stop, store, pipeline, batch_size, count)
+            fine &= _run_shard(task, start, stop, store, pipeline, inspect, batch_size, count)
             ended += stop - start
         ran += fine
         failed += not fine
@@ -86,13 +87,20 @@ def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
 
 
 def _run_shard(
-    task: Task, start: int, stop: int, store: Store, pipeline: Pipeline, batch_size: int, count: "_Count"
+    task: Task,
+    start: int,
+    stop: int,
+    store: Store,
+    pipeline: Pipeline,
+    inspect: Inspector,
+    batch_size: int,
+    count: "_Count",
 ) -> bool:
     """Measure one shard and store it; False if it failed."""
     began = time.perf_counter()
     shard = Shard(task.cell, start, stop)
     try:
-        measured = _measure(task, start, stop, pipeline, batch_size, count)
+        measured = _measure(task, start, stop, pipeline, inspect, batch_size, count)
     except BenchError:
         raise
     except Exception:  # whatever a component raises becomes a failed row, never a lost grid
@@ -103,7 +111,9 @@ def _run_shard(
     return True
 
 
-def _measure(task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: int, count: "_Count") -> Measured:
+def _measure(
+    task: Task, start: int, stop: int, pipeline: Pipeline, inspect: Inspector, batch_size: int, count: "_Count"
+) -> Measured:
     ids = list(task.cell.ids[start:stop])
     if task.learns:
         released = pipeline.released(task, count.epochs)
@@ -116,7 +126,7 @@ def _measure(task: Task, start: int, stop: int, pipeline: Pipeline, batch_size: 
         part = ids[first : first + batch_size]
         tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
     records = pd.concat(tables, ignore_index=True)
-    return Measured(records, *inspect_served(task, target, pipeline.device)) if start == 0 else Measured(records)
+    return Measured(records, *inspect(task, target)) if start == 0 else Measured(records)
 
 
 @dataclass(frozen=True)
