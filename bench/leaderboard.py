@@ -28,6 +28,7 @@ MARKS = {
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
     "random": ("~", "random defense: @ counts the first lucky query; final, 16 repeats of it, flatters the defense"),
 }
+GLANCE = "At a glance: what each attack leaves with all of its queries, in percent; intervals stand above."
 SCORES = (
     "What the defense does to its answers: predictions changed (%), mean change of logits (l2) and of probabilities "
     "(total variation), time of a query against the undefended one; then clean → after the attack that left the least."
@@ -77,7 +78,7 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = ()) -> list[Table]:
 
     Args:
         rows: what :meth:`bench.store.Store.rows` read.
-        budgets: query budgets to show; the largest that the rows have run with is always there.
+        budgets: query budgets to show; those that the rows have run with are always there.
     """
     rows = list(rows)
     result = []
@@ -138,7 +139,7 @@ def summary(row: Row) -> str:
 
 def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
     largest = max(query_budget(row) for row in rows)
-    shown = sorted({budget for budget in budgets if budget < largest} | {largest})
+    shown = sorted({budget for budget in budgets if budget < largest} | {query_budget(row) for row in rows})
     by_defense: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
         by_defense.setdefault(row.cell.defense_name, []).append(row)
@@ -240,7 +241,7 @@ def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:
     """The table as people read it: accuracies; what the defenses do to their scores; what the queries achieved."""
     parts = [("", _accuracies(table))]
     if details:
-        parts += [(SCORES, _scores(table)), (QUERIES, _queries(table))]
+        parts += [(GLANCE, _glance(table)), (SCORES, _scores(table)), (QUERIES, _queries(table))]
     return [(title, frame) for title, frame in parts if len(frame) or not title]
 
 
@@ -264,6 +265,19 @@ def _accuracies(table: Table) -> pd.DataFrame:
         )
     frame = _once(lines)
     return frame if any(line.rank for line in table.lines) else frame.drop(columns="rank")
+
+
+def _glance(table: Table) -> pd.DataFrame:
+    """A line for each defense, a column for each attack; nothing where one attack is all there is."""
+    lines: dict[str, dict[str, str]] = {}
+    for line in table.lines:
+        shown = lines.setdefault(line.defense, {"defense": line.defense})
+        measured = [name for name, share in line.shares.items() if share.n and name not in ("clean", "final")]
+        if measured:
+            name = line.attack.partition(" of ")[0] + measured[-1].replace("@", " @").replace("test", "")
+            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f}"
+    several = any(len(shown) > 2 for shown in lines.values())
+    return pd.DataFrame(list(lines.values())).fillna("") if several else pd.DataFrame()
 
 
 def _scores(table: Table) -> pd.DataFrame:
