@@ -2,12 +2,13 @@
 
 Two kinds come together here. What probing the served model has shown is stored with its rows; what follows from
 comparing rows, one attack with another, a defense with the undefended model, is computed from their records. Such a
-comparison fires on the stated effect where it is also significant: paired and exact, p below 1 %. The numbers are those
-of the checklist.
+comparison is made within one seed, on the samples that all of its rows have met. It fires on the stated effect where
+that is also significant: exact, paired where both sides are the same samples, p below 1 %. The numbers are those of the
+checklist. Where several rows fire a flag, the widest effect is the evidence.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,12 +18,17 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from bench.outcomes import column, final, query_budget, robust
+from bench.cell import Cell
+from bench.errors import BenchError
+from bench.oracle import NEVER
+from bench.outcomes import clean, column, final, query_budget, restricted, robust
+from bench.registry import defenses
 from bench.stats import mcnemar
 from bench.store import Row, replace_file
 
 SIGNIFICANT = 0.01
 HALF_THE_RANGE = 0.5  # an linf radius at which nothing can be robust
+GAIN, IDLE = 0.1, 0.02  # what a defense must gain against scores, and may not gain elsewhere, to have confused queries
 
 
 @dataclass(frozen=True)
@@ -43,23 +49,22 @@ class Sign(NamedTuple):
 
 
 def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
-    """Every flag that the rows of one setting fire, by defense.
+    """Every flag that the rows of one setting fire, by defense; of several seeds that fire it, the lowest is shown.
 
     Args:
         rows: of one data set, model and threat.
         elsewhere: other rows, among which the same cells at other radii are looked for.
     """
-    by_defense: dict[str, list[Row]] = {}
-    for row in rows:
-        if not row.cell.learns and len(row.records):
-            by_defense.setdefault(row.cell.defense_name, []).append(row)
-    found = []
-    for defense, members in sorted(by_defense.items()):
-        twins = by_defense.get("none", []) if defense != "none" else []
-        others = [row for row in elsewhere if row.cell.defense_name == defense and len(row.records)]
-        signs = [*_probed(members), *_alone(members), *_against_twin(members, twins), *_at_radii(members, others)]
-        found += [Flag(members[0].cell.setting, defense, *sign) for sign in signs]
-    return found
+    served, others = _by_model(rows), _by_model(elsewhere)
+    found: dict[tuple[str, str], Flag] = {}
+    for (defense, seed), members in sorted(served.items()):
+        twins = served.get((_undefended(members[0].cell), seed), [])
+        at_other_radii = others.get((defense, seed), [])
+        signs = [*_probed(members), *_alone(members), *_beside(members, twins), *_at_radii(members, at_other_radii)]
+        for flag, evidence in signs:
+            shown = f"{evidence}, seed {seed}" if seed else evidence
+            found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
+    return list(found.values())
 
 
 def write_flags(path: Path, found: Sequence[Flag]) -> None:
@@ -69,6 +74,29 @@ def write_flags(path: Path, found: Sequence[Flag]) -> None:
         replace_file(path, lambda beside: beside.write_text(text))
 
 
+def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
+    """The rows with records of attacks on served models, by defense and seed: a seed may train a network of its own."""
+    served: dict[tuple[str, int], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: (row.cell.attack.spec, query_budget(row))):
+        if not row.cell.learns and len(row.records):
+            served.setdefault((row.cell.defense_name, row.cell.seed), []).append(row)
+    return served
+
+
+def _undefended(cell: Cell) -> str:
+    """The chain without its output defense, which acts last; empty where none acts on outputs."""
+    if not cell.defense or not _acts_on_outputs(cell.defense[-1].spec):
+        return ""
+    return " + ".join(part.spec for part in cell.defense[:-1]) or "none"
+
+
+def _acts_on_outputs(spec: str) -> bool:
+    try:
+        return defenses.create(spec).stage == "output"
+    except BenchError:  # a user's file that is no longer there; most defenses act on outputs
+        return True
+
+
 def _probed(rows: Sequence[Row]) -> list[Sign]:
     """What probing the served model has found, once for each flag."""
     findings = [finding for row in rows for shard in row.shards for finding in shard.findings if finding["fired"]]
@@ -76,16 +104,18 @@ def _probed(rows: Sequence[Row]) -> list[Sign]:
 
 
 def _alone(rows: Sequence[Row]) -> list[Sign]:
+    """Flags of a served model by itself."""
     checks = (
         _invalid_answers, _constraint_violation, _hits_do_not_hold, _labels_beat_scores, _transfer_beats_queries,
-        _noise_beats_attacks,
+        _noise_beats_attacks, _survives_any_radius,
     )  # fmt: skip
     return [sign for check in checks if (sign := check(rows))]
 
 
 def _invalid_answers(rows: Sequence[Row]) -> Sign | None:
     """RF-10: NaN or infinite scores."""
-    count = sum(int(column(row, "invalid").sum()) for row in rows)
+    hurt = [row.records.loc[row.records["invalid"], "sample_id"] for row in rows if "invalid" in row.records]
+    count = len(set().union(*hurt))
     return Sign("invalid-answers", f"{count} attacked samples got NaN or infinite scores") if count else None
 
 
@@ -100,36 +130,39 @@ def _constraint_violation(rows: Sequence[Row]) -> Sign | None:
 
 def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
     """RF-32, RF-33: queries that succeeded fail when judged afresh, on more than 2 points of all samples."""
+    found = []
     for row in rows:
-        held, lasting = robust(row, query_budget(row)).right, final(row).right
-        if lasting.mean() - held.mean() > 0.02 and mcnemar(held, lasting) < SIGNIFICANT:
-            return Sign(
-                "hits-do-not-hold",
-                f"{row.cell.attack.spec}: {_percent(held)} by first hit, {_percent(lasting)} when the same examples "
-                f"are judged afresh (n={len(held)})",
+        both = _Comparison(robust(row, query_budget(row)).right, final(row).right)
+        if both.exceeds(0.02):
+            evidence = (
+                f"{row.cell.attack.spec}: {_percent(both.left)} by first hit, {_percent(both.beside)} when the same "
+                f"examples are judged afresh (n={both.n})"
             )
-    return None
+            found.append((both.gap, Sign("hits-do-not-hold", evidence)))
+    return _widest(found)
 
 
 def _labels_beat_scores(rows: Sequence[Row]) -> Sign | None:
-    """RF-26: attacks that see labels only leave more than 1 point less than those that see scores, at equal queries."""
+    """RF-26: an attack that sees labels only leaves more than 1 point less than all that see scores, at its queries."""
     labels = [row for row in rows if _sees(row, "labels") and not _is_control(row)]
-    return _less("labels-beat-scores", "label-only attacks", labels, "score attacks", _scored(rows))
+    return _less("labels-beat-scores", labels, "score attacks", _scored(rows))
 
 
 def _transfer_beats_queries(rows: Sequence[Row]) -> Sign | None:
-    """RF-17, RF-25: examples made on the undefended network leave more than 1 point less than all queries do."""
-    if rows[0].cell.defense_name == "none":
+    """RF-17, RF-25: examples of the undefended network leave more than 1 point less than all attacks that query do."""
+    if not _undefended(rows[0].cell):
         return None  # there it is a white-box attack, and may
     transfer = [row for row in rows if _is(row, "transfer")]
     queries = [row for row in rows if not _is_control(row) and (_sees(row, "labels") or _sees(row, "scores"))]
-    return _less("transfer-beats-queries", "examples of the undefended network", transfer, "all queries", queries)
+    return _less("transfer-beats-queries", transfer, "all queries", queries)
 
 
 def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
     """RF-24: random noise fools samples that no attack does; not for random defenses, where every query may."""
     noise, others = [row for row in rows if _is(row, "noise")], [row for row in rows if not _is(row, "noise")]
-    if not noise or not others or any("random" in part.traits for part in rows[0].cell.defense):
+    if not noise or all(_is_control(row) for row in others):
+        return None
+    if any("random" in part.traits for part in rows[0].cell.defense):
         return None
     both = _compare(noise, others, max(query_budget(row) for row in others))
     missed = int((both.beside & ~both.left).sum())
@@ -138,9 +171,21 @@ def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
     return Sign("noise-beats-attacks", f"random noise fooled {missed} of {both.n} samples that no attack did")
 
 
-def _against_twin(rows: Sequence[Row], twins: Sequence[Row]) -> list[Sign]:
+def _survives_any_radius(rows: Sequence[Row]) -> Sign | None:
+    """RF-23: all attacks together leave more than 1 % where half the range of a pixel may change."""
+    threat, attacked = rows[0].cell.threat, [row for row in rows if not _is_control(row)]
+    if threat.norm != "linf" or threat.eps < HALF_THE_RANGE or not attacked:
+        return None
+    left = _standing(attacked, max(query_budget(row) for row in attacked)).to_numpy()
+    if not len(left) or stats.binomtest(int(left.sum()), len(left), 0.01, alternative="greater").pvalue >= SIGNIFICANT:
+        return None
+    names = ", ".join(row.cell.attack.spec for row in attacked)
+    return Sign("survives-any-radius", f"{names} at {threat}: {_percent(left)} stand (n={len(left)})")
+
+
+def _beside(rows: Sequence[Row], twins: Sequence[Row]) -> list[Sign]:
     """Flags of a defense beside the undefended model under the same attacks."""
-    of_twins = {_attack(twin): twin for twin in twins}
+    of_twins = {_attack(twin): twin for twin in twins}  # of several budgets, the largest
     pairs = [(row, of_twins[_attack(row)]) for row in rows if _attack(row) in of_twins]
     checks = (_budget_does_not_help, _other_tactic_wins, _confuses_queries)
     return [sign for check in checks if (sign := check(pairs))]
@@ -150,80 +195,91 @@ Pairs = Sequence[tuple[Row, Row]]  # of a defense and of the undefended model, u
 
 
 def _budget_does_not_help(pairs: Pairs) -> Sign | None:
-    """RF-18: of what stands at a tenth of the queries, the rest of them takes a quarter of what it takes undefended."""
+    """RF-18: of what stands at a tenth of the queries, the rest of them takes a quarter of what it takes undefended.
+
+    What stands differs on both sides, so the test is Fisher's.
+    """
+    found = []
     for row, twin in pairs:
         late, full = _common_budget(row, twin) // 10, _common_budget(row, twin)
         if not _sees(row, "scores") or late < 10:
             continue
-        (stood, fell), (twin_stood, twin_fell) = _late(row, late, full), _late(twin, late, full)
-        if not stood or not twin_stood or fell / stood > twin_fell / twin_stood / 4:
+        (stood, fell), (twin_stood, twin_fell) = _late(row, twin, late, full), _late(twin, row, late, full)
+        if 4 * fell * twin_stood > twin_fell * stood:
             continue
         table = np.array([[fell, stood - fell], [twin_fell, twin_stood - twin_fell]])
         if stats.fisher_exact(table, alternative="less").pvalue < SIGNIFICANT:
-            return Sign(
-                "budget-does-not-help",
+            evidence = (
                 f"{row.cell.attack.spec}: queries {late:,} to {full:,} took {fell} of {stood} samples that still "
-                f"stood, {twin_fell} of {twin_stood} without the defense",
+                f"stood, {twin_fell} of {twin_stood} without the defense"
             )
-    return None
+            found.append((twin_fell / twin_stood - fell / stood, Sign("budget-does-not-help", evidence)))
+    return _widest(found)
 
 
 def _other_tactic_wins(pairs: Pairs) -> Sign | None:
-    """RF-21, RF-35: a score attack leaves over 2 points less than plain Square, and half of that at most undefended."""
+    """RF-21, RF-35: a score attack leaves over 2 points less than Square, and undefended at most half of that.
+
+    Undefended, the widest gap at any number of queries counts, since in the end both may have taken all.
+    """
     scored = [(row, twin) for row, twin in pairs if _sees(row, "scores")]
-    plain = next(((row, twin) for row, twin in scored if _is(row, "square")), None)
-    if plain is None:
-        return None
-    wins = []
-    for row, twin in scored:
-        queries = min(_common_budget(row, twin), _common_budget(*plain))
-        here, undefended = _compare([row], [plain[0]], queries), _compare([twin], [plain[1]], queries)
-        if here.gap > 0.02 and here.p < SIGNIFICANT and undefended.gap < here.gap / 2:
-            wins.append((here.gap, row.cell.attack.spec, here, undefended, queries))
-    if not wins:
-        return None
-    _, name, here, undefended, queries = max(wins, key=lambda win: win[0])
-    return Sign(
-        "other-tactic-wins",
-        f"{name} leaves {_percent(here.left)}, {plain[0].cell.attack.spec} {_percent(here.beside)} at {queries:,} "
-        f"queries (n={here.n}, p={here.p:.1g}); without the defense they are {100 * undefended.gap:.1f} points apart",
-    )
+    found = []
+    for plain, plain_twin in scored:
+        for row, twin in scored:
+            if not _is(plain, "square") or row is plain:
+                continue
+            queries = min(_common_budget(row, twin), _common_budget(plain, plain_twin))
+            here, undefended = _compare([row], [plain], queries), _widest_gap(twin, plain_twin, queries)
+            if here.exceeds(0.02) and undefended <= here.gap / 2:
+                evidence = (
+                    f"{row.cell.attack.spec} leaves {_percent(here.left)}, {plain.cell.attack.spec} "
+                    f"{_percent(here.beside)} at {queries:,} queries (n={here.n}, p={here.p:.1g}); without the defense "
+                    f"it is never more than {100 * undefended:.1f} points ahead"
+                )
+                found.append((here.gap, Sign("other-tactic-wins", evidence)))
+    return _widest(found)
 
 
 def _confuses_queries(pairs: Pairs) -> Sign | None:
-    """RF-37: the defense gains over 10 points against a score attack, but less than 2 against transfer or labels."""
-    gains = [
-        (row, _compare([twin], [row], _common_budget(row, twin)).gap)
-        for row, twin in pairs if not _is(row, "noise")
-    ]  # fmt: skip
-    scored = [(gain, row.cell.attack.spec) for row, gain in gains if _sees(row, "scores")]
-    idle = [(gain, row.cell.attack.spec) for row, gain in gains if _sees(row, "labels") and gain < 0.02]
-    if not scored or not idle or max(scored)[0] <= 0.1:
-        return None
-    shown = ", ".join(f"{100 * gain:+.1f} against {name}" for gain, name in (max(scored), *idle))
-    return Sign("confuses-queries", f"points over the undefended model: {shown}")
+    """RF-37: a defense gains over 10 points against a score attack, and under 2 against transfer or labels.
+
+    These must take over 10 points from the undefended model, so that there was something to gain. The test is whether
+    single samples gain more against scores, by their signs.
+    """
+    found = []
+    for pair in pairs:
+        for other in pairs:
+            if not _sees(pair[0], "scores") or not _sees(other[0], "labels") or _is(other[0], "noise"):
+                continue
+            gains = pd.concat([_gain(*pair), _gain(*other)], axis=1, join="inner").to_numpy()
+            if not len(gains):
+                continue
+            gain, idle = gains.sum(axis=0) / len(gains)
+            more = gains[:, 0] - gains[:, 1]
+            if gain > GAIN and idle < IDLE and _taken(other[1]) > GAIN and mcnemar(more > 0, more < 0) < SIGNIFICANT:
+                shown = [f"{100 * gain:+.1f} against {pair[0].cell.attack.spec}"]
+                shown += [f"{100 * idle:+.1f} against {other[0].cell.attack.spec}"]
+                evidence = f"points over the undefended model: {', '.join(shown)} (n={len(gains)})"
+                found.append((gain - idle, Sign("confuses-queries", evidence)))
+    return _widest(found)
 
 
 def _at_radii(rows: Sequence[Row], elsewhere: Sequence[Row]) -> list[Sign]:
-    """Flags of one defense under one attack at several radii."""
-    found: dict[str, Sign] = {}
+    """RF-22: an attack leaves over 1 point more at a larger radius."""
+    found = []
     for row in rows:
-        threat, left = row.cell.threat, robust(row, query_budget(row)).right
-        chance = stats.binomtest(int(left.sum()), len(left), 0.01, alternative="greater").pvalue
-        if threat.norm == "linf" and threat.eps >= HALF_THE_RANGE and not _is_control(row) and chance < SIGNIFICANT:
-            evidence = f"{row.cell.attack.spec} at {threat} leaves {_percent(left)} (n={len(left)})"
-            found["survives-any-radius"] = Sign("survives-any-radius", evidence)  # RF-23
         for smaller in elsewhere:
-            if _but_radius(row) != _but_radius(smaller) or smaller.cell.threat.eps >= threat.eps:
+            if _but_radius(row) != _but_radius(smaller) or smaller.cell.threat.eps >= row.cell.threat.eps:
                 continue
             both = _compare([smaller], [row], _common_budget(row, smaller))
-            if both.gap > 0.01 and both.p < SIGNIFICANT:
-                found["radius-does-not-help"] = Sign(  # RF-22
-                    "radius-does-not-help",
-                    f"{row.cell.attack.spec} leaves {_percent(both.beside)} at {threat}, {_percent(both.left)} at "
-                    f"{smaller.cell.threat} (n={both.n}, p={both.p:.1g})",
+            if both.exceeds(0.01):
+                evidence = (
+                    f"{row.cell.attack.spec} leaves {_percent(both.beside)} at {row.cell.threat}, "
+                    f"{_percent(both.left)} at {smaller.cell.threat} (n={both.n}, p={both.p:.1g})"
                 )
-    return list(found.values())
+                found.append((both.gap, Sign("radius-does-not-help", evidence)))
+    sign = _widest(found)
+    return [sign] if sign else []
 
 
 class _Comparison(NamedTuple):
@@ -239,11 +295,15 @@ class _Comparison(NamedTuple):
     @property
     def gap(self) -> float:
         """By how much less is left than beside."""
-        return float(self.beside.mean() - self.left.mean()) if self.n else 0.0
+        return (int(self.beside.sum()) - int(self.left.sum())) / self.n if self.n else 0.0
 
     @property
     def p(self) -> float:
         return mcnemar(self.left, self.beside)
+
+    def exceeds(self, effect: float) -> bool:
+        """Whether so much less is left than beside, and not by chance."""
+        return self.gap > effect and self.p < SIGNIFICANT
 
 
 def _compare(ours: Sequence[Row], theirs: Sequence[Row], queries: int) -> _Comparison:
@@ -252,47 +312,83 @@ def _compare(ours: Sequence[Row], theirs: Sequence[Row], queries: int) -> _Compa
 
 
 def _standing(rows: Sequence[Row], queries: int) -> "pd.Series[bool]":
-    """By sample id, for the samples that all rows have met: whether none of them beat it in so many queries."""
+    """By sample id, for the samples that all rows have met: whether none of them beat it in so many queries.
+
+    A row with a smaller budget counts with what it had.
+    """
     parts = [
         pd.Series(robust(row, min(queries, query_budget(row))).right, index=column(row, "sample_id")) for row in rows
     ]
     return pd.concat(parts, axis=1, join="inner").all(axis=1)
 
 
-def _less(flag: str, our_name: str, ours: Sequence[Row], their_name: str, theirs: Sequence[Row]) -> Sign | None:
-    """Fires where the worst case over ``ours`` leaves more than 1 point less than that over ``theirs``."""
-    if not ours or not theirs:
+def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> Sign | None:
+    """Fires where one of ``ours`` leaves more than 1 point less than all of ``theirs`` do together.
+
+    Both may ask equally often; to what transfer leaves in its few queries, all of the others' compare.
+    """
+    if not theirs:
         return None
-    most = max(query_budget(row) for row in theirs)
-    queries = most if all(_is(row, "transfer") for row in ours) else min(most, max(query_budget(row) for row in ours))
-    both = _compare(ours, theirs, queries)
-    if both.gap <= 0.01 or both.p >= SIGNIFICANT:
-        return None
-    strongest = min(ours, key=lambda row: float(robust(row, query_budget(row)).right.mean())).cell.attack.spec
-    return Sign(
-        flag,
-        f"{our_name} ({strongest}) leave {_percent(both.left)}, {their_name} {_percent(both.beside)} at {queries:,} "
-        f"queries (n={both.n}, p={both.p:.1g})",
-    )
+    most, found = max(query_budget(row) for row in theirs), []
+    for row in ours:
+        queries = most if _is(row, "transfer") else min(most, query_budget(row))
+        both = _compare([row], theirs, queries)
+        if both.exceeds(0.01):
+            evidence = (
+                f"{row.cell.attack.spec} leaves {_percent(both.left)}, {name} {_percent(both.beside)} at {queries:,} "
+                f"queries (n={both.n}, p={both.p:.1g})"
+            )
+            found.append((both.gap, Sign(flag, evidence)))
+    return _widest(found)
 
 
-def _late(row: Row, late: int, full: int) -> tuple[int, int]:
-    """How many samples stand after ``late`` queries, and how many of them fall by ``full``."""
-    stood = int(robust(row, late).right.sum())
-    return stood, stood - int(robust(row, full).right.sum())
+def _late(row: Row, other: Row, late: int, full: int) -> tuple[int, int]:
+    """How many samples stand after ``late`` queries, and how many of them fall by ``full``, of those both have met."""
+    common = restricted(row, set(column(other, "sample_id")))
+    stood = int(robust(common, late).right.sum())
+    return stood, stood - int(robust(common, full).right.sum())
+
+
+def _widest_gap(row: Row, other: Row, queries: int) -> float:
+    """By how much less ``row`` leaves than ``other``, at the number of queries up to ``queries`` where that is most."""
+    hits = [pd.Series(column(each, "first_hit"), index=column(each, "sample_id")) for each in (row, other)]
+    both = pd.concat(hits, axis=1, join="inner").to_numpy()                             # (n, 2)
+    moments = np.unique(both[(both != NEVER) & (both <= queries)])
+    fallen = [np.searchsorted(np.sort(hit[hit != NEVER]), moments, side="right") for hit in both.T]
+    return float((fallen[0] - fallen[1]).max(initial=0)) / max(len(both), 1)
+
+
+def _gain(row: Row, twin: Row) -> "pd.Series[int]":
+    """By sample id: 1 where it stands with the defense only, -1 where without it only, else 0."""
+    queries = _common_budget(row, twin)
+    both = pd.concat([_standing([row], queries), _standing([twin], queries)], axis=1, join="inner").astype(int)
+    return both[0] - both[1]
+
+
+def _taken(row: Row) -> float:
+    """The share of the samples that were right when clean and fell."""
+    return float(clean(row).right.mean() - robust(row, query_budget(row)).right.mean())
 
 
 def _common_budget(row: Row, other: Row) -> int:
     return min(query_budget(row), query_budget(other))
 
 
-def _attack(row: Row) -> tuple[str, int]:
-    return row.cell.attack.spec, row.cell.seed
+def _widest(found: Iterable[tuple[float, Sign]]) -> Sign | None:
+    """The sign with the largest effect, if there is one."""
+    return max(found, key=lambda each: each[0], default=(0.0, None))[1]
+
+
+def _attack(row: Row) -> tuple[str, int | None]:
+    """What two rows under one attack have in common; a schedule that follows the budget is another one at another."""
+    attack = row.cell.attack
+    return attack.spec, query_budget(row) if "rescaled" in attack.traits else None
 
 
 def _but_radius(row: Row) -> tuple[object, ...]:
     cell = row.cell
-    return cell.data_hash, cell.model.spec, cell.weights_hash, cell.threat.norm, cell.quantise, *_attack(row)
+    model = cell.data_hash, cell.model.spec, cell.weights_hash, cell.numerics, cell.quantise
+    return *model, cell.threat.norm, *_attack(row)
 
 
 def _is(row: Row, name: str) -> bool:

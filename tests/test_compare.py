@@ -13,7 +13,7 @@ from bench.oracle import NEVER
 from bench.stats import mcnemar, paired_bootstrap
 from bench.store import Row
 from bench.threat import Threat
-from tests.test_leaderboard import learner, row
+from tests.rows import learner, row
 
 A = [NEVER] * 6 + [5, 5]
 B = [NEVER] * 2 + [50] * 4 + [5, 0]

@@ -15,7 +15,7 @@ from bench.published import Figure, Ours, Published
 from bench.stats import wilson
 from bench.store import Row
 from bench.threat import Threat
-from tests.test_leaderboard import learner, row
+from tests.rows import learner, row
 
 HITS = [0, 1, 10, 11, 100, NEVER, NEVER, NEVER]  # 7 of 8 right when clean; 5, 4 and 3 left at 10, 50 and 100 queries
 

@@ -1,0 +1,48 @@
+"""Rows that nobody ran: of a few samples that fell where a test says."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pandas as pd
+
+from bench.cell import Cell, Component
+from bench.oracle import NEVER
+from bench.store import Row, Shard
+from bench.threat import Threat
+
+
+def row(
+    hits: Sequence[int],
+    defense: str = "none",
+    attack: str = "square",
+    *,
+    budget: int = 100,
+    asked: int | None = None,
+    final_wrong: Sequence[int] = (),
+    error: str | None = None,
+    traits: tuple[str, ...] = (),
+    invalid: bool = False,
+    **fields: Any,
+) -> Row:
+    """A row whose samples fell at the queries ``hits``; ``asked`` samples were planned."""
+    n = len(hits)
+    cell = Cell(
+        dataset=Component("digits"),
+        model=Component("cnn"),
+        defense=() if defense == "none" else (Component(defense),),
+        attack=Component(attack, traits=traits),
+        threat=fields.pop("threat", Threat("linf", 8 / 255, "scores", budget)),
+        ids=tuple(range(asked or n)),
+        seed=fields.pop("seed", 0),
+        **fields,
+    )
+    final = [1 if hit != NEVER or i in final_wrong else 0 for i, hit in enumerate(hits)]
+    records = pd.DataFrame({"sample_id": range(n), "y": 0, "first_hit": hits, "final_pred": final, "invalid": invalid})
+    return Row(cell, records if n else pd.DataFrame(), (Shard(cell, 0, asked or n, error=error),))
+
+
+def learner(wrong: int, n: int, defense: str = "none", attack: str = "standard") -> Row:
+    plain = row([NEVER] * n, defense, attack, threat=Threat("l0", 1.0, "training-data"))
+    records = pd.DataFrame({"sample_id": range(n), "y": 0, "final_pred": [1] * wrong + [0] * (n - wrong)})
+    figures = {"train_accuracy": 0.975, "changed_pixels_mean": 1.0}
+    return Row(plain.cell, records, (Shard(plain.cell, 0, n, figures=figures),))
