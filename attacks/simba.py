@@ -34,8 +34,9 @@ class SimBA:
         step: length of a step; 0.2 by default, and at most eps / 5 in l2.
         freq_dims: cosine waves below this frequency in both directions come first; 28 is usual for ImageNet.
         stride: how many frequencies are added at a time after that.
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood: the same choices as with the probability of
-            the true class in the paper, which is 1 for all candidates where a float32 network is confident).
+        loss: what is minimised, ``margin``, ``prob`` (the probability of the true class, as in the paper; in float32 it
+            is 1 for all candidates where a network is confident, and then nothing improves) or ``ce`` (its logarithm:
+            the same choices up to rounding, and 0 as early).
 
     Source: arXiv:1905.07121, algorithm 1; order of the waves as in the authors' code.
     """
@@ -44,7 +45,7 @@ class SimBA:
     step: float | None = None
     freq_dims: int = 32
     stride: int = 7
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "prob"] = "margin"
 
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})

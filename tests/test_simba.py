@@ -10,6 +10,7 @@ from bench.errors import ConfigError
 from bench.losses import LOSSES, margin
 from bench.norms import lp_norm
 from bench.oracle import NEVER
+from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Threat
 from tests.problems import Linear, Scripted, attack_with, images, referee
@@ -141,7 +142,9 @@ def reference(attack, model, x, y, norm, eps, budget, rng):
 
 
 @pytest.mark.parametrize("basis", ["pixel", "dct"])
-@pytest.mark.parametrize(("norm", "eps", "loss"), [("linf", 0.02, "margin"), ("l2", 0.17, "ce")])
+@pytest.mark.parametrize(
+    ("norm", "eps", "loss"), [("linf", 0.02, "margin"), ("l2", 0.17, "ce"), ("linf", 0.02, "prob")]
+)
 def test_it_agrees_with_a_plain_reference(basis, norm, eps, loss):
     attack = SimBA(basis=basis, freq_dims=2, stride=1, loss=loss)
     model, x, budget = Linear((3, 4, 4), 5), images(8, (3, 4, 4)), 130  # more than one walk along the basis
@@ -153,6 +156,21 @@ def test_it_agrees_with_a_plain_reference(basis, norm, eps, loss):
     assert ledger.first_hit.tolist() == expected
     assert len(set(expected)) > 3
     assert NEVER in expected
+
+
+def test_the_probability_saturates_where_the_margin_still_moves():
+    class Sure(Linear):
+        def forward(self, query):
+            return 1000 * super().forward(query).float()
+
+    x = images(4)
+    y = Linear()(x).argmax(1)
+    moved = {}
+    for loss in ("margin", "prob"):
+        oracle = referee(Sure(), x, y, eps=0.005, budget=60)
+        moved[loss] = (attack_with(attacks.create(f"simba(loss={loss})"), oracle, x, y) != x).flatten(1).any(dim=1)
+    assert moved["margin"].all()
+    assert not moved["prob"].any()
 
 
 @pytest.mark.parametrize(("factor", "falls"), [(1.05, True), (0.95, False)])
