@@ -26,7 +26,11 @@ MARKS = {
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
-    "random": ("~", "random defense: @ counts the first lucky query; final, 16 repeats of it, flatters the defense"),
+    "random": (
+        "~",
+        "random defense: @ counts the first success of a query, or of the mean that an averaging attack asks for, "
+        "lucky or not; final, the majority of 16 repeats, flatters the defense where it was lucky",
+    ),
 }
 GLANCE = "At a glance: what each attack leaves with all of its queries, in percent; intervals stand above."
 SCORES = (
