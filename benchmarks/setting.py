@@ -1,7 +1,8 @@
-"""What the benchmarks share: a network, images, and a clock inside the network."""
+"""What the benchmarks share: a network, images, a clock inside the network, and attacks measured by it."""
 
 import argparse
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,11 @@ from torch import Tensor, nn
 
 from bench.data.cifar import Cifar10
 from bench.models import resolve
+from bench.oracle import NEVER, Oracle
+from bench.protocols import Attack
 from bench.rng import SampleRng
+from bench.served import ServedModel
+from bench.threat import Threat
 
 
 class Clocked(nn.Module):
@@ -72,6 +77,25 @@ def setting(options: argparse.Namespace) -> Setting:
     with torch.no_grad():
         right = torch.cat([network(part) for part in x.split(200)]).argmax(1) == y
     return Setting(network.requires_grad_(False), x[right][: options.n], y[right][: options.n])
+
+
+def measure(run: Callable[[], float], clock: Clocked) -> tuple[float, float, float]:
+    """Robust accuracy, queries per second, and the share of the time that was spent outside the network."""
+    clock.reset()
+    began = time.perf_counter()
+    robust = run()
+    seconds = time.perf_counter() - began
+    return robust, clock.images / seconds, 1 - clock.seconds / seconds
+
+
+def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> float:
+    """The robust accuracy that ``attack`` leaves before the referee."""
+    ids = torch.arange(len(here.x), device=here.x.device)
+    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
+    served = ServedModel(network, batch_size=1024 if here.x.is_cuda else 256)  # as the command line does
+    oracle = Oracle(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), **rules)
+    oracle.finish(attack(oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
+    return float((oracle.ledger.first_hit == NEVER).float().mean())
 
 
 def machine(device: str) -> str:

@@ -9,21 +9,14 @@ within a round.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from setting import Clocked, Setting, arguments, machine, setting
+from setting import Clocked, Setting, arguments, machine, measure, ours, setting
 from tabulate import tabulate
 
 from attacks.square import Square
 from bench import numerics
-from bench.oracle import NEVER, Oracle
-from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.threat import Threat
-
-Attack = Callable[[], float]  # runs once, returns robust accuracy
 
 
 def main() -> None:
@@ -33,6 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     here = setting(options)
     threat = Threat("linf", options.eps, "scores", options.queries)
+    square = Square(preset="eccv2020")
     clocks = {
         "parry, fast": Clocked(numerics.fast(here.network)),
         "parry, plain": Clocked(here.network),
@@ -40,8 +34,8 @@ def main() -> None:
         "pyautoattack": Clocked(here.network),
     }
     runs = {
-        "parry, fast": lambda: ours(clocks["parry, fast"], here, threat),
-        "parry, plain": lambda: ours(clocks["parry, plain"], here, threat),
+        "parry, fast": lambda: ours(square, clocks["parry, fast"], here, threat),
+        "parry, plain": lambda: ours(square, clocks["parry, plain"], here, threat),
         "torchattacks": lambda: torchattacks(clocks["torchattacks"], here, threat),
         "pyautoattack": lambda: pyautoattack(clocks["pyautoattack"], here, threat),
     }
@@ -55,23 +49,6 @@ def main() -> None:
         lines.append((name, f"{100 * robust:.1f} %", f"{pace:,.0f}", f"{100 * outside:.1f} %", f"{ratio:.2f}"))
     headers = ("", "robust accuracy", "queries/s", "outside the network", "against torchattacks")
     print(tabulate(lines, headers=headers, disable_numparse=True, colalign=("left", *["right"] * 4)))
-
-
-def measure(run: Attack, clock: Clocked) -> tuple[float, float, float]:
-    """Robust accuracy, queries per second, and the share of the time that was spent outside the network."""
-    clock.reset()
-    began = time.perf_counter()
-    robust = run()
-    seconds = time.perf_counter() - began
-    return robust, clock.images / seconds, 1 - clock.seconds / seconds
-
-
-def ours(network: Clocked, here: Setting, threat: Threat) -> float:
-    ids = torch.arange(len(here.x), device=here.x.device)
-    oracle = Oracle(ServedModel(network), here.x, here.y, threat, SampleRng.create(0, ids, "defense"))
-    square = Square(preset="eccv2020")
-    oracle.finish(square(oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
-    return float((oracle.ledger.first_hit == NEVER).float().mean())
 
 
 @torch.no_grad()
