@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
+from bench.protection import grey_levels
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.threat import Norm
@@ -127,12 +128,6 @@ def colours(channels: int) -> Tensor:
     """The extreme colours (2^C, C) bool, by code: for RGB 0 is black, 1 blue, 2 green, 4 red, 7 white."""
     bits = torch.arange(channels - 1, -1, -1)
     return (torch.arange(2**channels)[:, None] >> bits & 1).bool()
-
-
-def grey_levels(split: Split) -> Tensor:
-    """The images of ``split`` as uint8, float ones rounded to the nearest of 256 levels."""
-    images = split.images
-    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
 
 
 def _power_sums(images: Tensor) -> tuple[Tensor, Tensor]:
