@@ -19,14 +19,16 @@ from bench.rng import SampleRng
 Perturb = Callable[[nn.Module, Tensor, Tensor, SampleRng], Tensor]
 
 WARM_UP = 0.2  # share of a one-cycle schedule in which the learning rate rises
-MILESTONES = (0.5, 0.75)  # shares of the training after which a stepwise schedule divides by ten
+SMALL = 16  # pixels a side below which images are trained on as digits are
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """How to train: ``lr`` is the highest learning rate, ``flip`` and ``shift`` are the augmentation.
 
-    ``momentum`` (Nesterov's) matters to SGD alone. ``shift`` moves an image by up to that many pixels each way.
+    ``momentum`` matters to SGD alone, and is Nesterov's unless ``nesterov`` is off. ``milestones`` are the shares of
+    the training after which the schedule "steps" divides by ten, ``warm_up`` the share in which it first rises from a
+    hundredth. ``shift`` moves an image by up to that many pixels each way.
 
     Raises:
         ConfigError: a number that no training can use.
@@ -38,7 +40,10 @@ class Recipe:
     lr: float
     momentum: float = 0.9
     weight_decay: float = 0.0
+    nesterov: bool = True
     schedule: Literal["cosine", "one-cycle", "steps"]
+    milestones: tuple[float, ...] = (0.5, 0.75)
+    warm_up: float = 0.0
     flip: bool = False
     shift: int = 0
 
@@ -57,7 +62,7 @@ class Recipe:
         Images below 16 pixels (digits) are trained with Adam, larger ones with SGD and weight decay, both under one
         cycle of the learning rate. The augmentation is what the data set says its images bear.
         """
-        if max(data.train.shape[1:]) < 16:
+        if small_images(data):
             recipe = cls(epochs=30, batch_size=64, optimizer="adam", lr=3e-3, schedule="one-cycle")
         else:
             recipe = cls(
@@ -69,7 +74,9 @@ class Recipe:
     def rate(self, done: float) -> float:
         """The learning rate as a share of ``lr`` when a share ``done`` in [0, 1] of the training is over."""
         if self.schedule == "steps":
-            return 0.1 ** sum(done >= milestone for milestone in MILESTONES)
+            if done < self.warm_up:
+                return max(done / self.warm_up, 0.01)
+            return 0.1 ** sum(done >= milestone for milestone in self.milestones)
         if self.schedule == "one-cycle":
             if done < WARM_UP:
                 return max(done / WARM_UP, 0.01)  # a first step of size zero would be wasted
@@ -80,10 +87,15 @@ class Recipe:
         """The optimiser of ``parameters``, at the highest learning rate."""
         if self.optimizer == "adam":
             return torch.optim.Adam(parameters, lr=self.lr, weight_decay=self.weight_decay)
-        nesterov = self.momentum > 0
+        nesterov = self.nesterov and self.momentum > 0
         return torch.optim.SGD(
             parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, nesterov=nesterov
         )
+
+
+def small_images(data: Dataset) -> bool:
+    """Whether the images of ``data`` are of a digit's size, below 16 pixels a side."""
+    return max(data.train.shape[1:]) < SMALL
 
 
 def fit(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, perturb: Perturb | None = None) -> nn.Module:

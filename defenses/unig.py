@@ -99,7 +99,7 @@ class UniG:
         head = last_linear(model, x)
         reference = None
         if self.variant == "stateless":
-            with torch.no_grad(), _features(head) as seen:
+            with torch.no_grad(), features_of(head) as seen:
                 model(x)
             features = seen[0].float() if seen[0].dtype.itemsize < 4 else seen[0]
             reference = Head.of(head, features).gradient(features, torch.ones_like(features), y).u
@@ -262,14 +262,14 @@ def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
         ]  # fmt: skip
     if not layers:
         raise ConfigError(
-            "unig scales the input of the nn.Linear whose output are the logits; this network cannot be split there: "
+            "features are the input of the nn.Linear whose output are the logits; this network cannot be split there: "
             f"{why}; use a network that ends in nn.Linear"
         )
     return layers[-1]
 
 
 @contextmanager
-def _features(head: nn.Linear) -> Iterator[list[Tensor]]:
+def features_of(head: nn.Linear) -> Iterator[list[Tensor]]:
     """A list of what ``head`` is given while it is open."""
     seen: list[Tensor] = []
     with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
