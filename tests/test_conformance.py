@@ -132,10 +132,11 @@ def data() -> Dataset:
     return Dataset("small digits", digits.classes, **splits)
 
 
-def small(name: str, registry) -> object:
-    """The component as it is, trained for one epoch where it trains."""
+def small(name: str, registry, **fewer: int) -> object:
+    """The component as it is, trained for one epoch where it trains, and with ``fewer`` of what else it counts."""
     known = parameters(registry.factory(name)) or {}
-    return registry.create(f"{name}(epochs=1)" if "epochs" in known else name)
+    given = ", ".join(f"{key}={value}" for key, value in {"epochs": 1, **fewer}.items() if key in known)
+    return registry.create(f"{name}({given})" if given else name)
 
 
 def build() -> nn.Module:
@@ -172,8 +173,11 @@ class TestTrainers:
 
 @pytest.mark.parametrize("name", BY_STAGE["data"])
 class TestDataDefenses:
+    def defense(self, name):
+        return small(name, defenses, checkpoints=1, steps=2)
+
     def test_the_release_keeps_labels_order_and_bounds(self, name, data):
-        defense = defenses.create(name)
+        defense = self.defense(name)
         original = data.train.images.clone()
         released = defense(data, Job())
         assert isinstance(released, Split)
@@ -187,7 +191,7 @@ class TestDataDefenses:
         assert size.max() > 0
 
     def test_one_seed_one_release(self, name, data):
-        defense = defenses.create(name)
+        defense = self.defense(name)
         assert torch.equal(defense(data, Job(seed=2)).images, defense(data, Job(seed=2)).images)
 
 
