@@ -100,25 +100,31 @@ def select(length: int, count: int) -> list[int]:
     return next(chosen for start in starts if len(chosen := everything[start::interval]) == count)
 
 
+def check_shift(shift: int, data: Dataset) -> None:
+    """Whether the class ``shift`` after each, in a circle, is another one.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if shift % len(data.classes) == 0:
+        raise ConfigError(
+            f"shift is {shift} and {data.name} has {len(data.classes)} classes, so each is its own target; use another"
+        )
+
+
 def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft: Craft) -> Split:
     """The training split to release: ``share`` of its images as ``craft`` moves them, on the grid of grey levels.
 
     The target of an image is the class ``shift`` after its own, in a circle. What ``craft`` returns is rounded to the
     nearest levels and must be inside the ball of ``eps``.
-
-    Raises:
-        ConfigError: a shift that leaves each class where it is.
     """
-    classes = len(data.classes)
-    if shift % classes == 0:
-        raise ConfigError(f"shift is {shift} and there are {classes} classes, so each is its own target; use another")
     rows = protected_rows(data.train, share, job)
     chosen = Split(grey_levels(data.train)[rows], data.train.labels[rows]).to(job.device)
     streams = SampleRng.create(job.seed, rows.to(job.device), "protection")
     moved = []
     for part in torch.arange(len(rows), device=job.device).split(CHUNK):
         levels = chosen.images[part].float()
-        crafted = craft(levels, (chosen.labels[part] + shift) % classes, streams[part])
+        crafted = craft(levels, (chosen.labels[part] + shift) % len(data.classes), streams[part])
         moved.append(crafted.round().to(torch.uint8))
         assert ((moved[-1] - levels).abs() <= round(255 * eps)).all(), "outside the ball"
     return merge(data.train, rows, torch.cat(moved))

@@ -22,6 +22,7 @@ from defenses.checkpoints import (
     ImageLoss,
     LevelBox,
     check_levels,
+    check_shift,
     check_training,
     class_means,
     cross_entropy,
@@ -31,7 +32,7 @@ from defenses.checkpoints import (
     select,
     stepwise,
     train_checkpoints,
-)  # fmt: skip
+)
 from defenses.unig import last_linear
 
 Variant = Literal["as-intended", "as-released"]
@@ -94,12 +95,13 @@ class SelfEnsemble:
 
     def __call__(self, data: Dataset, job: Job) -> Split:
         """The training split to release, uint8."""
+        shift = len(data.classes) // 2 if self.shift is None else self.shift
+        check_shift(shift, data)
         direction = self.direction(self.ensemble(data, job), data, job)
 
         def craft(levels: Tensor, target: Tensor, _: SampleRng) -> Tensor:
             return self.move(direction, levels, target)
 
-        shift = len(data.classes) // 2 if self.shift is None else self.shift
         return protect(data, self.share, shift, self.eps, job, craft)
 
     def move(self, direction: Direction, levels: Tensor, target: Tensor) -> Tensor:

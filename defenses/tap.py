@@ -17,13 +17,14 @@ from defenses.checkpoints import (
     ImageLoss,
     LevelBox,
     check_levels,
+    check_shift,
     check_training,
     cross_entropy,
     gradient,
     protect,
     stepwise,
     train_checkpoints,
-)  # fmt: skip
+)
 
 EPOCHS = 40  # of the released protecting network
 MILESTONES = (0.375, 0.625, 0.875)
@@ -78,6 +79,7 @@ class TargetedPoisons:
 
     def __call__(self, data: Dataset, job: Job) -> Split:
         """The training split to release, uint8."""
+        check_shift(self.shift, data)
         recipe = stepwise(data, self.epochs, EPOCHS, milestones=MILESTONES)
         last = recipe.epochs - 1
         (network,) = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch == last)

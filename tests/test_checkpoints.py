@@ -170,5 +170,3 @@ def test_only_the_share_moves_and_each_image_meets_its_own_target(digits):
     assert torch.equal(released.labels, digits.train.labels)
     for image, label in zip(digits.train.images[moved], digits.train.labels[moved], strict=True):
         assert targets[tuple(image.flatten().tolist())] == (int(label) + 3) % 10
-    with pytest.raises(ConfigError, match="shift is 10 and there are 10 classes"):
-        protect(digits, 1.0, 10, 2 / 255, Job(), craft)

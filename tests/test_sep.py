@@ -225,3 +225,12 @@ def test_training_on_protected_digits_costs_accuracy_on_clean_ones(digits):
 def test_what_cannot_be_meant_is_an_error(arguments, message):
     with pytest.raises(ConfigError, match=message):
         defenses.create(f"sep({arguments})")
+
+
+@pytest.mark.parametrize("name", ["sep", "tap"])
+def test_a_class_that_is_its_own_target_is_an_error_before_anything_is_trained(name, digits):
+    def trained(done: int, total: int) -> None:
+        raise AssertionError("an epoch was trained")
+
+    with pytest.raises(ConfigError, match="shift is 20 and digits has 10 classes"):
+        defenses.create(f"{name}(shift=20)")(digits, Job(progress=trained))
