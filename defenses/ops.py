@@ -8,9 +8,9 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
-from bench.protection import grey_levels
+from bench.protection import check_share, grey_levels, merge, protected_rows
 from bench.protocols import Job, Stage
-from bench.registry import defenses
+from bench.registry import added, defenses
 from bench.threat import Norm
 
 CHUNK = 1024  # images squared at a time, to bound memory
@@ -21,12 +21,15 @@ CHUNK = 1024  # images squared at a time, to bound memory
 class OnePixelShortcut:
     """Give all training images of a class the same ``pixels`` pixels, in colours far from what they show there.
 
+    With a ``share`` below 1, only so many of the images are protected, and the pixels are found among them.
+
     Source:
         Wu et al., ICLR 2023, arXiv:2205.12141; the score and the greedy order are those of the released ``perturb.py``,
         as an exact search in one pass over the images (see :func:`stability`).
     """
 
     pixels: int = 1
+    share: float = added(1.0)
 
     stage: ClassVar[Stage] = "data"
     norm: ClassVar[Norm] = "l0"
@@ -36,6 +39,7 @@ class OnePixelShortcut:
     def __post_init__(self) -> None:
         if self.pixels < 1:
             raise ConfigError(f"pixels is {self.pixels}; a shortcut takes at least one")
+        check_share(self.share)
 
     @property
     def eps(self) -> float:
@@ -43,10 +47,11 @@ class OnePixelShortcut:
         return float(self.pixels)
 
     def __call__(self, data: Dataset, job: Job) -> Split:
-        """The training split to release, uint8; deterministic, so ``job`` has no part in it."""
-        images, labels = grey_levels(data.train), data.train.labels
+        """The training split to release, uint8; ``job`` draws a share and has no other part in it."""
+        rows = protected_rows(data.train, self.share, job)
+        images, labels = grey_levels(data.train)[rows], data.train.labels[rows]
         shortcuts = find_shortcuts(images, labels, len(data.classes), self.pixels)
-        return Split(shortcuts.write(images, labels), labels)
+        return merge(data.train, rows, shortcuts.write(images, labels))
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from bench.data.digits import Digits
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.norms import lp_norm
+from bench.protection import protected_rows
 from bench.protocols import Job
 from defenses.ops import OnePixelShortcut, colours, find_shortcuts, stability
 
@@ -112,6 +113,16 @@ def test_the_defense_keeps_its_threat_and_the_labels(digits):
     assert torch.equal(released.labels, digits.train.labels)
     assert defense.norm == "l0"
     assert (lp_norm(released.pixels() - digits.train.pixels(), "l0") <= defense.eps).all()
+
+
+def test_a_share_of_the_images_has_the_pixels_of_its_own_search(digits):
+    released = OnePixelShortcut(pixels=2, share=0.3)(digits, Job())
+    changed = (released.images != digits.train.images).flatten(1).any(dim=1)
+    rows = protected_rows(digits.train, 0.3, Job())
+    alone = digits.released(digits.train.subset(rows))
+    assert torch.equal(released.images[rows], OnePixelShortcut(pixels=2)(alone, Job()).images)
+    assert changed.sum() <= len(rows) == 300
+    assert changed[rows].sum() == changed.sum()
 
 
 def test_float_images_are_taken_as_their_nearest_levels(digits):
