@@ -50,6 +50,12 @@ def networks() -> list[nn.Module]:
     return [Double(seed).eval().requires_grad_(False) for seed in range(4)]
 
 
+@pytest.fixture(scope="module")
+def trained(digits) -> list[nn.Module]:
+    few = replace(digits, train=digits.train.subset(slice(500)))
+    return SelfEnsemble(epochs=10, checkpoints=3, network="cnn(width=8)").ensemble(few, Job(seed=1))
+
+
 def moved(defense: SelfEnsemble, networks: list[nn.Module], data: Dataset, rows: slice) -> Tensor:
     levels, target = data.train.images[rows].double(), (data.train.labels[rows] + 5) % 10
     return defense.move(defense.direction(networks, data, Job(seed=7)), levels, target)
@@ -144,20 +150,19 @@ def test_an_image_does_not_see_its_batch(networks, digits):
 
 
 @pytest.mark.parametrize("name", ["sep", "sep-fa", "sep-fa-vr(inner=4)"])
-def test_released_images_stay_inside_and_checkpoints_forget_their_class(name, digits):
+def test_released_images_stay_inside_and_checkpoints_forget_their_class(name, trained, digits):
     name, _, more = name.rstrip(")").partition("(")
-    defense = defenses.create(f"{name}(eps=64/255, steps=64, epochs=8, checkpoints=3, network='cnn(width=8)', {more})")
-    job, few = Job(seed=1), replace(digits, train=digits.train.subset(slice(100)))
-    networks = defense.ensemble(digits, job)
-    direction = defense.direction(networks, digits, job)
+    defense = defenses.create(f"{name}(eps=64/255, steps=64, checkpoints=3, {more})")
+    job, few = Job(seed=1), replace(digits, train=digits.train.subset(slice(50)))
+    direction = defense.direction(trained, digits, job)
 
     levels, labels = few.train.images.float(), few.train.labels
     box, image = LevelBox.around(levels, defense.eps), levels
     recognisers, followers = [], []
     for step in range(defense.steps + 1):
         if step % 16 == 0:
-            recognisers.append(recognised(networks, image, labels).float().mean().item())
-            followers.append(recognised(networks, image, (labels + 5) % 10).float().mean().item())
+            recognisers.append(recognised(trained, image, labels).float().mean().item())
+            followers.append(recognised(trained, image, (labels + 5) % 10).float().mean().item())
         if step < defense.steps:
             image = box.project(image - direction(image, (labels + 5) % 10, box, step).sign())
     assert recognisers == sorted(recognisers, reverse=True)
@@ -169,14 +174,14 @@ def test_released_images_stay_inside_and_checkpoints_forget_their_class(name, di
     released = defenses.create(f"{name}(steps=3, epochs=2, checkpoints=2, network='cnn(width=8)', share=0.3)")(few, job)
     change = released.images.int() - few.train.images.int()
     assert change.abs().max() == 2
-    assert (change != 0).flatten(1).any(dim=1).sum() == 30
+    assert (change != 0).flatten(1).any(dim=1).sum() == 15
     assert torch.equal(released.labels, labels)
 
 
 def test_checkpoints_far_apart_have_gradients_less_alike_than_neighbours(digits):
     levels, target = digits.train.images[:200].float(), (digits.train.labels[:200] + 5) % 10
-    recipe = Recipe.for_dataset(digits, epochs=16)
-    networks = train_checkpoints(digits, "cnn(width=8)", recipe, Job(), lambda *_: True)
+    few, recipe = replace(digits, train=digits.train.subset(slice(500))), Recipe.for_dataset(digits, epochs=16)
+    networks = train_checkpoints(few, "cnn(width=8)", recipe, Job(), lambda *_: True)
     slopes = [gradient(cross_entropy(network), levels, target) for network in networks]
     spread = [slopes[position] for position in select(16, 4)]
     assert mean_cosine(spread).mean() < mean_cosine(slopes[-4:]).mean() - 0.1
