@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import blake2b
 from statistics import median
 from typing import Any, NamedTuple
@@ -157,20 +157,29 @@ def learn_released(
 
     Returns:
         One record for each test sample of ``ids``, and figures of the whole: train accuracy on the released images,
-        and how far these are from the originals.
+        test accuracy after the last epoch and after the best one (``peak_epoch``, counted from 1), and how far the
+        released images are from the originals. The peak is chosen on the test images, so it favours the learner.
     """
-    network: nn.Module = task.attack(build, released, job)  # type: ignore[call-arg, arg-type, assignment]
-    model = ServedModel(network)
     rows = torch.tensor(ids)
     test = task.data.test
-    y = test.labels[rows].to(job.device)
+    x, y = test.pixels(rows).to(job.device), test.labels[rows].to(job.device)
     unused = SampleRng.create(job.seed, rows, "learner")  # what a learner returns is deterministic
-    judged = _judge(model, test.pixels(rows).to(job.device), y, unused)
+    history: list[float] = []
+
+    def watch(network: nn.Module, epoch: int) -> None:
+        history.append(_judge(ServedModel(network), x, y, unused).accuracy)
+
+    network: nn.Module = task.attack(build, released, replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
+    model = ServedModel(network)
+    judged = _judge(model, x, y, unused)
     train = released.train
     fitted = _judge(model, train.pixels().to(job.device), train.labels.to(job.device), unused)
     table = {"final_pred": judged.prediction, "final_margin": judged.margin}
-    figures = {"train_accuracy": float(fitted.correct.float().mean()), **_change(task.data.train, train)}
-    return Measured(_records(test, rows, table, task), figures)
+    figures = {"train_accuracy": fitted.accuracy, "last_test_accuracy": judged.accuracy}
+    if history:  # a learner of a user's own may have none
+        peak = max(history)
+        figures |= {"peak_test_accuracy": peak, "peak_epoch": float(history.index(peak) + 1)}
+    return Measured(_records(test, rows, table, task), {**figures, **_change(task.data.train, train)})
 
 
 class _Judgement:
@@ -192,6 +201,11 @@ class _Judgement:
         self.confidence = self.probabilities.gather(1, self.prediction[:, None]).squeeze(1)
         self.nll = -_log_mean_exp(logits.log_softmax(dim=2).gather(2, y.expand(len(logits), -1)[..., None]))[:, 0]
         self.brier = (self.probabilities - one_hot(y, logits.shape[2])).square().sum(dim=1)
+
+    @property
+    def accuracy(self) -> float:
+        """The share of images it gets right."""
+        return float(self.correct.float().mean())
 
     def columns(self, when: str) -> dict[str, Tensor]:
         """What is recorded of each sample (B,), its names starting with ``when``."""

@@ -188,7 +188,9 @@ def _released_lines(rows: list[Row]) -> list[Line]:
     """Each protection under each learner; the lowest test accuracy protects best, and the best learner decides."""
     lines = []
     for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
-        wanted = {"train": "train_accuracy", "changed pixels": "changed_pixels_mean"}
+        wanted = {
+            "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean",
+        }  # fmt: skip
         extra = {name: row.figures[figure] for name, figure in wanted.items() if figure in row.figures}
         seed = f", seed {row.cell.seed}" if row.cell.seed else ""
         name, share = row.cell.attack.spec + seed, {"test": tested(row)}
@@ -255,7 +257,8 @@ def _accuracies(table: Table) -> pd.DataFrame:
         marks = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
         shares = {name: str(share) for name, share in line.shares.items()}
         extra = {
-            name: f"{100 * value:.1f}" if name == "train" else f"{value:.2f}" for name, value in line.extra.items()
+            name: f"{100 * value:.1f}" if name in ("peak", "train") else f"{value:.2f}"
+            for name, value in line.extra.items()
         }
         lines.append(
             {

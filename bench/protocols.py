@@ -55,11 +55,15 @@ class Attack(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What a training run is given beside its data: where to run, its seed, and whom to tell about progress."""
+    """What a training run is given beside its data: where to run, its seed, and whom to tell about progress.
+
+    ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is.
+    """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Callable[[int, int], None] = lambda done, total: None  # epochs done, of how many
+    watch: Callable[[nn.Module, int], None] | None = None
 
 
 @runtime_checkable

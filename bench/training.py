@@ -16,7 +16,9 @@ from bench.norms import per_sample
 from bench.protocols import Job
 from bench.rng import SampleRng
 
+Prepare = Callable[[Tensor], Tensor]
 Perturb = Callable[[nn.Module, Tensor, Tensor, SampleRng], Tensor]
+Mix = Callable[[Tensor, Tensor, SampleRng], tuple[Tensor, Tensor]]
 
 WARM_UP = 0.2  # share of a one-cycle schedule in which the learning rate rises
 SMALL = 16  # pixels a side below which images are trained on as digits are
@@ -98,15 +100,50 @@ def small_images(data: Dataset) -> bool:
     return max(data.train.shape[1:]) < SMALL
 
 
-def fit(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, perturb: Perturb | None = None) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What learners and training defenses share: the numbers of their recipe, as arguments.
+
+    ``None`` stands for the data set's own (:meth:`Recipe.for_dataset`).
+    """
+
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+
+    def train(self, build: Callable[[], nn.Module], data: Dataset, job: Job, **hooks: Any) -> nn.Module:
+        """The network from ``build`` after :func:`fit` with ``hooks``, from the weights of ``job.seed``."""
+        recipe = Recipe.for_dataset(
+            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
+        )
+        return fit(initialised(build, job), data, recipe, job, **hooks)
+
+
+def fit(
+    model: nn.Module,
+    data: Dataset,
+    recipe: Recipe,
+    job: Job,
+    perturb: Perturb | None = None,
+    *,
+    perturb_at: Callable[[int], Perturb] | None = None,
+    prepare: Prepare | None = None,
+    mix: Mix | None = None,
+) -> nn.Module:
     """Train ``model`` on ``data.train`` by cross-entropy.
 
-    The result is a function of the initial weights and ``job.seed``, up to the rounding of the device.
+    The result is a function of the initial weights and ``job.seed``, up to the rounding of the device. A batch goes
+    through ``prepare``, the recipe's augmentation, ``perturb`` and ``mix``, in this order. The sample streams ``rng``
+    are new for each sample, epoch and hook.
 
     Args:
         model: logits (B, K) from images (B, C, H, W) in [0, 1]; trained in place.
-        perturb: what becomes of a batch before its step, ``perturb(model, x, y, rng) -> x``: adversarial training.
-            The model is in training mode; ``rng`` is new for each sample and epoch.
+        perturb: ``perturb(model, x, y, rng) -> x``, an adversary or a random change; the model is in training mode.
+        perturb_at: ``perturb_at(epoch) -> perturb``, for one that changes over the epochs (0, 1, ...).
+        prepare: ``prepare(x) -> x``, a fixed map of the stored images; it may leave [0, 1].
+        mix: ``mix(x, shares, rng) -> (x, shares)``, where ``shares`` (B, K) are of the classes in each image. The loss
+            is the cross-entropy of each class, weighted by them.
 
     Returns:
         ``model`` in eval mode on ``job.device``.
@@ -128,18 +165,39 @@ def fit(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, perturb: Pert
     model.train()
     with seeded(job):
         for epoch in range(recipe.epochs):
+            change = perturb if perturb_at is None else perturb_at(epoch)
             order = torch.randperm(len(train), generator=shuffle).to(job.device)
             for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
                 rng = streams[rows].fork(epoch)
-                x, y = augment(train.pixels(rows), recipe.flip, recipe.shift, rng), train.labels[rows]
-                if perturb is not None:
-                    x = perturb(model, x, y, rng.fork("perturb"))
+                x, y = train.pixels(rows), train.labels[rows]
+                if prepare is not None:
+                    x = prepare(x)
+                x, target = augment(x, recipe.flip, recipe.shift, rng), y
+                if change is not None:
+                    x = change(model, x, y, rng.fork("perturb"))
+                if mix is not None:
+                    x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
                 optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
+                F.cross_entropy(model(x), target).backward()
                 optimizer.step()
                 schedule.step()
             job.progress(epoch + 1, recipe.epochs)
+            watched(model, epoch, job)
     return model.eval()
+
+
+def watched(model: nn.Module, epoch: int, job: Job) -> None:
+    """Show ``model`` in eval mode to ``job.watch``; modes and generators are afterwards as they were."""
+    if job.watch is None:
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with seeded(job):
+            job.watch(model, epoch)
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def augment(x: Tensor, flip: bool, shift: int, rng: SampleRng) -> Tensor:

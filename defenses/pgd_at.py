@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,21 +12,24 @@ from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import project, steepest
 from bench.protocols import Job, Stage
-from bench.registry import defenses
+from bench.registry import added, defenses
 from bench.rng import SampleRng
 from bench.threat import Threat
-from bench.training import Recipe, fit, frozen, initialised
+from bench.training import Trainer, frozen
 
 
 @defenses("pgd-at")
 @dataclass(frozen=True, kw_only=True)
-class PGDAdversarialTraining:
+class PGDAdversarialTraining(Trainer):
     """Train on the worst images that projected gradient ascent finds in the linf ball.
 
-    The inner attack sees the network in eval mode, the step that follows is taken in training mode. It starts anywhere
-    in the ball with equal probability; APBench's variant starts from Gaussian noise with a deviation of one step.
-    An epoch costs ``steps + 1`` forward and backward passes per image. ``None`` stands for the data set's own recipe
-    (:meth:`bench.training.Recipe.for_dataset`).
+    The inner attack sees the network in eval mode, the step that follows is taken in training mode. An epoch costs
+    ``steps + 1`` forward and backward passes per image.
+
+    Args:
+        rel_step: size of a step as a share of ``eps``.
+        start: ``uniform`` starts anywhere in the ball with equal probability; ``gaussian`` from normal noise with a
+            deviation of one step, as APBench does.
 
     Source:
         Madry et al., 2018, arXiv:1706.06083, equation 2.1 and section 2.1.
@@ -35,10 +38,7 @@ class PGDAdversarialTraining:
     eps: float = 8 / 255
     steps: int = 10
     rel_step: float = 0.25
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
+    start: Literal["uniform", "gaussian"] = added("uniform")
 
     stage: ClassVar[Stage] = "training"
     version: ClassVar[int] = 1
@@ -50,16 +50,16 @@ class PGDAdversarialTraining:
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
-        recipe = Recipe.for_dataset(
-            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
-        )
-        return fit(initialised(build, job), data, recipe, job, perturb=self.perturb)
+        return self.train(build, data, job, perturb=self.perturb)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
         """The images (B, C, H, W) of high cross-entropy in the ball around ``x``; ``model`` is left as it was."""
         threat = Threat("linf", self.eps, "gradients")
-        start = (2 * rng.uniform(*x.shape[1:]) - 1) * self.eps
-        x_adv = project(x + start, x, threat)
+        if self.start == "uniform":
+            noise = (2 * rng.uniform(*x.shape[1:]) - 1) * self.eps
+        else:
+            noise = rng.normal(*x.shape[1:]) * self.rel_step * self.eps
+        x_adv = project(x + noise, x, threat)
         with frozen(model):
             for _ in range(self.steps):
                 x_adv.requires_grad_(True)

@@ -112,8 +112,9 @@ def test_models_threats_and_kinds_of_attack_have_tables_of_their_own():
 def test_learners_show_test_accuracy_and_what_was_changed():
     none, ops = only([learner(1, 10), learner(9, 10, "ops")])
     assert (values(none), values(ops)) == ({"test": 0.9}, {"test": 0.1})
-    assert ops.extra == {"train": 0.975, "changed pixels": 1.0}
+    assert ops.extra == {"peak": 0.925, "train": 0.975, "changed pixels": 1.0}
     text = render(tables([learner(9, 10, "ops")]), "md")
+    assert "92.5" in text
     assert "97.5" in text
     assert "1.00" in text
 

@@ -8,11 +8,14 @@ from torch import nn
 
 from attacks.learners.standard import Standard
 from bench.data.digits import Digits
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
+from bench.evaluate import learn_released
+from bench.grid import Loader, expand
 from bench.norms import lp_norm
 from bench.protocols import Job, Learner
 from bench.rng import SampleRng
+from bench.suite import load_suite
 from bench.training import Recipe, augment, fit, frozen, initialised
 from defenses.pgd_at import PGDAdversarialTraining
 
@@ -154,17 +157,31 @@ def test_the_inner_attack_reaches_the_corner_of_the_ball_on_a_linear_model():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def started(x: torch.Tensor, **settings) -> torch.Tensor:
+    """Where the inner attack starts from ``x``: there is no gradient, so that is what comes back."""
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
+    nn.init.zeros_(flat[1].weight)
+    adversary = PGDAdversarialTraining(eps=0.1, **settings)
+    return adversary.perturb(flat, x, torch.zeros(len(x), dtype=torch.int64), rng_for(len(x))) - x
+
+
 def test_the_inner_attack_starts_uniformly_in_the_ball_and_box():
     x = torch.full((4, 3, 16, 16), 0.5)
     x[0] = 0
-    flat = nn.Sequential(nn.Flatten(), nn.Linear(768, 2))
-    nn.init.zeros_(flat[1].weight)  # no gradient, so the start is what comes back
-    delta = PGDAdversarialTraining(eps=0.1).perturb(flat, x, torch.zeros(4, dtype=torch.int64), rng_for(4)) - x
+    delta = started(x)
     assert (lp_norm(delta, "linf") <= 0.1 + 1e-7).all()
     assert delta[0].min() >= 0
     n = delta[1:].numel()
     assert delta[1:].mean().abs() < 4 * 0.1 / (3 * n) ** 0.5  # deviation of a uniform value: eps / sqrt(3)
     assert delta[1:].std().item() == pytest.approx(0.1 / 3**0.5, rel=4 / n**0.5)
+
+
+def test_the_inner_attack_may_start_from_normal_noise():
+    delta = started(torch.full((4, 3, 16, 16), 0.5), start="gaussian", rel_step=0.2)
+    n = delta.numel()  # the ball cuts at five deviations of 0.02
+    assert delta.mean().abs() < 4 * 0.02 / n**0.5
+    assert delta.std().item() == pytest.approx(0.02, rel=4 / (2 * n) ** 0.5)
+    assert (lp_norm(delta, "linf") <= 0.1 + 1e-7).all()
 
 
 def test_adversarial_training_holds_where_standard_training_falls(digits):
@@ -180,3 +197,84 @@ def test_adversarial_training_holds_where_standard_training_falls(digits):
 
     assert accuracies["pgd-at"][0] > 0.9
     assert accuracies["pgd-at"][1] > accuracies["standard"][1] + 0.1
+
+
+class TestWatch:
+    def test_it_sees_every_epoch_in_eval_mode_and_leaves_training_as_it_was(self, digits):
+        def build() -> nn.Module:
+            return nn.Sequential(small_cnn(), nn.Dropout(0.5))
+
+        seen = []
+
+        def watch(model: nn.Module, epoch: int) -> None:
+            torch.rand(7)
+            seen.append((epoch, any(module.training for module in model.modules()), accuracy(model, digits)))
+
+        plain = Standard(epochs=3)(build, digits, Job())
+        observed = Standard(epochs=3)(build, digits, Job(watch=watch))
+        assert [(epoch, training) for epoch, training, _ in seen] == [(0, False), (1, False), (2, False)]
+        assert seen[-1][2] == accuracy(plain, digits)
+        for one, other in zip(plain.state_dict().values(), observed.state_dict().values(), strict=True):
+            assert torch.equal(one, other)
+
+    def test_the_result_of_a_learner_holds_its_last_and_its_peak_test_accuracy(self):
+        class Fading:
+            """Shows networks that are right on 1, 3, 3 and 2 of 4 images, and returns the last."""
+
+            def __call__(self, build, data, job):
+                for epoch, right in enumerate((1, 3, 3, 2)):
+                    job.watch(Answers(right), epoch)
+                return Answers(right)
+
+        class Answers(nn.Module):
+            def __init__(self, right: int) -> None:
+                super().__init__()
+                self.right = right
+
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                wrong = torch.arange(len(x)) >= self.right
+                return torch.eye(2)[wrong.long()]
+
+        split = Split(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4, dtype=torch.int64))
+        data = Dataset("four", ("a", "b"), split, split, split)
+        asked = {"dataset": "digits", "model": "cnn", "attack": "standard", "n": 4}
+        (task,) = expand(load_suite(None, asked), Loader(None, None))
+        measured = learn_released(replace(task, data=data, attack=Fading()), data, [0, 1, 2, 3], Job(), small_cnn)
+        figures = {name: measured.figures[name] for name in measured.figures if "test" in name or "epoch" in name}
+        assert figures == {"last_test_accuracy": 0.5, "peak_test_accuracy": 0.75, "peak_epoch": 2.0}
+
+
+class TestMixedLabels:
+    def test_whole_shares_train_as_labels_do(self, digits):
+        recipe = Recipe.for_dataset(digits, epochs=1)
+        plain = fit(initialised(small_cnn, Job()), digits, recipe, Job())
+        mixed = fit(initialised(small_cnn, Job()), digits, recipe, Job(), mix=lambda x, shares, rng: (x, shares))
+        for one, other in zip(plain.parameters(), mixed.parameters(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-3)
+
+    def test_every_hook_acts_on_what_the_one_before_left(self, digits):
+        def add(model, x, y, rng):
+            assert (x <= 0.5).all()
+            return x + 1
+
+        def mix(x, shares, rng):
+            assert (x >= 1).all()
+            assert torch.equal(shares.sum(1), torch.ones(len(x)))
+            return x, shares
+
+        recipe = Recipe.for_dataset(digits, epochs=1, batch_size=500)
+        fit(initialised(small_cnn, Job()), digits, recipe, Job(), perturb=add, prepare=lambda x: x / 2, mix=mix)
+
+    def test_a_hook_may_change_over_the_epochs(self, digits):
+        seen = []
+
+        def at(epoch):
+            def perturb(model, x, y, rng):
+                seen.append(epoch)
+                return x
+
+            return perturb
+
+        fit(initialised(small_cnn, Job()), digits, Recipe.for_dataset(digits, epochs=3, batch_size=2000), Job(),
+            perturb_at=at)  # fmt: skip
+        assert seen == [0, 1, 2]

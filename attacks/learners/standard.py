@@ -10,21 +10,13 @@ from bench.dataset import Dataset
 from bench.protocols import Job
 from bench.registry import attacks
 from bench.threat import Access
-from bench.training import Recipe, fit, initialised
+from bench.training import Trainer
 
 
 @attacks("standard")
 @dataclass(frozen=True, kw_only=True)
-class Standard:
-    """Train on the released images as they are, with the data set's usual augmentation.
-
-    ``None`` stands for the data set's own recipe (:meth:`bench.training.Recipe.for_dataset`).
-    """
-
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
+class Standard(Trainer):
+    """Train on the released images as they are, with the data set's usual augmentation."""
 
     access: ClassVar[Access] = "training-data"
     version: ClassVar[int] = 1
@@ -32,7 +24,4 @@ class Standard:
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
-        recipe = Recipe.for_dataset(
-            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
-        )
-        return fit(initialised(build, job), data, recipe, job)
+        return self.train(build, data, job)
