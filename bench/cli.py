@@ -207,7 +207,7 @@ def ls(
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in entries[0]:
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
     for entry in entries:
         table.add_row(*(_cell(value) for value in entry.values()))
     console.print(table)

@@ -87,6 +87,12 @@ class Dataset:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}
 
 
+def grey_levels(split: Split) -> Tensor:
+    """The images of ``split`` as uint8, float ones rounded to the nearest of 256 levels."""
+    images = split.images
+    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)
+
+
 def _check(split: Split, classes: int, where: str) -> None:
     images, labels = split.images, split.labels
     if images.ndim != 4 or len(images) != len(labels):

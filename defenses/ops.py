@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.protection import check_share, grey_levels, merge, protected_rows
 from bench.protocols import Job, Stage
