@@ -19,6 +19,7 @@ from bench.models import check_logits, resolve
 from bench.models.resnet import ZeroPadded
 from bench.models.weights import load_weights, state_fingerprint
 from bench.models.zoo import _loading
+from bench.numerics import fold_batch_norm
 from bench.registry import datasets, models
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -58,7 +59,9 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Split:
 @pytest.mark.parametrize(
     ("name", "shape"),
     [("cnn", (1, 8, 8)), ("cnn", (3, 64, 64)), ("resnet20", (1, 8, 8)), ("resnet20", (3, 33, 31)), ("resnet32", RGB),
-     ("resnet44", RGB), ("resnet56", RGB), ("resnet18", (1, 8, 8))],
+     ("resnet44", RGB), ("resnet56", RGB), ("resnet18", (1, 8, 8)), ("vgg16", RGB), ("vgg16", (1, 70, 33)),
+     ("densenet121", (1, 8, 8)), ("densenet121", (3, 33, 31)), ("senet18", (1, 8, 8)), ("senet18", (3, 33, 31)),
+     ("googlenet", (1, 8, 8)), ("googlenet", (3, 33, 31))],
 )  # fmt: skip
 def test_untrained_networks_give_logits_for_any_small_image(name, shape):
     architecture = models.create(name)
@@ -74,6 +77,45 @@ def test_networks_can_be_traced_for_folding(name):
     x = torch.rand(2, *RGB)
     with torch.no_grad():
         torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [("vgg16", 0), ("googlenet", 0), ("senet18", 8), ("densenet121", 62)],  # before an activation, after a sum or a cat
+)
+def test_folding_keeps_what_a_network_says(name, left):
+    network = build(name)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+    folded = fold_batch_norm(network)
+    x = torch.rand(2, *RGB)
+    with torch.no_grad():
+        torch.testing.assert_close(folded(x), network(x), rtol=1e-3, atol=1e-4)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in folded.modules()) == left
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("vgg16", 14.7), ("densenet121", 6.96), ("senet18", 11.26), ("googlenet", 6.16)]
+)
+def test_sizes_are_those_that_are_published_for_small_images(name, millions):
+    counted = sum(parameter.numel() for parameter in build(name).parameters()) / 1e6
+    assert counted == pytest.approx(millions, abs=0.03)
+
+
+@pytest.mark.parametrize(("spec", "side"), [("vgg16", 31), ("densenet121", 7)])
+def test_images_that_pooling_would_leave_nothing_of_are_refused(spec, side):
+    with pytest.raises(ConfigError, match=rf"images are 40x{side}; .* below {side + 1}x{side + 1}"):
+        build(spec, shape=(3, side, 40))
+
+
+@pytest.mark.parametrize("spec", ["vgg16", "senet18"])
+def test_any_registered_network_takes_weights(tmp_path, spec):
+    source = build(spec)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    loaded = build(f"{spec}(weights=w.safetensors)", model_dir=tmp_path)
+    assert state_fingerprint(loaded) == state_fingerprint(source)
 
 
 @pytest.mark.parametrize(("name", "values"), [("resnet20", 0.27), ("resnet32", 0.46), ("resnet56", 0.85)])

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bench.errors import WeightsError
 from bench.models.normalise import usual
+from bench.models.small import SmallImageNetwork
 from bench.models.weights import load_weights
 from bench.registry import models
 
@@ -92,34 +93,19 @@ class ResNet(nn.Module):
 
 
 @dataclass(frozen=True)
-class _CifarResNet:
-    """What the registered ResNets share: with ``weights`` (a file) it comes trained, without it does not."""
-
-    weights: str | None = None
+class _CifarResNet(SmallImageNetwork):
+    """What the registered ResNets share."""
 
     blocks: ClassVar[tuple[int, ...]]
     widths: ClassVar[tuple[int, ...]] = (16, 32, 64)
     projection: ClassVar[bool] = False
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = "He et al., 2016, arXiv:1512.03385"
 
-    @property
-    def trained(self) -> bool:
-        return self.weights is not None
-
-    def __call__(self, classes: int, shape: tuple[int, int, int], model_dir: Path | None) -> nn.Module:
-        """Build it, in eval mode; see ``Architecture``.
-
-        Raises:
-            WeightsError: weights that are missing, unsafe, or of another architecture.
-        """
-        network = ResNet(
-            self.blocks, self.widths, classes, projection=self.projection, normalise=usual(shape[0]), channels=shape[0]
+    def network(self, classes: int, channels: int) -> nn.Module:
+        """The network with its initial weights."""
+        return ResNet(
+            self.blocks, self.widths, classes, projection=self.projection, normalise=usual(channels), channels=channels
         )
-        if self.weights is not None:
-            what = f"{type(self).__name__} with {classes} classes and {shape[0]} channels"
-            load_weights(network, self.weights, model_dir, what)
-        return network.eval()
 
 
 @models("resnet20")
