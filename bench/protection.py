@@ -38,9 +38,3 @@ def merge(split: Split, rows: Tensor, protected: Tensor) -> Split:
     images = grey_levels(split).clone()
     images[rows] = protected.to(images.device)
     return Split(images, split.labels)
-
-
-def grey_levels(split: Split) -> Tensor:
-    """The images of ``split`` as uint8, float ones rounded to the nearest of 256 levels."""
-    images = split.images
-    return images if images.dtype == torch.uint8 else (images * 255).round().to(torch.uint8)

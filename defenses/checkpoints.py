@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench import numerics
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.models import resolve
-from bench.protection import grey_levels, merge, protected_rows
+from bench.protection import merge, protected_rows
 from bench.protocols import Job
 from bench.rng import SampleRng
 from bench.training import Recipe, fit, initialised, small_images

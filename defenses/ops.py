@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import check_share, grey_levels, merge, protected_rows
+from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import added, defenses
 from bench.threat import Norm
