@@ -19,6 +19,7 @@ from bench.grid import Task
 from bench.losses import margin
 from bench.norms import lp_norm
 from bench.oracle import Oracle
+from bench.perturbation import perturbation
 from bench.protocols import Attack, Job
 from bench.rng import SampleRng
 from bench.served import ServedModel, Target
@@ -179,7 +180,7 @@ def learn_released(
     if history:  # a learner of a user's own may have none
         peak = max(history)
         figures |= {"peak_test_accuracy": peak, "peak_epoch": float(history.index(peak) + 1)}
-    return Measured(_records(test, rows, table, task), {**figures, **_change(task.data.train, train)})
+    return Measured(_records(test, rows, table, task), {**figures, **perturbation(task.data.train, train)})
 
 
 class _Judgement:
@@ -245,14 +246,3 @@ def _records(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) ->
     }
     measured: dict[str, Any] = {name: column.cpu().numpy() for name, column in table.items()}
     return pd.DataFrame({**identity, **measured, "seed": cell.seed, "attack_version": str(cell.attack.version)})
-
-
-def _change(original: Split, released: Split) -> dict[str, float]:
-    """How far released images are from the originals, on average and at most."""
-    delta = (released.pixels() - original.pixels()).to(torch.float32)
-    return {
-        "changed_pixels_mean": float(lp_norm(delta, "l0").mean()),
-        "changed_pixels_max": float(lp_norm(delta, "l0").max()),
-        "linf_max": float(lp_norm(delta, "linf").max()),
-        "rmse": float(delta.square().mean().sqrt()),
-    }
