@@ -69,7 +69,8 @@ def ssim(x: Tensor, x_adv: Tensor) -> Tensor:
     luminance = (2 * mean * mean_adv + c1) / (mean**2 + mean_adv**2 + c1)
     variance = (square - mean**2) + (square_adv - mean_adv**2)
     structure = (2 * (product - mean * mean_adv) + c2) / (variance + c2)
-    return (luminance * structure).flatten(1).mean(dim=1)
+    similar: Tensor = (luminance * structure).flatten(1).mean(dim=1)
+    return similar
 
 
 def _blur(images: Tensor) -> Tensor:

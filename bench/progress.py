@@ -16,10 +16,7 @@ class Screen:
     def __init__(self, console: Console, cells: int) -> None:
         self.console, self.cells = console, cells
         self.count = 0
-        self._progress = Progress(
-            TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
-            TextColumn("{task.percentage:>3.0f} %"), _Pace(), console=console, transient=True, refresh_per_second=4,
-        )  # fmt: skip
+        self._progress = _progress(console)
         self._bar: TaskID | None = None
         self._last = (0, 1, "")
 
@@ -50,6 +47,42 @@ class Screen:
         line = Text(f"{place} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}", style=style)
         line.append(f"  ({duration(seconds)})", style="dim")
         self.console.print(line, soft_wrap=True)
+
+
+class Steps:
+    """One bar, for the step at hand of a job with several; what is shown may come from any thread."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = _progress(console)
+        self._bar = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> "Steps":
+        if self._progress.console.is_terminal:  # elsewhere it would leave an empty line
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress.console.is_terminal:
+            self._progress.stop()
+
+    def step(self, label: str, total: int | None = None, unit: str = "") -> None:
+        """Begin a step of ``total`` units."""
+        self._progress.reset(self._bar, description=label, total=total, unit=unit)
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+        self._progress.advance(self._bar, count)
+
+    def work(self, done: int, total: int) -> None:
+        """``done`` of ``total`` units are."""
+        self._progress.update(self._bar, completed=done, total=total)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"), _Pace(), console=console, transient=True, refresh_per_second=4,
+    )  # fmt: skip
 
 
 class _Pace(ProgressColumn):

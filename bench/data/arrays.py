@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import DataError
 from bench.registry import datasets
 
+KEYS = ("x_train", "y_train", "x_test", "y_test")
 CHANNELS = (1, 3)  # the axis of this length holds the channels
 
 
@@ -44,11 +46,11 @@ class Npz:
             DataError: a missing or broken file, missing arrays, or shapes and types that cannot be meant.
         """
         file = find(self.path, data_dir, "npz")
-        arrays = _read(file)
-        test = _pair(arrays, "test", file)
+        arrays = read_arrays(file, KEYS)
+        test = pair(arrays, "test", file)
         if len(test) == 0:
             raise DataError(f"{file}: x_test is empty; a data set needs test images")
-        train = _pair(arrays, "train", file) if {"x_train", "y_train"} & arrays.keys() else test.subset(slice(0))
+        train = pair(arrays, "train", file) if {"x_train", "y_train"} & arrays.keys() else test.subset(slice(0))
         if train.shape != test.shape or train.images.dtype != test.images.dtype:
             raise DataError(
                 f"{file}: train images are {train.images.dtype} {train.shape}, test images {test.images.dtype} "
@@ -60,10 +62,15 @@ class Npz:
         return Dataset(file.stem, names, train, calibration, test, flip=self.flip, shift=self.shift)
 
 
-def _read(file: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(file: Path, keys: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
+    """The arrays of an ``.npz`` file: those of ``keys`` that it has, or all.
+
+    Raises:
+        DataError: it cannot be read, or holds what is not a plain array.
+    """
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            return {key: archive[key] for key in ("x_train", "y_train", "x_test", "y_test") if key in archive}
+            return {key: archive[key] for key in (archive.files if keys is None else keys) if key in archive}
     except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(
             f"{file} is not a readable .npz file of plain arrays ({type(error).__name__}); "
@@ -71,7 +78,12 @@ def _read(file: Path) -> dict[str, NDArray[Any]]:
         ) from error
 
 
-def _pair(arrays: dict[str, NDArray[Any]], part: str, file: Path) -> Split:
+def pair(arrays: Mapping[str, NDArray[Any]], part: str, file: Path) -> Split:
+    """The images ``x_part`` and labels ``y_part`` of the ``arrays`` in ``file``.
+
+    Raises:
+        DataError: one of them is missing, or has a shape or type that cannot be meant.
+    """
     for key in (f"x_{part}", f"y_{part}"):
         if key not in arrays:
             raise DataError(f"{file} has no {key}, only {', '.join(arrays) or 'other names'}; add it")

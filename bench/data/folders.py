@@ -1,7 +1,7 @@
 """Image files in one folder for each class."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +71,7 @@ class ImageNet:
             DataError: no such folder, not 1,000 classes, no images, or an image that cannot be read.
         """
         folder = find(self.path, data_dir, "imagenet")
-        classes = _classes(_parts(folder))
+        classes = class_names(_parts(folder))
         if len(classes) != 1000:  # a subset would number its classes unlike every published model
             raise DataError(f"{folder} has {len(classes)} class folders, ImageNet 1000; use imagefolder for a subset")
         return _load(folder, self.size, self.resize, with_train=self.train)
@@ -81,8 +81,8 @@ def _load(folder: Path, size: int, resize: int, *, with_train: bool) -> Dataset:
     if not 1 <= size <= resize:
         raise DataError(f"size is {size} and resize {resize}; expected 1 <= size <= resize")
     parts = _parts(folder)
-    classes = _classes(parts)
-    files = {part: _list(path, classes) for part, path in parts.items()}
+    classes = class_names(parts)
+    files = {part: list_images(path, classes) for part, path in parts.items()}
     if not files["test"]:
         raise DataError(f"no images in {parts['test']}; expected class/name.png, .jpg, .jpeg, .bmp or .webp")
     train = files.get("train", [])
@@ -119,11 +119,13 @@ def _parts(folder: Path) -> dict[str, Path]:
     return parts
 
 
-def _classes(parts: dict[str, Path]) -> tuple[str, ...]:
+def class_names(parts: Mapping[str, Path]) -> tuple[str, ...]:
+    """The names of the class folders of all ``parts``, sorted: their places are the labels."""
     return tuple(sorted({child.name for part in parts.values() for child in part.iterdir() if child.is_dir()}))
 
 
-def _list(part: Path, classes: Sequence[str]) -> Labelled:
+def list_images(part: Path, classes: Sequence[str]) -> Labelled:
+    """The image files in the class folders of ``part``, by class and then by name."""
     return [
         (file, label)
         for label, name in enumerate(classes)

@@ -1,0 +1,299 @@
+"""A data owner's own images under a data defense: the protected set, what was done to it, and a picture of that."""
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import __version__ as pillow
+from torch import Tensor
+
+import bench
+from bench.contact_sheet import contact_sheet
+from bench.dataset import Dataset, Split
+from bench.errors import ConfigError, DataError, StoreError
+from bench.grid import pin
+from bench.layouts import Bar, Source, digest_files, in_parallel, pixels, read_source
+from bench.perturbation import perturbation
+from bench.protocols import Defense, Job
+from bench.provenance import commit
+from bench.registry import defenses
+from bench.spec import Spec, parse_chain
+from bench.store import Store, replace_file
+
+MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
+STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
+BESIDE = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # what a killed job may leave (see replace_file)
+
+
+@dataclass(frozen=True)
+class Protected:
+    """What a finished job wrote."""
+
+    manifest: Mapping[str, Any]
+    repeated: bool  # it was finished before, and is as it was
+
+
+def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device, bar: Bar) -> Protected:
+    """Run a data-stage ``defense`` on the training images at ``path`` and write the released set to ``out``.
+
+    Every file appears under its name when it is whole, the manifest last. A job that was stopped goes on where it was
+    and ends with the same bytes; what the defense made is kept as soon as it has, so it does not run twice.
+
+    Raises:
+        ConfigError: no data-stage defense, or an ``out`` that is not for this.
+        DataError: a source that cannot be read.
+        StoreError: ``out`` cannot be written, or what is there was altered.
+    """
+    spec, component = _data_defense(defense)
+    _refuse_foreign(path, out)
+    root = path if path.is_dir() else path.parent
+    try:
+        source = read_source(path, bar)
+        digests = digest_files({str(file.relative_to(root)): file for file in source.inputs})
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}; check its rights") from None
+    job = {
+        "parry": bench.__version__,
+        "commit": commit(),
+        "libraries": {"torch": torch.__version__, "numpy": np.__version__, "pillow": pillow},
+        "defense": _described(spec, component),
+        "seed": seed,
+        "device": device.type,
+        "layout": source.layout,
+        "input": {
+            "files": len(digests),
+            "sha256": sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
+            "images_and_labels": source.data.train.fingerprint(),
+        },
+    }
+    finished = _finished(out, json.loads(json.dumps(job)), bar)
+    if finished is not None:
+        return Protected(finished, repeated=True)
+    kept = out / STATE / "images.npy"
+    if not kept.is_file():
+        Store(out).open()
+        bar.step(f"running {spec.name}", unit="steps")
+        images = _released(component, source.data, Job(seed, device, bar.work), str(spec))
+        _write(out / STATE / JOB, json.dumps(job).encode())
+        _write(kept, _npy(images))
+    train = Split(torch.from_numpy(np.load(kept)), source.data.train.labels)
+    change = perturbation(source.data.train, train)
+    figures = {"linf_max_levels": round(255 * change["linf_max"]), **change}
+    _write_all(source, train, out, bar)
+    lines = [f"{len(train):,} images", _in_words(figures)]
+    _write(out / SHEET, contact_sheet(source.data, train, f"{source.data.name}, protected with {spec}", lines))
+    bar.step("checking what was written")
+    again = read_source(out if path.is_dir() else out / path.name, bar).data.train
+    if again.fingerprint() != train.fingerprint():
+        raise StoreError(f"the files in {out} do not hold what the defense made; delete the folder and run again")
+    written = sorted((*source.files, *source.copies, SHEET))
+    manifest = job | _account(source, train, figures) | {"files": digest_files({name: out / name for name in written})}
+    _write(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    shutil.rmtree(out / STATE)
+    return Protected(manifest, repeated=False)
+
+
+def report(done: Protected, out: Path) -> list[str]:
+    """What a user is told of a finished job, in lines."""
+    manifest = done.manifest
+    figures = manifest["perturbation"]
+    count = f"{manifest['images']:,} training images of {len(manifest['classes'])} classes"
+    lines = [
+        f"{'already ' if done.repeated else ''}protected {count} with {manifest['defense']['spec']}",
+        _in_words(figures),
+    ]
+    if manifest["copied"]:
+        lines.append(f"copied unchanged: {_some(manifest['copied'])}")
+    if manifest["renamed"]:
+        lines.append(f"PNG now, as JPEG would undo the changes: {_renamed(manifest['renamed'])}")
+    if manifest["left_out"]:
+        lines.append(f"left out, as they are no training images: {_some(manifest['left_out'])}")
+    lines += [manifest["note"]] if manifest["note"] else []
+    return [*lines, f"{out} holds them, {MANIFEST} with every figure and hash, and {SHEET} to look at"]
+
+
+def _data_defense(text: str) -> tuple[Spec, Defense]:
+    """The one defense that ``text`` names, which must act on data, and its name with every parameter."""
+    specs = parse_chain(text)
+    known = ", ".join(name for name in defenses.names() if getattr(defenses.factory(name), "stage", None) == "data")
+    if len(specs) != 1:
+        raise ConfigError(f"{text!r} names {len(specs)} defenses; images take one at the data stage: {known}")
+    component = defenses.create(specs[0])
+    if component.stage != "data":
+        raise ConfigError(
+            f"{specs[0].name} acts at the {component.stage} stage, on models; images take a data-stage defense: {known}"
+        )
+    values = asdict(component) if is_dataclass(component) else specs[0].args
+    return Spec(specs[0].name, values), component
+
+
+def _described(spec: Spec, component: Defense) -> dict[str, Any]:
+    """What the manifest says of the defense, every parameter and not only those that were given."""
+    described = {
+        "spec": str(spec),
+        "name": spec.name,
+        "version": pin(str(spec), component).version,
+        "paper": getattr(component, "paper", ""),
+        "parameters": dict(spec.args),
+    }
+    traits = {name: getattr(component, name) for name in ("share", "norm", "eps") if hasattr(component, name)}
+    return described | traits
+
+
+def _refuse_foreign(path: Path, out: Path) -> None:
+    """Refuse an output folder that holds what no such job has written, or that is part of the input."""
+    source, target = path.resolve(), out.resolve()
+    if source == target or source in target.parents or target in source.parents:
+        raise ConfigError(f"--out {out} and --in {path} lie in each other; choose a folder beside")
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out} is a file; choose a folder")
+    if not out.is_dir() or (out / STATE).is_dir() or (out / MANIFEST).is_file():
+        return
+    found = sorted(child.name for child in out.iterdir())
+    if found:
+        raise ConfigError(f"--out {out} holds other things ({_some(found)}); choose a new or empty folder")
+
+
+def _finished(out: Path, job: Mapping[str, Any], bar: Bar) -> dict[str, Any] | None:
+    """The manifest where ``job`` is finished; where it was stopped, what it left half-written goes.
+
+    Raises:
+        ConfigError: another job's results are there.
+        StoreError: results of this job that were altered.
+    """
+    if (out / MANIFEST).is_file():
+        manifest = _read(out / MANIFEST)
+        _same(job, manifest, out)
+        bar.step("checking what is there")
+        files = {name: out / name for name in manifest["files"]}
+        gone = [name for name, file in files.items() if not file.is_file()]
+        altered = gone or [name for name, hashed in digest_files(files).items() if hashed != manifest["files"][name]]
+        if altered:
+            raise StoreError(f"{out} was finished, but changed since: {_some(altered)}; delete it and run again")
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        return manifest
+    if (out / STATE / JOB).is_file():
+        _same(job, _read(out / STATE / JOB), out)
+    for file in [file for file in out.rglob(".*.tmp") if BESIDE.fullmatch(file.name)]:
+        file.unlink()
+    return None
+
+
+def _same(job: Mapping[str, Any], found: Mapping[str, Any], out: Path) -> None:
+    """Refuse to go on with another job than ``found``, by what first tells them apart."""
+    for name, value in job.items():
+        if found.get(name) != value:
+            came, was = (_short(one, name) for one in (value, found.get(name)))
+            raise ConfigError(
+                f"--out {out} holds a set made with another {name} ({was}; now {came}); "
+                "choose another folder, or delete that one"
+            )
+
+
+def _short(value: Any, name: str) -> str:
+    if isinstance(value, dict):
+        value = value.get({"defense": "spec", "input": "sha256"}.get(name, ""), value)
+    return str(value)[:80]
+
+
+def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
+    """The images (N, C, H, W) uint8 as the defense releases them."""
+    released: Split = component(data, job)
+    images = released.images.cpu()
+    if images.dtype != torch.uint8 or images.shape != data.train.images.shape:
+        raise ConfigError(
+            f"{name} released {images.dtype} images {tuple(images.shape)}; "
+            f"a data defense returns uint8 {tuple(data.train.images.shape)}"
+        )
+    if not torch.equal(released.labels.cpu(), data.train.labels):
+        raise ConfigError(f"{name} changed labels or their order; a data defense returns those it was given")
+    return images
+
+
+def _npy(images: Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, images.numpy())
+    return file.getvalue()
+
+
+def _write_all(source: Source, train: Split, out: Path, bar: Bar) -> None:
+    """Write and copy what is not there yet."""
+    images = pixels(train)
+    bar.step("writing", len(images), "images")
+    for name, file in source.copies.items():
+        if not (out / name).exists():
+            _place(out / name, partial(shutil.copyfile, file))
+    single = len(source.files) == len(images)  # else a file holds many images and says itself how far it is
+
+    def write(name: str) -> None:
+        if not (out / name).exists():
+            _write(out / name, source.files[name](images, (lambda count: None) if single else bar.advance))
+
+    in_parallel(write, source.files, bar.advance if single else lambda count: None)
+
+
+def _account(source: Source, train: Split, figures: Mapping[str, float]) -> dict[str, Any]:
+    """What the manifest says of the images, beside the job itself."""
+    counts = train.labels.bincount(minlength=len(source.data.classes)).tolist()
+    return {
+        "output": {"images_and_labels": train.fingerprint()},
+        "images": len(train),
+        "shape": list(train.shape),
+        "classes": dict(zip(source.data.classes, counts, strict=True)),
+        "perturbation": dict(figures),
+        "note": source.note,
+        "copied": sorted(source.copies),
+        "renamed": dict(source.renamed),
+        "left_out": list(source.left_out),
+    }
+
+
+def _in_words(figures: Mapping[str, float]) -> str:
+    if "psnr" not in figures:
+        return "no pixel changed"
+    mean, most = figures["changed_pixels_mean"], figures["changed_pixels_max"]
+    return (
+        f"pixels changed in an image: {mean:,.1f}, at most {most:,.0f}, by up to {figures['linf_max_levels']} levels; "
+        f"l2 {figures['l2_mean']:.3f}, RMSE {figures['rmse']:.4f}, PSNR {figures['psnr']:.1f} dB, "
+        f"SSIM {figures['ssim']:.4f}"
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+def _renamed(names: Mapping[str, str]) -> str:
+    return _some([f"{old} -> {new}" for old, new in names.items()])
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+        content["defense"]["spec"]
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{file} was not written by bench protect; choose a new or empty folder as --out") from None
+    return content
+
+
+def _write(path: Path, content: bytes) -> None:
+    _place(path, lambda beside: beside.write_bytes(content))
+
+
+def _place(path: Path, write: Callable[[Path], object]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}; free some space and run again, or choose another --out"
+        ) from None
