@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from bench.dataset import Split
+from bench.dataset import Split, grey_levels
 from bench.errors import ConfigError
 from bench.protocols import Job
 from bench.rng import SampleRng
