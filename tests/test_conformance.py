@@ -1,6 +1,7 @@
 """Every registered component against the same truths; a new file in ``attacks/`` or ``defenses/`` is met here."""
 
 import copy
+import dataclasses
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from torch import nn
 from bench.dataset import Dataset, Split
 from bench.norms import lp_norm
 from bench.oracle import NEVER
+from bench.protection import protected_rows
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses, parameters
 from bench.rng import SampleRng
@@ -174,7 +176,7 @@ class TestTrainers:
 @pytest.mark.parametrize("name", BY_STAGE["data"])
 class TestDataDefenses:
     def defense(self, name):
-        return small(name, defenses, checkpoints=1, steps=2)
+        return small(name, defenses, checkpoints=1, steps=2, rounds=1, draws=1, adv_steps=1)
 
     def test_the_release_keeps_labels_order_and_bounds(self, name, data):
         defense = self.defense(name)
@@ -193,6 +195,12 @@ class TestDataDefenses:
     def test_one_seed_one_release(self, name, data):
         defense = self.defense(name)
         assert torch.equal(defense(data, Job(seed=2)).images, defense(data, Job(seed=2)).images)
+
+    def test_no_more_than_the_share_changes(self, name, data):
+        released = dataclasses.replace(self.defense(name), share=0.3)(data, Job(seed=2))
+        changed = (released.images != data.train.images).flatten(1).any(dim=1)
+        assert set(changed.nonzero().squeeze(1).tolist()) <= set(protected_rows(data.train, 0.3, Job(seed=2)).tolist())
+        assert changed.any()
 
 
 @pytest.mark.parametrize("name", BY_STAGE["output"])
