@@ -1,0 +1,63 @@
+"""EM and OPS in one: noise that minimises the loss, and a pixel that tells the class, as in CIFAR-10-S."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from bench.dataset import Dataset, Split
+from bench.errors import ConfigError
+from bench.protection import grey_levels, merge, protected_rows
+from bench.protocols import Job, Stage
+from bench.registry import defenses
+from bench.threat import Norm
+from defenses.em import By, ErrorMinimising
+from defenses.ops import find_shortcuts
+
+
+@defenses("em-ops")
+@dataclass(frozen=True, kw_only=True)
+class ErrorMinimisingOnePixel:
+    """Add :class:`~defenses.em.ErrorMinimising` noise, then write the one-pixel shortcuts over it.
+
+    On CIFAR-10 with the defaults, this is CIFAR-10-S: the shortcut survives adversarial training, the noise the
+    augmentations that move or cover a pixel. The shortcuts are searched for in the clean images, so they are those of
+    ``ops``. All other pixels are within ``noise_eps`` of their image; a shortcut's may be anywhere, so the bound of the
+    whole is linf 1.
+
+    ``pixels`` is that of ``ops``; the noise takes its other settings from ``em``.
+
+    Source:
+        Wu et al., ICLR 2023, arXiv:2205.12141, the data set CIFAR-10-S.
+
+    Raises:
+        ConfigError: no pixels, or what ``em`` refuses.
+    """
+
+    pixels: int = 1
+    noise_eps: float = 8 / 255
+    by: By = "sample"
+    rounds: int = ErrorMinimising.rounds
+    network: str | None = None
+    share: float = 1.0
+
+    stage: ClassVar[Stage] = "data"
+    norm: ClassVar[Norm] = "linf"
+    eps: ClassVar[float] = 1.0
+    version: ClassVar[int] = 1  # rises with those of em and ops, too
+    paper: ClassVar[str] = "Wu et al., ICLR 2023, arXiv:2205.12141 (CIFAR-10-S)"
+
+    def __post_init__(self) -> None:
+        if self.pixels < 1:
+            raise ConfigError(f"pixels is {self.pixels}; a shortcut takes at least one")
+        self._noise()
+
+    def __call__(self, data: Dataset, job: Job) -> Split:
+        """The training split to release, uint8; ``job.seed`` decides the noise and the share, not the shortcuts."""
+        rows, labels = protected_rows(data.train, self.share, job), data.train.labels
+        shortcuts = find_shortcuts(grey_levels(data.train)[rows], labels[rows], len(data.classes), self.pixels)
+        noisy = self._noise()(data, job)
+        return merge(noisy, rows, shortcuts.write(noisy.images[rows], labels[rows]))
+
+    def _noise(self) -> ErrorMinimising:
+        return ErrorMinimising(
+            eps=self.noise_eps, by=self.by, rounds=self.rounds, network=self.network, share=self.share
+        )
