@@ -11,11 +11,11 @@ from torch.nn import functional as F
 from bench import numerics
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.models import resolve
 from bench.protection import merge, protected_rows
 from bench.protocols import Job
 from bench.rng import SampleRng
-from bench.training import Recipe, fit, initialised, small_images
+from bench.training import Recipe, fit, small_images
+from defenses.surrogate import check_network, surrogate, surrogate_job
 from defenses.unig import features_of
 
 CHUNK = 500  # images that go through the networks at a time
@@ -40,8 +40,7 @@ def check_training(network: str | None, epochs: int | None) -> None:
     Raises:
         ConfigError: an unknown network, one that comes with its weights, or no epochs.
     """
-    if network is not None and resolve(network).trained:
-        raise ConfigError(f"network {network!r} comes with its weights; name one that can be trained, such as resnet18")
+    check_network(network)
     if epochs is not None and epochs < 1:
         raise ConfigError(f"epochs is {epochs}; the protecting network is trained for at least one")
 
@@ -68,8 +67,6 @@ def train_checkpoints(
         network: an untrained network by name; ``None`` is ``cnn`` for images below 16 pixels, else ``resnet18``.
         keep: called as ``keep(epoch, network)`` after each epoch, counted from 0, with the frozen network.
     """
-    build = resolve(network or ("cnn" if small_images(data) else "resnet18"))
-    seed = int(SampleRng.create(job.seed, torch.zeros(1, dtype=torch.int64), "protecting network").integers(2**24))
     kept: list[nn.Module] = []
 
     def after_epoch(done: int, total: int) -> None:
@@ -78,8 +75,8 @@ def train_checkpoints(
             kept.append(frozen)
         job.progress(done, total)
 
-    own = replace(job, seed=seed, progress=after_epoch)
-    model = initialised(lambda: build(len(data.classes), data.train.shape, None), own).to(job.device)
+    own = replace(surrogate_job(job), progress=after_epoch)
+    model = surrogate(data, network, own)
     fit(model, data, recipe, own)
     return kept
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -11,14 +11,13 @@ from torch.nn import functional as F
 
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
-from bench.models import resolve
 from bench.protection import check_share, grey_levels, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
-from bench.rng import SampleRng
 from bench.threat import Norm
-from bench.training import Recipe, frozen, initialised, seeded, small_images
+from bench.training import Recipe, frozen, seeded
 from defenses.levels import moved, whole_levels
+from defenses.surrogate import check_network, surrogate, surrogate_job
 
 CHUNK = 512  # images that are judged at a time
 CLIP = 5.0   # the largest norm of a training step's gradient, as released
@@ -128,28 +127,6 @@ class ErrorMinimising:
                 (gradient,) = torch.autograd.grad(loss, x_adv)
                 noise = (noise - self.rel_step * radius * gradient.sign()).clamp(-radius, radius)
         return noise
-
-
-def check_network(network: str | None) -> None:
-    """Whether a defender can train ``network`` from scratch; ``None`` stands for the default.
-
-    Raises:
-        ConfigError: an unknown name, or weights that come with it.
-    """
-    if network is not None and resolve(network).trained:
-        raise ConfigError(f"network {network!r} comes with its weights; name one that can be trained, such as resnet18")
-
-
-def surrogate_job(job: Job) -> Job:
-    """``job`` with a seed of its own: a learner of the same seed must not start from the defender's weights."""
-    streams = SampleRng.create(job.seed, torch.zeros(1, dtype=torch.int64), "surrogate")
-    return replace(job, seed=int(streams.integers(2**24)))
-
-
-def surrogate(data: Dataset, network: str | None, job: Job) -> nn.Module:
-    """The defender's network, untrained, on ``job.device``; ``None`` is ``cnn`` below 16 pixels, else ``resnet18``."""
-    build = resolve(network or ("cnn" if small_images(data) else "resnet18"))
-    return initialised(lambda: build(len(data.classes), data.train.shape, None), job).to(job.device)
 
 
 def shuffled(count: int, batch_size: int, job: Job) -> Iterator[Tensor]:

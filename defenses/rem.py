@@ -17,9 +17,9 @@ from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm, Threat
 from bench.training import Recipe, augment, fit, frozen
-from defenses.em import check_network, surrogate, surrogate_job
 from defenses.levels import moved, whole_levels
 from defenses.pgd_at import PGDAdversarialTraining
+from defenses.surrogate import check_network, surrogate, surrogate_job
 
 CHUNK = 128  # images that get their final noise at a time
 

@@ -12,7 +12,8 @@ from bench.models import resolve
 from bench.norms import lp_norm
 from bench.protocols import Job
 from bench.training import Recipe, initialised
-from defenses.em import ErrorMinimising, error, means_by, shuffled, surrogate, surrogate_job
+from defenses.em import ErrorMinimising, error, means_by, shuffled
+from defenses.surrogate import surrogate, surrogate_job
 from tests.problems import curved, images, linear_problem
 
 NETWORK = "cnn(width=8)"
