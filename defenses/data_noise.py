@@ -5,8 +5,8 @@ from typing import ClassVar, Literal
 
 import torch
 
-from bench.dataset import Dataset, Split
-from bench.protection import check_share, grey_levels, merge, protected_rows
+from bench.dataset import Dataset, Split, grey_levels
+from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import grey_levels, merge, protected_rows
+from bench.protection import merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.threat import Norm

@@ -7,9 +7,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import check_share, grey_levels, merge, protected_rows
+from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.norms import project
-from bench.protection import check_share, grey_levels, merge, protected_rows
+from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
