@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import numpy as np
@@ -50,6 +51,10 @@ ACHIEVED = {  # column: figure, how it is printed
     "linf": ("linf", "{:.4f}"), "RMSE": ("rmse", "{:.4f}"),
     "expected": ("expected_accuracy", "{:.1%}"),
 }  # fmt: skip
+RELEASED = {  # column of a learner's line: figure; shares are printed in percent
+    "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean", "PSNR": "psnr",
+}  # fmt: skip
+PERCENT = {"clean", "mean", "SD", "peak", "train"}
 UNRANKED = {"limited", "incomplete", "failed", "invalid"}
 
 
@@ -185,17 +190,49 @@ def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
 
 
 def _released_lines(rows: list[Row]) -> list[Line]:
-    """Each protection under each learner; the lowest test accuracy protects best, and the best learner decides."""
+    """Each protection under each learner; the learner that gets furthest decides, and low is good for the defender."""
+    ordered = sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed))
+    by_defense = {name: list(group) for name, group in groupby(ordered, key=lambda row: row.cell.defense_name)}
+    clean = {name: value for name, (value, _) in _over_seeds(by_defense.get("none", [])).items()}
+    best = {name: _best_learner(members) for name, members in by_defense.items()}
+    marks = {name: frozenset().union(*map(_marks, members)) for name, members in by_defense.items()}
+    ranks = _ranks({name: ~tested(best[name]).right for name in best if not marks[name] & UNRANKED})
     lines = []
-    for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
-        wanted = {
-            "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean",
-        }  # fmt: skip
-        extra = {name: row.figures[figure] for name, figure in wanted.items() if figure in row.figures}
-        seed = f", seed {row.cell.seed}" if row.cell.seed else ""
-        name, share = row.cell.attack.spec + seed, {"test": tested(row)}
-        lines.append(Line(row.cell.defense_name, name, share, len(row.records), _marks(row), extra=extra))
+    for name in sorted(best, key=lambda name: (ranks.get(name, len(best) + 1), tested(best[name]).value)):
+        members, spread = by_defense[name], _over_seeds(by_defense[name])
+        if len(spread) > 1:
+            learner = best[name].cell.attack.spec
+            extra = {"clean": clean[learner]} if learner in clean else {}
+            lines.append(
+                Line(name, f"best of {len(spread)}: {learner}", {"test": tested(best[name])}, len(best[name].records),
+                     marks[name], ranks.get(name), extra)
+            )  # fmt: skip
+        for row in members:
+            learner, seed = row.cell.attack.spec, f", seed {row.cell.seed}" if row.cell.seed else ""
+            extra = {"clean": clean[learner]} if learner in clean else {}
+            if sum(other.cell.attack.spec == learner for other in members) > 1:
+                extra |= dict(zip(("mean", "SD"), spread[learner], strict=True))
+            extra |= {title: row.figures[figure] for title, figure in RELEASED.items() if figure in row.figures}
+            rank = ranks.get(name) if len(spread) == 1 else None
+            lines.append(
+                Line(name, learner + seed, {"test": tested(row)}, len(row.records), _marks(row), rank, extra)
+            )
     return lines
+
+
+def _over_seeds(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
+    """By learner: mean and standard deviation over seeds of its test accuracy."""
+    values: dict[str, list[float]] = {}
+    for row in rows:
+        if len(row.records):
+            values.setdefault(row.cell.attack.spec, []).append(tested(row).value)
+    return {name: (mean(found), stdev(found) if len(found) > 1 else 0.0) for name, found in values.items()}
+
+
+def _best_learner(rows: Sequence[Row]) -> Row:
+    """The row of the learner with the highest test accuracy, on average over seeds."""
+    means = _over_seeds(rows)
+    return max(rows, key=lambda row: means.get(row.cell.attack.spec, (-1.0, 0.0))[0])
 
 
 def _ranks(right: dict[str, NDArray[np.bool_]]) -> dict[str, int]:
@@ -257,7 +294,7 @@ def _accuracies(table: Table) -> pd.DataFrame:
         marks = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
         shares = {name: str(share) for name, share in line.shares.items()}
         extra = {
-            name: f"{100 * value:.1f}" if name in ("peak", "train") else f"{value:.2f}"
+            name: f"{100 * value:.1f}" if name in PERCENT else f"{value:.2f}"
             for name, value in line.extra.items()
         }
         lines.append(

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from bench import numerics
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Split
 from bench.errors import StoreError
 from bench.grid import Task
 from bench.models.weights import load_weights
@@ -26,11 +26,12 @@ Progress = Callable[[int, int], None]
 
 
 class Pipeline:
-    """Builds what cells attack, on ``device``; networks that had to be trained are kept in ``folder``."""
+    """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``."""
 
     def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
         self.folder, self.device, self.batch_size = folder, device, batch_size
         self._last: tuple[str, nn.Module] | None = None  # neighbouring cells share their network
+        self._released: tuple[str, Split] | None = None  # and their released training images
 
     def target(self, task: Task) -> Target:
         """What the attack of ``task`` meets."""
@@ -52,8 +53,12 @@ class Pipeline:
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
-        defense = task.chain.get("data")
-        return task.data if defense is None else task.data.released(defense(task.data, self.job(task, progress)))
+        if "data" not in task.chain:
+            return task.data
+        key = _release_key(task)
+        if self._released is None or self._released[0] != key:
+            self._released = key, self._protected(task, key, progress)
+        return task.data.released(self._released[1])
 
     def train(self, task: Task, progress: Progress) -> None:
         """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
@@ -83,13 +88,30 @@ class Pipeline:
             return network
         recipe: Any = task.chain.get("training") or attacks.create("standard")
         network = recipe(task.build, self.released(task, progress), self.job(task, progress))
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            weights = {name: value.contiguous() for name, value in network.cpu().state_dict().items()}
-            replace_file(path, lambda beside: save_file(weights, beside))
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+        _keep(path, network.cpu().state_dict())
         return network
+
+    def _protected(self, task: Task, key: str, progress: Progress) -> Split:
+        path = self.folder / f"{key}.safetensors"
+        if path.exists():
+            return Split(load_file(path)["images"], task.data.train.labels)
+        protected: Split = task.chain["data"](task.data, self.job(task, progress))
+        _keep(path, {"images": protected.images})
+        return protected
+
+
+def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write ``tensors`` for the next cell that needs them.
+
+    Raises:
+        StoreError: the disk is full or the folder cannot be made.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {name: value.cpu().contiguous() for name, value in tensors.items()}
+        replace_file(path, lambda beside: save_file(content, beside))
+    except OSError as error:
+        raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
 
 
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
@@ -101,6 +123,13 @@ def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device,
         return ServedModel(module, batch_size=batch_size)
     served = defense(module, task.data.calibration.to(device), task.cell.seed).eval()
     return ServedModel(served, random=defense.random, batch_size=batch_size)
+
+
+def _release_key(task: Task) -> str:
+    """A hash of all that decides the protected training images of ``task``."""
+    (defense,) = (part for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "data")
+    recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _recipe_key(task: Task) -> str:

@@ -41,8 +41,8 @@ def row(
     return Row(cell, records if n else pd.DataFrame(), (Shard(cell, 0, asked or n, error=error),))
 
 
-def learner(wrong: int, n: int, defense: str = "none", attack: str = "standard") -> Row:
-    plain = row([NEVER] * n, defense, attack, threat=Threat("l0", 1.0, "training-data"))
+def learner(wrong: int, n: int, defense: str = "none", attack: str = "standard", seed: int = 0) -> Row:
+    plain = row([NEVER] * n, defense, attack, threat=Threat("l0", 1.0, "training-data"), seed=seed)
     records = pd.DataFrame({"sample_id": range(n), "y": 0, "final_pred": [1] * wrong + [0] * (n - wrong)})
     figures = {"train_accuracy": 0.975, "changed_pixels_mean": 1.0, "peak_test_accuracy": 0.925}
     return Row(plain.cell, records, (Shard(plain.cell, 0, n, figures=figures),))

@@ -110,13 +110,33 @@ def test_models_threats_and_kinds_of_attack_have_tables_of_their_own():
 
 
 def test_learners_show_test_accuracy_and_what_was_changed():
-    none, ops = only([learner(1, 10), learner(9, 10, "ops")])
+    ops, none = only([learner(1, 10), learner(9, 10, "ops")])
     assert (values(none), values(ops)) == ({"test": 0.9}, {"test": 0.1})
-    assert ops.extra == {"peak": 0.925, "train": 0.975, "changed pixels": 1.0}
+    assert ops.extra == {"clean": 0.9, "peak": 0.925, "train": 0.975, "changed pixels": 1.0}
+    assert (ops.rank, none.rank) == (1, 2), "the defender wants it low; 8 of 8 discordant samples, p = 2 / 2^8"
     text = render(tables([learner(9, 10, "ops")]), "md")
     assert "92.5" in text
     assert "97.5" in text
     assert "1.00" in text
+
+
+def test_a_protection_is_as_good_as_the_best_learner_against_it():
+    rows = [learner(1, 20), learner(2, 20, attack="jpeg"), learner(20, 20, "em"), learner(4, 20, "em", "jpeg")]
+    lines = only([*rows, learner(18, 20, "ops"), learner(17, 20, "ops", "jpeg")])
+    best = [line for line in lines if line.attack.startswith("best of 2")]
+    assert [(line.defense, line.attack, values(line)["test"]) for line in best] == [
+        ("ops", "best of 2: jpeg", 0.15), ("em", "best of 2: jpeg", 0.8), ("none", "best of 2: standard", 0.95),
+    ]  # fmt: skip
+    assert [line.extra["clean"] for line in best] == [0.9, 0.9, 0.95]
+    assert [line.rank for line in best] == [1, 2, 2]
+    assert "| best" in render(tables(rows), "md")
+
+
+def test_seeds_show_their_mean_and_spread():
+    rows = [learner(wrong, 10, "em", seed=seed) for seed, wrong in enumerate((2, 4, 6))]
+    (first, *_) = only(rows)
+    assert first.extra["mean"] == pytest.approx(0.6)
+    assert first.extra["SD"] == pytest.approx(0.2)
 
 
 ROWS = [

@@ -4,7 +4,7 @@ import io
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,8 +15,8 @@ from PIL import Image
 
 from bench.data.holdout import hold_out, require_folder
 from bench.dataset import Dataset, Split
-from bench.errors import DataError
-from bench.registry import datasets
+from bench.errors import ConfigError, DataError
+from bench.registry import added, datasets
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off
@@ -36,10 +36,33 @@ CIFAR100_CLASSES = (
 SIDE = 32  # pixels
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Cifar:
+    """What both have in common."""
+
+    train: int | None = added(None)
+
+    def __post_init__(self) -> None:
+        if self.train is not None and self.train < 1:
+            raise ConfigError(f"train is {self.train}; train on at least one image, or leave it out for all")
+
+    def limited(self, data: Dataset) -> Dataset:
+        """``data`` with the first ``train`` of its training images."""
+        if self.train is None:
+            return data
+        if self.train > len(data.train):
+            raise DataError(f"train is {self.train}; {data.name} has {len(data.train)} training images, ask for fewer")
+        return replace(data, train=data.train.subset(slice(self.train)))
+
+
 @datasets("cifar10")
-@dataclass(frozen=True)
-class Cifar10:
-    """60,000 colour images of 32x32 pixels in ten classes; the last 1,000 of the training images calibrate."""
+@dataclass(frozen=True, kw_only=True)
+class Cifar10(_Cifar):
+    """60,000 colour images of 32x32 pixels in ten classes; the last 1,000 of the training images calibrate.
+
+    Args:
+        train: so many of the training images, the first; all by default.
+    """
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images"
@@ -50,13 +73,13 @@ class Cifar10:
         Raises:
             DataError: no such files and no way to download them, or files that are broken.
         """
-        return _load("cifar10", CIFAR10_CLASSES, "label", "cifar-10-batches-py", data_dir)
+        return self.limited(_load("cifar10", CIFAR10_CLASSES, "label", "cifar-10-batches-py", data_dir))
 
 
 @datasets("cifar100")
-@dataclass(frozen=True)
-class Cifar100:
-    """60,000 colour images of 32x32 pixels in a hundred (fine) classes; split as for ``cifar10``."""
+@dataclass(frozen=True, kw_only=True)
+class Cifar100(_Cifar):
+    """60,000 colour images of 32x32 pixels in a hundred (fine) classes; split and limited as for ``cifar10``."""
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Krizhevsky, 2009, Learning Multiple Layers of Features from Tiny Images"
@@ -67,7 +90,7 @@ class Cifar100:
         Raises:
             DataError: no such files and no way to download them, or files that are broken.
         """
-        return _load("cifar100", CIFAR100_CLASSES, "fine_label", "cifar-100-python", data_dir)
+        return self.limited(_load("cifar100", CIFAR100_CLASSES, "fine_label", "cifar-100-python", data_dir))
 
 
 def _load(name: str, classes: tuple[str, ...], label: str, batches: str, data_dir: Path | None) -> Dataset:
