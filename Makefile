@@ -22,4 +22,4 @@ test: install
 
 # The committed tables, from the committed rows.
 tables: install
-	$(BIN)/bench leaderboard leaderboards/cifar10-query --budget 100 --budget 1000 > leaderboards/cifar10-query.md
+	$(BIN)/bench leaderboard leaderboards/query-cifar10 --budget 100 --budget 1000 > leaderboards/query-cifar10.md

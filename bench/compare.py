@@ -10,7 +10,7 @@ import pandas as pd
 
 from bench.errors import ConfigError
 from bench.leaderboard import MARKS, tables
-from bench.outcomes import Share, query_budget, restricted
+from bench.outcomes import Share, is_transfer, query_budget, restricted
 from bench.spec import parse_chain
 from bench.stats import mcnemar, paired_bootstrap
 from bench.store import Row
@@ -158,8 +158,9 @@ def _duel(of_a: Sequence[Row], of_b: Sequence[Row], budgets: Sequence[int] | Non
     pairs = [(restricted(row_a, ids), restricted(row_b, ids)) for row_a, row_b in pairs]
     shown = _budgets([query_budget(row) for pair in pairs for row in pair], budgets, setting)
     lines: list[Versus] = []
-    if len(pairs) > 1 and not of_a[0].cell.learns:
-        lines += _versus(f"worst of {len(pairs)}", [pair[0] for pair in pairs], [pair[1] for pair in pairs], shown)
+    counted = [pair for pair in pairs if not is_transfer(pair[0])]
+    if len(counted) > 1 and not of_a[0].cell.learns:
+        lines += _versus(f"worst of {len(counted)}", [row for row, _ in counted], [row for _, row in counted], shown)
     for attack, (row_a, row_b) in zip(attacks, pairs, strict=True):
         lines += _versus(attack, [row_a], [row_b], shown)
     unshared = {a: sorted(rows_a.keys() - rows_b.keys()), b: sorted(rows_b.keys() - rows_a.keys())}

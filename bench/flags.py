@@ -21,7 +21,7 @@ from scipy import stats
 from bench.cell import Cell
 from bench.errors import BenchError
 from bench.oracle import NEVER
-from bench.outcomes import clean, column, final, query_budget, restricted, robust
+from bench.outcomes import clean, column, final, is_transfer, query_budget, restricted, robust
 from bench.registry import defenses
 from bench.stats import mcnemar
 from bench.store import Row, replace_file
@@ -152,7 +152,7 @@ def _transfer_beats_queries(rows: Sequence[Row]) -> Sign | None:
     """RF-17, RF-25: examples of the undefended network leave more than 1 point less than all attacks that query do."""
     if not _undefended(rows[0].cell):
         return None  # there it is a white-box attack, and may
-    transfer = [row for row in rows if _is(row, "transfer")]
+    transfer = [row for row in rows if is_transfer(row)]
     queries = [row for row in rows if not _is_control(row) and (_sees(row, "labels") or _sees(row, "scores"))]
     return _less("transfer-beats-queries", transfer, "all queries", queries)
 
@@ -331,7 +331,7 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
         return None
     most, found = max(query_budget(row) for row in theirs), []
     for row in ours:
-        queries = most if _is(row, "transfer") else min(most, query_budget(row))
+        queries = most if is_transfer(row) else min(most, query_budget(row))
         both = _compare([row], theirs, queries)
         if both.exceeds(0.01):
             evidence = (
@@ -396,7 +396,7 @@ def _is(row: Row, name: str) -> bool:
 
 
 def _is_control(row: Row) -> bool:
-    return _is(row, "transfer") or _is(row, "noise")
+    return is_transfer(row) or _is(row, "noise")
 
 
 def _sees(row: Row, access: str) -> bool:

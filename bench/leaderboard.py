@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bench.flags import Flag, flags
-from bench.outcomes import Share, clean, column, figures, final, query_budget, restricted, robust, tested
+from bench.outcomes import Share, clean, column, figures, final, is_transfer, query_budget, restricted, robust, tested
 from bench.stats import holm, mcnemar
 from bench.store import Row
 
@@ -27,6 +27,7 @@ MARKS = {
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
+    "control": ("⇄", "made on the undefended network, which no attacker of a service has: not in the worst case"),
     "random": (
         "~",
         "random defense: @ counts the first success of a query, or of the mean that an averaging attack asks for, "
@@ -153,14 +154,18 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
     for row in sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed)):
         by_defense.setdefault(row.cell.defense_name, []).append(row)
 
-    worst = {name: _worst_case(members, shown) for name, members in by_defense.items()}
+    worst = {
+        name: _worst_case([row for row in members if not is_transfer(row)] or members, shown)
+        for name, members in by_defense.items()
+    }
     decisive = {name: line.shares[f"@{largest}"] for name, line in worst.items()}
     ranks = _ranks({name: decisive[name].right for name, line in worst.items() if not line.marks & UNRANKED})
     lines = []
     for name in sorted(worst, key=lambda name: (ranks.get(name, len(worst) + 1), -decisive[name].value)):
         line = worst[name]
         lines.append(replace(line, rank=ranks.get(name)))
-        lines += [_served_line(row, shown) for row in by_defense[name]] if len(by_defense[name]) > 1 else []
+        if line.attack.startswith("worst") or len(by_defense[name]) > 1:
+            lines += [_served_line(row, shown) for row in by_defense[name]]
     return lines
 
 
@@ -185,7 +190,7 @@ def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
         within = [robust(row, min(budget, query_budget(row))).right for row in same]
         shares[f"@{budget}"] = Share(np.logical_and.reduce(within))
     shares["final"] = Share(np.logical_and.reduce([final(row).right for row in same]))
-    marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent"}
+    marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent", "control"}
     return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks)
 
 
@@ -275,6 +280,7 @@ def _marks(row: Row) -> frozenset[str]:
         "incomplete": not row.complete,
         "failed": bool(row.errors),
         "invalid": bool(column(row, "invalid").any()),
+        "control": not row.cell.learns and is_transfer(row) and row.cell.defense_name != "none",
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)
@@ -400,7 +406,8 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
     "✗": r"$\times$", "…": r"$\ldots$",
-    "↔": r"$\leftrightarrow$", "∥": r"$\parallel$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
+    "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
+    "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
     "Δ": r"$\Delta$", "→": r"$\to$",
 }  # fmt: skip
 

@@ -79,6 +79,11 @@ def tested(row: Row) -> Share:
     return Share(column(row, "final_pred") == column(row, "y"))
 
 
+def is_transfer(row: Row) -> bool:
+    """Whether its attack works on the undefended network, which no attacker of a service has: a control."""
+    return row.cell.attack.spec.partition("(")[0] == "transfer"
+
+
 def restricted(row: Row, ids: Collection[int]) -> Row:
     """``row`` with the records of the samples ``ids`` alone."""
     return Row(row.cell, row.records[np.isin(column(row, "sample_id"), list(ids))], row.shards)

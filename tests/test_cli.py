@@ -260,7 +260,7 @@ def test_the_leaderboard_shows_the_folder_in_every_format(trained, style):
 
 @pytest.mark.parametrize("style", ["md", "csv", "json"])
 def test_committed_rows_stand_beside_published_figures(style):
-    ended = bench("compare", "--published", ROOT / "leaderboards" / "cifar10-query", "--format", style)
+    ended = bench("compare", "--published", ROOT / "leaderboards" / "query-cifar10", "--format", style)
     assert (ended.code, ended.err) == (0, "")
     assert "38.79" in ended.out, "the undefended network of UniG's README"
     assert "80.59" in ended.out, "AAA's abstract"
@@ -270,19 +270,19 @@ def test_committed_rows_stand_beside_published_figures(style):
 
 
 def test_two_defenses_are_compared_on_committed_rows():
-    folder = ROOT / "leaderboards" / "cifar10-query"
-    chains = ("--defense", "aaa-linear(solver=exact)", "--defense", "rnd( sigma=0.02 )")
+    folder = ROOT / "leaderboards" / "query-cifar10"
+    chains = ("--defense", "aaa-linear( temperature=tuned )", "--defense", "rnd( sigma=0.02 )")
     ended = bench("compare", folder, *chains, "--budget", 2500, "--format", "json")
     assert (ended.code, ended.err) == (0, "")
     worst = next(record for record in json.loads(ended.out) if record["at"] == "@2500")
     board = json.loads(bench("leaderboard", folder, "--format", "json").out)
     of = {line["defense"]: line["@2500"] for line in reversed(board)}  # the first line of a defense is its worst case
-    assert (worst["a accuracy"], worst["b accuracy"]) == (of["aaa-linear(solver=exact)"], of["rnd(sigma=0.02)"])
+    assert (worst["a accuracy"], worst["b accuracy"]) == (of["aaa-linear(temperature=tuned)"], of["rnd(sigma=0.02)"])
     assert worst["difference low"] < worst["difference"] < worst["difference high"]
     assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 100
     line = complaint(bench("compare", folder, "--defense", "aaa-linear", "--defense", "none"))
     assert "no rows of defense 'aaa-linear'" in line
-    assert "aaa-linear(solver=exact)" in line
+    assert "aaa-linear(temperature=tuned)" in line
 
 
 def test_a_broken_cell_is_a_failed_row_and_costs_no_other(user, means, tmp_path):

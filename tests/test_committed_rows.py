@@ -9,7 +9,7 @@ from bench.store import Store
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in (ROOT / "leaderboards").iterdir() if path.is_dir() and path.name != "published")
-BUDGETS = {"cifar10-query": (100, 1000)}
+BUDGETS = {"query-cifar10": (100, 1000)}
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -30,9 +30,8 @@ class TestCommittedRows:
         table = render(tables(rows, BUDGETS[folder.name]), "md")
         assert (ROOT / "leaderboards" / f"{folder.name}.md").read_text() == table + "\n"
 
-    def test_the_readme_shows_the_table(self, folder):
-        rows, _ = Store(folder).rows()
-        table = render(tables(rows, BUDGETS[folder.name]), "md", details=False)
-        lines = [line for line in table.splitlines() if line.startswith("|")]
-        readme = (ROOT / "README.md").read_text()
-        assert all(line in readme for line in lines)
+    def test_the_readme_shows_it_at_a_glance(self, folder):
+        table = (ROOT / "leaderboards" / f"{folder.name}.md").read_text()
+        glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
+        assert glance.startswith("| defense")
+        assert glance in (ROOT / "README.md").read_text()

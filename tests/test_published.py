@@ -89,7 +89,7 @@ class TestCommittedFigures:
                 models.create(spec.model)
 
     def test_our_copy_of_cifar10_is_named(self):
-        rows, _ = Store(LEADERBOARDS / "cifar10-query").rows()
+        rows, _ = Store(LEADERBOARDS / "query-cifar10").rows()
         assert {PUBLISHED.copies.get(row.cell.data_hash) for row in rows} == {"JPEG-coded copy"}
 
 
