@@ -156,7 +156,7 @@ def _duel(of_a: Sequence[Row], of_b: Sequence[Row], budgets: Sequence[int] | Non
     if not ids:
         raise ConfigError(f"{a} and {b} have no samples in common on {setting}; run both with the same n")
     pairs = [(restricted(row_a, ids), restricted(row_b, ids)) for row_a, row_b in pairs]
-    shown = _budgets([query_budget(row) for pair in pairs for row in pair], budgets, setting)
+    shown = _budgets([min(query_budget(row_a), query_budget(row_b)) for row_a, row_b in pairs], budgets, setting)
     lines: list[Versus] = []
     counted = [pair for pair in pairs if not is_transfer(pair[0])]
     if len(counted) > 1 and not of_a[0].cell.learns:
@@ -174,7 +174,7 @@ def _versus(attack: str, rows_a: list[Row], rows_b: list[Row], budgets: Sequence
     return [
         Versus(attack, name, share, b.shares[name], a.marks | b.marks)
         for name, share in a.shares.items()
-        if name in wanted and name in b.shares
+        if name in wanted and name in b.shares and share.n and b.shares[name].n
     ]
 
 
@@ -188,10 +188,10 @@ def _by_attack(rows: Iterable[Row]) -> dict[str, Row]:
 
 
 def _budgets(largest: Sequence[int], asked: Sequence[int] | None, setting: str) -> list[int]:
-    """The budgets to compare at, up to what every row has run with."""
-    reach = min(largest)
+    """The budgets to compare at, up to the largest that both sides have run with under any attack."""
+    reach = max(largest)
     if asked is None:
-        return [*(budget for budget in (100, 1000) if budget < reach), *([reach] if reach else [])]
+        return sorted({budget for budget in (100, 1000) if budget < reach} | {budget for budget in largest if budget})
     beyond = [budget for budget in asked if budget > reach]
     if beyond:
         raise ConfigError(f"budget is {beyond[0]}, but rows on {setting} have run with {reach} queries; ask for less")

@@ -10,6 +10,7 @@ from bench.errors import ConfigError
 
 # A name is a word, a library's entry ("torchattacks:PGD") or a file's ("path/to/file.py:Name").
 _CALL = re.compile(r"\s*(?P<name>[^\s()]+)\s*(?:\((?P<args>.*)\))?\s*", re.DOTALL)
+SHORT = 8  # characters of a number that nobody would write as a fraction
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,7 @@ def _literal(text: str) -> Any:
 
 
 def _write(value: Any) -> str:
+    levels = value * 255 if isinstance(value, float) else 0.0
+    if levels.is_integer() and 1 <= levels < 255 and len(repr(value)) > SHORT:  # 0.2 stays, though it is 51/255
+        return f"{int(levels)}/255"
     return value if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) else repr(value)

@@ -147,8 +147,8 @@ class TestClassFolders:
         data, expected = released(root)
         manifest = json.loads((out / "manifest.json").read_text())
         assert manifest["defense"]["name"] == "ops"
-        assert manifest["defense"]["parameters"] == {"pixels": 1}
-        assert (manifest["defense"]["spec"], manifest["seed"]) == ("ops(pixels=1)", 3)
+        assert manifest["defense"]["parameters"] == {"pixels": 1, "share": 1.0}
+        assert (manifest["defense"]["spec"], manifest["seed"]) == ("ops(pixels=1, share=1.0)", 3)
         assert manifest["commit"]
         assert manifest["classes"] == {"cat": 6, "dog": 6}
         assert manifest["input"]["images_and_labels"] == data.train.fingerprint()
@@ -381,7 +381,7 @@ class TestResuming:
         assert (out / ".protect" / "job.json").exists()
         with pytest.raises(ConfigError, match=r"another seed \(0; now 1\)"):
             run(root, out, seed=1)
-        with pytest.raises(ConfigError, match=r"another defense \(ops\(pixels=1\); now ops\(pixels=2\)\)"):
+        with pytest.raises(ConfigError, match=r"another defense \(ops\(pixels=1, share=1\.0\); now ops\(pixels=2"):
             run(root, out, "ops(pixels=2)")
         run(root, out)
         save(root / "train/cat/1.png", noise(7, 9, 3) // 9)
@@ -438,7 +438,7 @@ class TestTelling:
         arguments = ("protect", "--defense", "ops", "--in", pets(tmp_path / "pets"), "--out", tmp_path / "out")
         ended = bench(*arguments)
         assert (ended.code, ended.err) == (0, "")
-        assert ended.out.startswith("protected 12 training images of 2 classes with ops(pixels=1)\n")
+        assert ended.out.startswith("protected 12 training images of 2 classes with ops(pixels=1, share=1.0)\n")
         for told in ("at most 1, by up to", "PSNR", "SSIM", "copied unchanged: val/dog/0.jpg", "cat/0.jpg -> ",
                      "left out, as they are no training images: about.txt", "contact-sheet.png"):  # fmt: skip
             assert told in ended.out

@@ -57,3 +57,9 @@ def test_a_chain_is_cut_at_plus_signs_outside_of_arguments():
 def test_a_chain_without_a_meaning_is_refused(text):
     with pytest.raises(ConfigError, match="none"):
         parse_chain(text)
+
+
+def test_whole_grey_levels_are_written_as_people_write_them():
+    for text in ("sep(eps=2/255)", "sep(eps=0.2)", "rnd(sigma=0.02)", "tap(eps=32/255, rel_step=0.05)"):
+        assert str(Spec.parse(text)) == text
+        assert Spec.parse(str(Spec.parse(text))) == Spec.parse(text)
