@@ -95,7 +95,7 @@ def plain_loop(network: nn.Module, files: list[Path], clean: Tensor, target: Ten
         for _ in range(steps):
             total = torch.zeros_like(x)
             for file in files:
-                network.load_state_dict(torch.load(file, map_location=x.device))
+                network.load_state_dict(torch.load(file, map_location=x.device, weights_only=True))
                 x = x.detach().requires_grad_(True)
                 (slope,) = torch.autograd.grad(F.cross_entropy(network(x), wanted), x)
                 total += slope

@@ -1,5 +1,6 @@
 """What the networks for small images share."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -11,7 +12,7 @@ from bench.models.weights import load_weights
 
 
 @dataclass(frozen=True)
-class SmallImageNetwork:
+class SmallImageNetwork(ABC):
     """A network for images of at least ``smallest`` pixels a side.
 
     With ``weights`` (a file) it comes trained, without it does not.
@@ -27,9 +28,9 @@ class SmallImageNetwork:
     def trained(self) -> bool:
         return self.weights is not None
 
+    @abstractmethod
     def network(self, classes: int, channels: int) -> nn.Module:
         """The network with its initial weights."""
-        raise NotImplementedError
 
     def __call__(self, classes: int, shape: tuple[int, int, int], model_dir: Path | None) -> nn.Module:
         """Build it, in eval mode; see ``Architecture``.
