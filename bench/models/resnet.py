@@ -148,9 +148,10 @@ class ResNet18(_CifarResNet):
 @models("robust-resnet18")
 @dataclass(frozen=True)
 class RobustResNet18:
-    """The adversarially trained CIFAR-10 ResNet-18 that the package ``pyautoattack`` brings as an example.
+    """The CIFAR-10 ResNet-18 that the package ``pyautoattack`` brings as an example.
 
-    It was trained on the lossless images, without normalisation.
+    It does not keep what its name promises: on JPEG-coded test images ten steps of PGD leave 0 of 30 at linf 8/255 and
+    4 at 1/255. It was trained on the lossless images, without normalisation.
     """
 
     version: ClassVar[int] = 1
