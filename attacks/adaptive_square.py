@@ -113,9 +113,22 @@ class _AdaptiveSquare(ABC):
         return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, values, rule)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Jumping(_AdaptiveSquare):
+    """Tactics of the AAA paper, which tell an interval's border by a jump of the margin."""
+
+    jump: float = 3.0
+
+    paper: ClassVar[str] = AAA
+
+    def __post_init__(self) -> None:
+        _above_zero("jump", self.jump)
+        super().__post_init__()
+
+
 @attacks("bi-square")
 @dataclass(frozen=True, kw_only=True)
-class BiSquare(_AdaptiveSquare):
+class BiSquare(_Jumping):
     """Bi-Square (Chen et al., 2022): downwards until the margin jumps up by more than ``jump``, then upwards.
 
     Each sample finds out by itself. Square's proposals, with the schedule of a run of 10,000.
@@ -127,14 +140,6 @@ class BiSquare(_AdaptiveSquare):
     Source: the rule in ``square.py`` of the authors' code; unlike there, a misclassified proposal is never missed.
     """
 
-    jump: float = 3.0
-
-    paper: ClassVar[str] = AAA
-
-    def __post_init__(self) -> None:
-        _above_zero("jump", self.jump)
-        super().__post_init__()
-
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
         return margin, partial(both_ways, self.jump)
@@ -142,19 +147,11 @@ class BiSquare(_AdaptiveSquare):
 
 @attacks("up-square")
 @dataclass(frozen=True, kw_only=True)
-class UpSquare(_AdaptiveSquare):
+class UpSquare(_Jumping):
     """Up-Square (Chen et al., 2022): upwards on purpose, and down where the margin drops by more than ``jump``.
 
     Args, Source: as for :class:`BiSquare`.
     """
-
-    jump: float = 3.0
-
-    paper: ClassVar[str] = AAA
-
-    def __post_init__(self) -> None:
-        _above_zero("jump", self.jump)
-        super().__post_init__()
 
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
