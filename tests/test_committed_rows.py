@@ -1,5 +1,7 @@
 """The committed rows are whole, and the committed tables are made of them and of nothing else."""
 
+import json
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,9 @@ class TestCommittedRows:
         glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
         assert glance.startswith("| defense")
         assert glance in (ROOT / "README.md").read_text()
+
+    def test_the_stored_flags_are_those_of_the_rows(self, folder):
+        rows, _ = Store(folder).rows()
+        computed = {astuple(flag) for table in tables(rows) for flag in table.flags}
+        stored = {tuple(flag.values()) for flag in json.loads((folder / "flags.json").read_text())}
+        assert stored == computed
