@@ -156,7 +156,8 @@ def fit(
             f"data set {data.name!r} has no training images; take a model that comes with weights, "
             "or a data set with a train split"
         )
-    train, model = data.train.to(job.device), model.to(job.device)
+    train = data.train.to(job.device)
+    model = model.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     streams = SampleRng.create(job.seed, torch.arange(len(train), device=job.device), "training")
     shuffle = torch.Generator().manual_seed(job.seed)
     steps = math.ceil(len(train) / recipe.batch_size)
