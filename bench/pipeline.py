@@ -1,7 +1,8 @@
 """From the training images of a cell to what its attack meets: a released data set, or a served model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,8 @@ from bench.grid import Task
 from bench.models.weights import load_weights
 from bench.numerics import Numerics
 from bench.protocols import Job
-from bench.registry import attacks
+from bench.registry import attacks, code_hash
+from bench.scratch import Scratch
 from bench.served import ServedModel, Target
 from bench.store import replace_file
 
@@ -26,7 +28,10 @@ Progress = Callable[[int, int], None]
 
 
 class Pipeline:
-    """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``."""
+    """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``.
+
+    So is the unfinished work on them and on learners, until it is done.
+    """
 
     def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
         self.folder, self.device, self.batch_size = folder, device, batch_size
@@ -71,9 +76,16 @@ class Pipeline:
             network = self._trained(task, key, progress)
         self._last = key, network.to(self.device).eval()
 
-    def job(self, task: Task, progress: Progress) -> Job:
-        """What a training run of ``task`` is given."""
-        return Job(task.cell.seed, self.device, progress)
+    @contextmanager
+    def learning(self, task: Task, progress: Progress) -> Iterator[Job]:
+        """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
+        job = self._job(task, task.cell.key[:32], progress)
+        yield job
+        job.scratch.clear()
+
+    def _job(self, task: Task, key: str, progress: Progress) -> Job:
+        scratch = Scratch(self.folder / "unfinished" / key, code_hash())
+        return Job(task.cell.seed, self.device, progress, scratch=scratch)
 
     def _network(self, task: Task) -> nn.Module:
         self.train(task, lambda done, total: None)
@@ -87,16 +99,20 @@ class Pipeline:
             load_weights(network, path, None)
             return network
         recipe: Any = task.chain.get("training") or attacks.create("standard")
-        network = recipe(task.build, self.released(task, progress), self.job(task, progress))
+        job = self._job(task, key, progress)
+        network = recipe(task.build, self.released(task, progress), job)
         _keep(path, network.cpu().state_dict())
+        job.scratch.clear()
         return network
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
         path = self.folder / f"{key}.safetensors"
         if path.exists():
             return Split(load_file(path)["images"], task.data.train.labels)
-        protected: Split = task.chain["data"](task.data, self.job(task, progress))
+        job = self._job(task, key, progress)
+        protected: Split = task.chain["data"](task.data, job)
         _keep(path, {"images": protected.images})
+        job.scratch.clear()
         return protected
 
 

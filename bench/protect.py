@@ -25,12 +25,14 @@ from bench.layouts import Bar, Source, digest_files, in_parallel, pixels, read_s
 from bench.perturbation import perturbation
 from bench.protocols import Defense, Job
 from bench.provenance import commit
-from bench.registry import defenses
+from bench.registry import code_hash, defenses
+from bench.scratch import Scratch
 from bench.spec import Spec, parse_chain
 from bench.store import Store, replace_file
 
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
+UNFINISHED = "unfinished"            # there: what the defense is at
 BESIDE = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # what a killed job may leave (see replace_file)
 
 
@@ -46,7 +48,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     """Run a data-stage ``defense`` on the training images at ``path`` and write the released set to ``out``.
 
     Every file appears under its name when it is whole, the manifest last. A job that was stopped goes on where it was
-    and ends with the same bytes; what the defense made is kept as soon as it has, so it does not run twice.
+    and ends with the same bytes; a slow defense keeps what it has done every half a minute.
 
     Raises:
         ConfigError: no data-stage defense, or an ``out`` that is not for this.
@@ -82,7 +84,8 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     if not kept.is_file():
         Store(out).open()
         bar.step(f"running {spec.name}", unit="steps")
-        images = _released(component, source.data, Job(seed, device, bar.work), str(spec))
+        scratch = Scratch(out / STATE / UNFINISHED, sha256((code_hash() + json.dumps(job)).encode()).hexdigest())
+        images = _released(component, source.data, Job(seed, device, bar.work, scratch=scratch), str(spec))
         _write(out / STATE / JOB, json.dumps(job).encode())
         _write(kept, _npy(images))
     train = Split(torch.from_numpy(np.load(kept)), source.data.train.labels)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bench.dataset import Dataset
 from bench.rng import SampleRng
+from bench.scratch import Scratch
 from bench.threat import Access, Norm, Threat
 
 if TYPE_CHECKING:
@@ -57,13 +58,15 @@ class Attack(Protocol):
 class Job:
     """What a training run is given beside its data: where to run, its seed, and whom to tell about progress.
 
-    ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is.
+    ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is. ``scratch`` keeps
+    what is done so far; a job that goes on with it does not watch the epochs again that were watched before.
     """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Callable[[int, int], None] = lambda done, total: None  # epochs done, of how many
     watch: Callable[[nn.Module, int], None] | None = None
+    scratch: Scratch = field(default_factory=Scratch)
 
 
 @runtime_checkable

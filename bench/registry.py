@@ -163,6 +163,21 @@ def load_plugins() -> None:
         plugin.load()  # importing runs the decorators; a broken plug-in fails here, not later
 
 
+@lru_cache
+def code_hash() -> str:
+    """A hash of the code of the benchmark and of every plug-in, committed or not."""
+    packages = {"bench", *(plugin.module.partition(".")[0] for plugin in entry_points(group="bench.plugins"))}
+    digest = sha256()
+    for package in sorted(packages):
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            continue
+        origin = Path(spec.origin)
+        for file in sorted(origin.parent.rglob("*.py")) if origin.name == "__init__.py" else [origin]:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def import_all(package: str) -> None:
     """Import every module below ``package``, so that a component is one new file and no list to keep."""
     for module in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):

@@ -117,7 +117,8 @@ def _measure(
     ids = list(task.cell.ids[start:stop])
     if task.learns:
         released = pipeline.released(task, count.epochs)
-        return learn_released(task, released, ids, pipeline.job(task, count.epochs), task.build)
+        with pipeline.learning(task, count.epochs) as job:
+            return learn_released(task, released, ids, job, task.build)
 
     pipeline.train(task, count.epochs)
     target = pipeline.target(task)

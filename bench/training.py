@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Literal
 
 import torch
@@ -137,6 +138,9 @@ def fit(
     through ``prepare``, the recipe's augmentation, ``perturb`` and ``mix``, in this order. The sample streams ``rng``
     are new for each sample, epoch and hook.
 
+    Now and then ``job.scratch`` takes the state after an epoch; a run that was stopped goes on from there, to the same
+    result. It is told from other runs of the same job by its seed, recipe, data and network.
+
     Args:
         model: logits (B, K) from images (B, C, H, W) in [0, 1]; trained in place.
         perturb: ``perturb(model, x, y, rng) -> x``, an adversary or a random change; the model is in training mode.
@@ -163,9 +167,14 @@ def fit(
     steps = math.ceil(len(train) / recipe.batch_size)
     optimizer = recipe.build_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step / (steps * recipe.epochs)))
-    model.train()
+    state = _TrainingState(model, optimizer, schedule, shuffle, job)
+    piece = _name(model, data, recipe, job)
     with seeded(job):
-        for epoch in range(recipe.epochs):
+        first = state.resume(piece)
+        if first:
+            job.progress(first, recipe.epochs)
+        model.train()
+        for epoch in range(first, recipe.epochs):
             change = perturb if perturb_at is None else perturb_at(epoch)
             order = torch.randperm(len(train), generator=shuffle).to(job.device)
             for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
@@ -184,7 +193,55 @@ def fit(
                 schedule.step()
             job.progress(epoch + 1, recipe.epochs)
             watched(model, epoch, job)
+            if job.scratch.due():
+                state.save(piece, epoch + 1)
     return model.eval()
+
+
+@dataclass(frozen=True)
+class _TrainingState:
+    """All that decides how a training run goes on after an epoch."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    shuffle: torch.Generator
+    job: Job
+
+    def save(self, piece: str, done: int) -> None:
+        """Keep the state after ``done`` epochs."""
+        cuda = self.job.device.type == "cuda"
+        kept = {
+            "done": done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "shuffle": self.shuffle.get_state(),
+            "random": torch.get_rng_state(),
+            "random on device": torch.cuda.get_rng_state(self.job.device) if cuda else None,
+        }
+        self.job.scratch.save(piece, kept)
+
+    def resume(self, piece: str) -> int:
+        """Take up the state that was kept last, if any; the number of epochs that are done."""
+        kept = self.job.scratch.load(piece)
+        if kept is None:
+            return 0
+        self.model.load_state_dict(kept["model"])
+        self.optimizer.load_state_dict(kept["optimizer"])
+        self.schedule.load_state_dict(kept["schedule"])
+        self.shuffle.set_state(kept["shuffle"])
+        torch.set_rng_state(kept["random"])
+        if kept["random on device"] is not None:
+            torch.cuda.set_rng_state(kept["random on device"], self.job.device)
+        return int(kept["done"])
+
+
+def _name(model: nn.Module, data: Dataset, recipe: Recipe, job: Job) -> str:
+    """What tells the training run apart from others of the same job."""
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    run = repr((shapes, data.train.fingerprint() if job.scratch.folder else "", recipe, job.seed))
+    return f"training-{sha256(run.encode()).hexdigest()[:16]}"
 
 
 def watched(model: nn.Module, epoch: int, job: Job) -> None:

@@ -61,24 +61,33 @@ def train_checkpoints(
     """The networks of one training run on clean ``data``, in fast numbers, after the epochs that ``keep`` wants.
 
     The run has a seed of its own, drawn from ``job.seed``: a learner with the seed of the job would start from the very
-    weights of the protecting network, and see the images in its order.
+    weights of the protecting network, and see the images in its order. A run that goes on from ``job.scratch`` calls
+    ``keep`` again with the networks that it had kept.
 
     Args:
         network: an untrained network by name; ``None`` is ``cnn`` for images below 16 pixels, else ``resnet18``.
         keep: called as ``keep(epoch, network)`` after each epoch, counted from 0, with the frozen network.
     """
-    kept: list[nn.Module] = []
+    kept: dict[int, nn.Module] = {}
 
-    def after_epoch(done: int, total: int) -> None:
+    def judge(model: nn.Module, epoch: int) -> None:
         frozen = numerics.fast(model)
-        if keep(done - 1, frozen):
-            kept.append(frozen)
-        job.progress(done, total)
+        if keep(epoch, frozen):
+            kept[epoch] = frozen
 
-    own = replace(surrogate_job(job), progress=after_epoch)
-    model = surrogate(data, network, own)
-    fit(model, data, recipe, own)
-    return kept
+    def watch(model: nn.Module, epoch: int) -> None:
+        judge(model, epoch)
+        if epoch in kept:
+            job.scratch.save(f"checkpoint-{epoch}", model.state_dict())
+
+    own = replace(surrogate_job(job), watch=watch)
+    earlier = surrogate(data, network, own)
+    for epoch in range(recipe.epochs):
+        if (weights := job.scratch.load(f"checkpoint-{epoch}")) is not None:
+            earlier.load_state_dict(weights)
+            judge(earlier.eval(), epoch)
+    fit(surrogate(data, network, own), data, recipe, own)
+    return [kept[epoch] for epoch in sorted(kept)]
 
 
 def select(length: int, count: int) -> list[int]:
@@ -113,17 +122,19 @@ def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft
     """The training split to release: ``share`` of its images as ``craft`` moves them, on the grid of grey levels.
 
     The target of an image is the class ``shift`` after its own, in a circle. What ``craft`` returns is rounded to the
-    nearest levels and must be inside the ball of ``eps``.
+    nearest levels and must be inside the ball of ``eps``. ``job.scratch`` keeps what is moved already.
     """
     rows = protected_rows(data.train, share, job)
     chosen = Split(grey_levels(data.train)[rows], data.train.labels[rows]).to(job.device)
     streams = SampleRng.create(job.seed, rows.to(job.device), "protection")
-    moved = []
-    for part in torch.arange(len(rows), device=job.device).split(CHUNK):
+    moved: list[Tensor] = job.scratch.load("moved") or []
+    for part in torch.arange(len(rows)).split(CHUNK)[len(moved) :]:
         levels = chosen.images[part].float()
         crafted = craft(levels, (chosen.labels[part] + shift) % len(data.classes), streams[part])
-        moved.append(crafted.round().to(torch.uint8))
-        assert ((moved[-1] - levels).abs() <= round(255 * eps)).all(), "outside the ball"
+        assert ((crafted.round() - levels).abs() <= round(255 * eps)).all(), "outside the ball"
+        moved.append(crafted.round().to(torch.uint8).cpu())
+        if job.scratch.due():
+            job.scratch.save("moved", moved)
     return merge(data.train, rows, torch.cat(moved))
 
 

@@ -100,7 +100,14 @@ class ErrorMinimising:
         owner = torch.arange(len(images), device=job.device) if sample_wise else images.labels
         noise = torch.zeros(len(images) if sample_wise else classes, *images.shape, device=job.device)
         batches = shuffled(len(images), recipe.batch_size, job)
-        for done in range(1, self.rounds + 1):
+        first = 1
+        if (kept := job.scratch.load("turn")) is not None:
+            first, noise = kept["next"], kept["noise"].to(job.device)
+            model.load_state_dict(kept["model"])
+            optimizer.load_state_dict(kept["optimizer"])
+            for _ in range((first - 1) * self.train_steps):
+                next(batches)
+        for done in range(first, self.rounds + 1):
             model.train()
             for _ in range(self.train_steps):
                 rows = next(batches)
@@ -116,6 +123,9 @@ class ErrorMinimising:
             released = Split(moved(images.images, 255 * noise[owner]), images.labels)
             if error(model, released) <= stop:
                 break
+            if job.scratch.due():
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                job.scratch.save("turn", {"next": done + 1, "noise": noise, **state})
         return noise[owner]
 
     def descend(self, model: nn.Module, x: Tensor, y: Tensor, noise: Tensor, radius: float) -> Tensor:

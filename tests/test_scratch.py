@@ -1,0 +1,147 @@
+"""Work that was stopped goes on where it was, and ends with the same bits as work that was not."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from attacks.learners.standard import Standard
+from bench import scratch as module
+from bench.grid import Loader, expand
+from bench.models import resolve
+from bench.pipeline import Pipeline
+from bench.protocols import Job
+from bench.registry import datasets, defenses
+from bench.runner import run
+from bench.scratch import Scratch
+from bench.store import Store
+from bench.suite import load_suite
+from tests.test_runner import Silent
+
+
+class Killed(BaseException):
+    """What a kill is to a test: no handler of errors sees it."""
+
+
+@pytest.fixture(autouse=True)
+def always_due(monkeypatch):
+    monkeypatch.setattr(module, "PAUSE", 0.0)
+
+
+@pytest.fixture
+def few():
+    digits = datasets.create("digits")(None)
+    return replace(digits, train=digits.train.subset(slice(200)))
+
+
+def kill_at(limit):
+    """A progress report that ends all at the ``limit``-th call."""
+    calls = []
+
+    def progress(done, total):
+        calls.append(done)
+        if len(calls) == limit:
+            raise Killed
+
+    return progress
+
+
+def build():
+    return torch.nn.Sequential(resolve("cnn(width=4)")(10, (1, 8, 8), None), torch.nn.Dropout(0.2))
+
+
+def test_pieces_come_back_but_not_to_other_code(tmp_path):
+    kept = {"weights": torch.arange(3.0), "done": 4, "parts": [torch.zeros(2, dtype=torch.uint8)]}
+    Scratch(tmp_path / "job", "1").save("state", kept)
+    back = Scratch(tmp_path / "job", "1").load("state")
+    assert torch.equal(back["weights"], kept["weights"])
+    assert back["done"] == 4
+    assert Scratch(tmp_path / "job", "2").load("state") is None
+    assert Scratch(tmp_path / "job", "1").load("other") is None
+    (tmp_path / "job" / "state").write_bytes(b"cut off")
+    assert Scratch(tmp_path / "job", "1").load("state") is None
+    Scratch(tmp_path / "job", "1").clear()
+    assert not (tmp_path / "job").exists()
+    nowhere = Scratch()
+    nowhere.save("state", kept)
+    assert nowhere.load("state") is None
+    assert not nowhere.due()
+
+
+def test_a_training_run_goes_on_to_the_same_weights(few, tmp_path):
+    learner, place = Standard(epochs=5), partial(Scratch, tmp_path / "job")
+    whole = learner(build, few, Job(seed=3)).state_dict()
+    with pytest.raises(Killed):
+        learner(build, few, Job(seed=3, scratch=place(), progress=kill_at(4)))
+    reported = []
+    gone_on = learner(build, few, Job(seed=3, scratch=place(), progress=lambda done, total: reported.append(done)))
+    assert reported == [3, 4, 5]
+    assert all(torch.equal(value, gone_on.state_dict()[name]) for name, value in whole.items())
+
+
+DEFENSES = [
+    "sep(epochs=5, checkpoints=3, steps=2, network=cnn(width=4))",
+    "sep(epochs=5, checkpoints=2, steps=2, network=cnn(width=4), variant=as-released)",
+    "tap(epochs=4, steps=2, network=cnn(width=4))",
+    "em(rounds=4, train_steps=2, steps=2, stop_error=0, network=cnn(width=4))",
+    "rem(epochs=3, steps=1, draws=1, adv_steps=1, network=cnn(width=4))",
+]
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_a_data_defense_goes_on_to_the_same_images(name, few, tmp_path):
+    defense = defenses.create(name)
+    whole = defense(few, Job(seed=1)).images
+    with pytest.raises(Killed):
+        defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"), progress=kill_at(3)))
+    assert any((tmp_path / "job").iterdir())
+    assert torch.equal(defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"))).images, whole)
+
+
+def test_images_that_are_moved_already_are_not_moved_again(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("defenses.checkpoints.CHUNK", 64)
+    defense = defenses.create("sep(epochs=2, checkpoints=1, steps=2, network=cnn(width=4))")
+    whole, moves = defense(few, Job(seed=1)).images, []
+    move = type(defense).move
+
+    def watched(self, direction, levels, target):
+        moves.append(len(levels))
+        if len(moves) == 3:
+            raise Killed
+        return move(self, direction, levels, target)
+
+    monkeypatch.setattr(type(defense), "move", watched)
+    with pytest.raises(Killed):
+        defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job")))
+    assert torch.equal(defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"))).images, whole)
+    assert moves == [64, 64, 64, 64, 8]  # the third was cut off
+
+
+class KilledOnce(Silent):
+    """Ends the run at its ``limit``-th report of work."""
+
+    def __init__(self, limit):
+        self.progress = kill_at(limit)
+
+    def work(self, done, total, unit):
+        self.progress(done, total)
+
+
+def test_a_cell_goes_on_and_remembers_its_peak(tmp_path):
+    settings = {"dataset": "digits", "model": ["cnn(width=4)"], "n": 50, "defense": ["ops"]}
+    tasks = expand(load_suite(None, {**settings, "attack": ["standard(epochs=4)"]}), Loader(None, None))
+    rows = []
+    for name, limits in {"whole": [], "stopped": [3]}.items():
+        store = Store(tmp_path / name).open()
+        pipeline = Pipeline(store.root / "networks", torch.device("cpu"), 256)
+        for limit in limits:
+            with pytest.raises(Killed):
+                run(tasks, store, pipeline, 50, 256, KilledOnce(limit))
+            (unfinished,) = (store.root / "networks" / "unfinished").iterdir()
+            assert {file.name for file in unfinished.iterdir()} > {"history"}
+        run(tasks, store, pipeline, 50, 256, Silent())
+        assert not any((store.root / "networks" / "unfinished").glob("*"))
+        rows.append(store.row(tasks[0].cell))
+    assert rows[0].figures == rows[1].figures
+    assert rows[0].figures["peak_epoch"] >= 1
