@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import mean, stdev
@@ -13,7 +13,19 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bench.flags import Flag, flags
-from bench.outcomes import Share, clean, column, figures, final, is_transfer, query_budget, restricted, robust, tested
+from bench.outcomes import (
+    Share,
+    clean,
+    column,
+    figures,
+    final,
+    is_transfer,
+    lasting,
+    query_budget,
+    restricted,
+    robust,
+    tested,
+)
 from bench.stats import holm, mcnemar
 from bench.store import Row
 
@@ -35,6 +47,11 @@ MARKS = {
     ),
 }
 GLANCE = "At a glance: what each attack leaves with all of its queries, in percent; intervals stand above."
+LASTING = (
+    "Random defenses, judged afresh: an image counts as beaten within so many queries only where the majority of 16 "
+    "new evaluations of its first hit is wrong, too. First hits show what one lucky answer gets; this shows what an "
+    "example that works again gets. A search ends at its first hit, so the share is an upper bound."
+)
 SCORES = (
     "What the defense does to its answers: predictions changed (%), mean change of logits (l2) and of probabilities "
     "(total variation), time of a query against the undefended one; then clean → after the attack that left the least."
@@ -71,6 +88,7 @@ class Line:
     rank: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
     figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.outcomes.figures
+    lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.outcomes.lasting
 
 
 @dataclass(frozen=True)
@@ -175,7 +193,9 @@ def _served_line(row: Row, budgets: Sequence[int]) -> Line:
     shares["final"] = final(row)
     seed = f", seed {row.cell.seed}" if row.cell.seed else ""
     name = row.cell.attack.spec + seed
-    return Line(row.cell.defense_name, name, shares, len(row.records), _marks(row), figures=figures(row))
+    marks = _marks(row)
+    again = {f"@{budget}": lasting(row, budget) for budget in budgets} if "random" in marks else {}
+    return Line(row.cell.defense_name, name, shares, len(row.records), marks, figures=figures(row), lasting=again)
 
 
 def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
@@ -186,12 +206,17 @@ def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
     same = [restricted(row, common) for row in rows]
     shares = {"clean": Share(np.logical_and.reduce([clean(row).right for row in same]))}
     for budget in budgets:
-        # An attack that ran with a smaller budget has beaten its samples within this one, too.
-        within = [robust(row, min(budget, query_budget(row))).right for row in same]
-        shares[f"@{budget}"] = Share(np.logical_and.reduce(within))
+        shares[f"@{budget}"] = _standing(same, budget, robust)
     shares["final"] = Share(np.logical_and.reduce([final(row).right for row in same]))
     marks = frozenset().union(*(_marks(row) for row in rows)) - {"rescaled", "batch-dependent", "control"}
-    return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks)
+    again = {f"@{budget}": _standing(same, budget, lasting) for budget in budgets} if "random" in marks else {}
+    return Line(rows[0].cell.defense_name, f"worst of {len(rows)}", shares, len(common), marks, lasting=again)
+
+
+def _standing(rows: list[Row], budget: int, share: Callable[[Row, int], Share]) -> Share:
+    """The samples that stand after ``budget`` queries of each attack, by :func:`robust` or :func:`lasting`."""
+    # An attack that ran with a smaller budget has beaten its samples within this one, too.
+    return Share(np.logical_and.reduce([share(row, min(budget, query_budget(row))).right for row in rows]))
 
 
 def _released_lines(rows: list[Row]) -> list[Line]:
@@ -290,7 +315,8 @@ def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:
     """The table as people read it: accuracies; what the defenses do to their scores; what the queries achieved."""
     parts = [("", _accuracies(table))]
     if details:
-        parts += [(GLANCE, _glance(table)), (SCORES, _scores(table)), (QUERIES, _queries(table))]
+        parts += [(GLANCE, _glance(table)), (LASTING, _lasting(table))]
+        parts += [(SCORES, _scores(table)), (QUERIES, _queries(table))]
     return [(title, frame) for title, frame in parts if len(frame) or not title]
 
 
@@ -328,6 +354,18 @@ def _glance(table: Table) -> pd.DataFrame:
             shown[name] = f"{100 * line.shares[measured[-1]].value:.1f}"
     several = any(len(shown) > 2 for shown in lines.values())
     return pd.DataFrame(list(lines.values())).fillna("") if several else pd.DataFrame()
+
+
+def _lasting(table: Table) -> pd.DataFrame:
+    """The accuracies of random defenses with hits judged afresh."""
+    lines = [
+        {"defense": line.defense, "attack": line.attack}
+        | {budget: str(share) for budget, share in line.lasting.items()}
+        | {"n": str(line.n)}
+        for line in table.lines
+        if line.lasting
+    ]
+    return _once(lines)
 
 
 def _scores(table: Table) -> pd.DataFrame:
@@ -397,6 +435,7 @@ def _records(table: Table) -> list[dict[str, Any]]:
             low, high = share.interval if share.n else (None, None)
             value = share.value if share.n else None
             record |= {name: value, f"{name} low": low, f"{name} high": high}
+        record |= {f"{name} afresh": share.value for name, share in line.lasting.items() if share.n}
         finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
         records.append({**record, **line.extra, **finite})
     return records

@@ -74,6 +74,17 @@ def final(row: Row) -> Share:
     return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
 
 
+def lasting(row: Row, queries: int) -> Share:
+    """Like :func:`robust`, but a sample counts as beaten only where its example is wrong when judged afresh, too.
+
+    For random defenses, whose first hit may be luck. The search ended at that hit, so this is what it had come to, and
+    not what it would have found by going on.
+    """
+    beaten_for_good = column(row, "final_pred") != column(row, "y")
+    held = robust(row, queries).right
+    return Share(held | (clean(row).right & ~beaten_for_good) if len(held) else held)
+
+
 def tested(row: Row) -> Share:
     """Right on clean test images, for the network that a learner has trained."""
     return Share(column(row, "final_pred") == column(row, "y"))

@@ -4,9 +4,11 @@ import csv
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from bench.cell import Component
 from bench.leaderboard import Line, Table, render, summary, tables
 from bench.oracle import NEVER
 from bench.store import Row
@@ -33,6 +35,32 @@ def test_robust_accuracy_at_every_budget_follows_from_the_first_hits():
         "final": 2 / 8,  # sample 5 is wrong in plain float32
     }
     assert line.n == 8
+
+
+def draws(before: Row, *lucky: int) -> Row:
+    """``before``, of a random defense, whose hits on the samples ``lucky`` fail when judged afresh."""
+    part = Component("rnd", traits=("random",))
+    again = before.records["final_pred"].where(~before.records["sample_id"].isin(lucky), 0)
+    return Row(replace(before.cell, defense=(part,)), before.records.assign(final_pred=again), before.shards)
+
+
+def test_hits_on_random_defenses_count_again_where_they_hold():
+    hits = [0, 5, 20, 60, NEVER, NEVER]
+    (line,) = only([draws(row(hits, final_wrong=[5]), 1, 3)], [10, 50])
+    assert values(line)["@100"] == 2 / 6
+    # Sample 0 was wrong when clean; 2 is beaten for good at query 20; no query of the search has beaten 5.
+    assert {name: share.value for name, share in line.lasting.items()} == {"@10": 5 / 6, "@50": 4 / 6, "@100": 4 / 6}
+    assert not only([row(hits)])[0].lasting
+
+
+def test_the_worst_case_of_a_random_defense_takes_hits_that_hold_under_any_attack():
+    lines = [draws(row([5, 5, 5, NEVER]), 0, 1), draws(row([7, 7, NEVER, NEVER], attack="pgd"), 1, 2)]
+    worst, *_ = only(lines)
+    assert worst.lasting["@100"].value == 2 / 4
+    text = render(tables(lines), "md")
+    assert "judged afresh" in text
+    assert json.loads(render(tables(lines), "json"))[0]["@100 afresh"] == 2 / 4
+    assert "judged afresh:" not in render(tables([row([5])]), "md")
 
 
 def test_each_sample_counts_under_the_attack_that_beats_it_soonest():
