@@ -13,6 +13,7 @@ from rich.table import Table
 
 import bench
 from bench.compare import Style, duels, render_duels
+from bench.contact_sheet import write_sheets
 from bench.errors import BenchError, ConfigError, StoreError
 from bench.estimate import Estimate, estimate
 from bench.flags import write_flags
@@ -111,6 +112,7 @@ def run(
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)
     write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
+    write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
     console.print(
         f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "

@@ -3,14 +3,22 @@
 import io
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, grey_levels
+from bench.errors import StoreError
+from bench.grid import Task
+from bench.perturbation import in_words, perturbation
+from bench.pipeline import Pipeline, release_key
+from bench.store import replace_file, slug
 
 ROWS, EXAMPLES = 8, 3  # classes shown, and images of each
 TILE, LARGEST = 128, 256  # pixels on the sheet: smaller images are magnified, larger ones reduced
@@ -65,6 +73,29 @@ def contact_sheet(original: Dataset, released: Split, title: str, lines: Sequenc
     file = io.BytesIO()
     sheet.save(file, "PNG")
     return file.getvalue()
+
+
+def write_sheets(tasks: Iterable[Task], pipeline: Pipeline, folder: Path) -> None:
+    """A sheet in ``folder`` for each data set that a defense of ``tasks`` has released, where there is none yet.
+
+    Raises:
+        StoreError: the disk is full or the folder cannot be made.
+    """
+    for task in tasks:
+        released = pipeline.kept_release(task)
+        if released is None:
+            continue
+        path = folder / f"{slug(task.cell.dataset.spec, task.cell.defense_name)}-{release_key(task)[:8]}.png"
+        if path.exists():
+            continue
+        original = replace(task.data, train=Split(grey_levels(task.data.train), task.data.train.labels))
+        lines = [f"{len(released):,} images", in_words(perturbation(original.train, released))]
+        sheet = contact_sheet(original, released, f"{task.data.name}, protected with {task.cell.defense_name}", lines)
+        try:
+            folder.mkdir(exist_ok=True)
+            replace_file(path, partial(Path.write_bytes, data=sheet))
+        except OSError as error:
+            raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
 
 
 def _choose(labels: Tensor, classes: int) -> dict[int, list[int]]:

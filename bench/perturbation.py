@@ -1,6 +1,7 @@
 """How far released images are from their originals: changed pixels, norms, RMSE, PSNR and SSIM."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -45,6 +46,18 @@ def perturbation(original: Split, released: Split) -> dict[str, float]:
         "ssim": float(torch.cat(similar).double().mean()),
     }
     return figures if rmse == 0 else {**figures, "psnr": -20 * math.log10(rmse)}
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """What :func:`perturbation` found, in one line."""
+    if "psnr" not in figures:
+        return "no pixel changed"
+    mean, most, levels = figures["changed_pixels_mean"], figures["changed_pixels_max"], 255 * figures["linf_max"]
+    return (
+        f"pixels changed in an image: {mean:,.1f}, at most {most:,.0f}, by up to {levels:.0f} levels; "
+        f"l2 {figures['l2_mean']:.3f}, RMSE {figures['rmse']:.4f}, PSNR {figures['psnr']:.1f} dB, "
+        f"SSIM {figures['ssim']:.4f}"
+    )
 
 
 def ssim(x: Tensor, x_adv: Tensor) -> Tensor:

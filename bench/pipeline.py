@@ -60,10 +60,16 @@ class Pipeline:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
         if "data" not in task.chain:
             return task.data
-        key = _release_key(task)
+        key = release_key(task)
         if self._released is None or self._released[0] != key:
             self._released = key, self._protected(task, key, progress)
         return task.data.released(self._released[1])
+
+    def kept_release(self, task: Task) -> Split | None:
+        """The released training images of ``task`` if they were made in this folder."""
+        if "data" not in task.chain or not (path := self.folder / f"{release_key(task)}.safetensors").exists():
+            return None
+        return Split(load_file(path)["images"], task.data.train.labels)
 
     def train(self, task: Task, progress: Progress) -> None:
         """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
@@ -106,12 +112,11 @@ class Pipeline:
         return network
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
-        path = self.folder / f"{key}.safetensors"
-        if path.exists():
-            return Split(load_file(path)["images"], task.data.train.labels)
+        if (kept := self.kept_release(task)) is not None:
+            return kept
         job = self._job(task, key, progress)
         protected: Split = task.chain["data"](task.data, job)
-        _keep(path, {"images": protected.images})
+        _keep(self.folder / f"{key}.safetensors", {"images": protected.images})
         job.scratch.clear()
         return protected
 
@@ -141,7 +146,7 @@ def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device,
     return ServedModel(served, random=defense.random, batch_size=batch_size)
 
 
-def _release_key(task: Task) -> str:
+def release_key(task: Task) -> str:
     """A hash of all that decides the protected training images of ``task``."""
     (defense,) = (part for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "data")
     recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}

@@ -22,7 +22,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, StoreError
 from bench.grid import pin
 from bench.layouts import Bar, Source, digest_files, in_parallel, pixels, read_source
-from bench.perturbation import perturbation
+from bench.perturbation import in_words, perturbation
 from bench.protocols import Defense, Job
 from bench.provenance import commit
 from bench.registry import code_hash, defenses
@@ -92,7 +92,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     change = perturbation(source.data.train, train)
     figures = {"linf_max_levels": round(255 * change["linf_max"]), **change}
     _write_all(source, train, out, bar)
-    lines = [f"{len(train):,} images", _in_words(figures)]
+    lines = [f"{len(train):,} images", in_words(figures)]
     _write(out / SHEET, contact_sheet(source.data, train, f"{source.data.name}, protected with {spec}", lines))
     bar.step("checking what was written")
     again = read_source(out if path.is_dir() else out / path.name, bar).data.train
@@ -112,7 +112,7 @@ def report(done: Protected, out: Path) -> list[str]:
     count = f"{manifest['images']:,} training images of {len(manifest['classes'])} classes"
     lines = [
         f"{'already ' if done.repeated else ''}protected {count} with {manifest['defense']['spec']}",
-        _in_words(figures),
+        in_words(figures),
     ]
     if manifest["copied"]:
         lines.append(f"copied unchanged: {_some(manifest['copied'])}")
@@ -258,17 +258,6 @@ def _account(source: Source, train: Split, figures: Mapping[str, float]) -> dict
         "renamed": dict(source.renamed),
         "left_out": list(source.left_out),
     }
-
-
-def _in_words(figures: Mapping[str, float]) -> str:
-    if "psnr" not in figures:
-        return "no pixel changed"
-    mean, most = figures["changed_pixels_mean"], figures["changed_pixels_max"]
-    return (
-        f"pixels changed in an image: {mean:,.1f}, at most {most:,.0f}, by up to {figures['linf_max_levels']} levels; "
-        f"l2 {figures['l2_mean']:.3f}, RMSE {figures['rmse']:.4f}, PSNR {figures['psnr']:.1f} dB, "
-        f"SSIM {figures['ssim']:.4f}"
-    )
 
 
 def _some(names: list[str]) -> str:

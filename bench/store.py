@@ -139,9 +139,8 @@ class Store:
         return rows, damaged
 
     def _folder(self, cell: Cell) -> Path:
-        names = "-".join((cell.dataset.spec, cell.model.spec, cell.defense_name, cell.attack.spec))
-        slug = re.sub(r"[^a-z0-9]+", "-", names.lower()).strip("-")[:80].rstrip("-")
-        return self.root / f"{slug}-{cell.key[:16]}"
+        names = slug(cell.dataset.spec, cell.model.spec, cell.defense_name, cell.attack.spec)
+        return self.root / f"{names}-{cell.key[:16]}"
 
     def _row(self, folder: Path) -> Row:
         stored = list(self._shards(folder))
@@ -232,6 +231,11 @@ def _positions(shards: Iterable[Shard]) -> set[int]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def slug(*names: str) -> str:
+    """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,6 +1,7 @@
 """The data track, run as a user runs it, on a few cells: noise protects nothing, a shortcut does."""
 
 import pytest
+from PIL import Image
 
 from bench import outcomes
 from bench.cli import run
@@ -13,10 +14,16 @@ LEARNERS = ["standard(epochs=10)", "jpeg(epochs=10)"]
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """The rows by defense and learner."""
+def folder(tmp_path_factory):
+    """The results of the suite."""
     folder = tmp_path_factory.mktemp("data-digits")
     run("data-digits", defense=DEFENSES, attack=LEARNERS, out=folder, device="cpu")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(folder):
+    """The rows by defense and learner."""
     stored, damaged = Store(folder).rows()
     assert not damaged
     return {(row.cell.defense_name, row.cell.attack.spec): row for row in stored}
@@ -37,6 +44,15 @@ def test_every_row_says_how_far_the_learner_got_and_what_was_changed(rows):
         assert row.figures["last_test_accuracy"] == pytest.approx(outcomes.tested(row).value, abs=1e-6)
         assert (row.figures["linf_max"] > 0) == (defense != "none")
         assert row.figures["changed_pixels_max"] <= (8 if defense == "ops(pixels=8)" else 64)
+
+
+def test_there_is_a_picture_of_every_released_set(folder):
+    noise, ops = sorted((folder / "sheets").iterdir())
+    assert noise.name.startswith("digits-data-noise-eps-32-255-")
+    assert ops.name.startswith("digits-ops-pixels-8-")
+    for file in (noise, ops):
+        with Image.open(file) as sheet:
+            assert min(sheet.size) > 500
 
 
 def test_the_best_learner_ranks_a_protection(rows):
