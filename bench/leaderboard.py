@@ -344,7 +344,7 @@ def _accuracies(table: Table) -> pd.DataFrame:
 
 
 def _glance(table: Table) -> pd.DataFrame:
-    """A line for each defense, a column for each attack; nothing where one attack is all there is."""
+    """Defenses against attacks, the more numerous as lines; nothing where one attack is all there is."""
     lines: dict[str, dict[str, str]] = {}
     for line in table.lines:
         shown = lines.setdefault(line.defense, {"defense": line.defense})
@@ -352,8 +352,12 @@ def _glance(table: Table) -> pd.DataFrame:
         if measured:
             name = line.attack.partition(" of ")[0] + measured[-1].replace("@", " @").replace("test", "")
             shown[name] = f"{100 * line.shares[measured[-1]].value:.1f}"
-    several = any(len(shown) > 2 for shown in lines.values())
-    return pd.DataFrame(list(lines.values())).fillna("") if several else pd.DataFrame()
+    if all(len(shown) <= 2 for shown in lines.values()):
+        return pd.DataFrame()
+    frame = pd.DataFrame(list(lines.values())).fillna("")
+    if len(frame.columns) - 1 > len(frame):
+        frame = frame.set_index("defense").T.reset_index(names="attack").rename_axis(columns=None)
+    return frame
 
 
 def _lasting(table: Table) -> pd.DataFrame:

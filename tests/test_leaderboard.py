@@ -205,6 +205,21 @@ def test_markdown_prints_percent_with_intervals():
     assert text.startswith("### digits · cnn · linf 8/255")
 
 
+def glance(defenses: Sequence[str], attacks: Sequence[str]) -> list[str]:
+    rows = [row([5, 20, NEVER, NEVER], defense, attack) for defense in defenses for attack in attacks]
+    text = render(tables(rows), "md").partition("At a glance")[2]
+    return text.partition("\n\n")[2].partition("\n\n")[0].splitlines()
+
+
+def test_the_longer_list_goes_down_the_glance():
+    down, across = glance(["none", "aaa-linear"], ["square"]), glance(["none"], ["square", "nes"])
+    assert down == []  # one attack is all there is
+    assert across[0].split() == ["|", "attack", "|", "none", "|"]
+    assert [line.split()[1:3] for line in across[2:]] == [["worst", "@100"], ["nes", "@100"], ["square", "@100"]]
+    tall = glance(["none", "aaa-linear", "rnd", "unig"], ["square", "nes"])
+    assert tall[0].split() == "| defense | worst @100 | nes @100 | square @100 |".split()
+
+
 def test_latex_escapes_what_it_would_read_as_its_own():
     text = render(tables(ROWS, [10]), "latex")
     assert r"50\%\_\&\_more" in text
