@@ -5,7 +5,6 @@ import math
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,11 +13,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from bench.dataset import Dataset, Split, grey_levels
-from bench.errors import StoreError
 from bench.grid import Task
 from bench.perturbation import in_words, perturbation
-from bench.pipeline import Pipeline, release_key
-from bench.store import replace_file, slug
+from bench.pipeline import Pipeline, data_defense, release_key
+from bench.store import keep_file, slug
 
 ROWS, EXAMPLES = 8, 3  # classes shown, and images of each
 TILE, LARGEST = 128, 256  # pixels on the sheet: smaller images are magnified, larger ones reduced
@@ -82,20 +80,21 @@ def write_sheets(tasks: Iterable[Task], pipeline: Pipeline, folder: Path) -> Non
         StoreError: the disk is full or the folder cannot be made.
     """
     for task in tasks:
-        released = pipeline.kept_release(task)
-        if released is None:
+        defense = data_defense(task)
+        if defense is None:
             continue
-        path = folder / f"{slug(task.cell.dataset.spec, task.cell.defense_name)}-{release_key(task)[:8]}.png"
-        if path.exists():
+        path = folder / f"{slug(task.cell.dataset.spec, defense.spec)}-{release_key(task)[:8]}.png"
+        released = None if path.exists() else pipeline.kept_release(task)
+        if released is None or released.images.shape != task.data.train.images.shape:  # such a defense failed its cells
             continue
-        original = replace(task.data, train=Split(grey_levels(task.data.train), task.data.train.labels))
+        original = replace(task.data, train=_in_levels(task.data.train))
         lines = [f"{len(released):,} images", in_words(perturbation(original.train, released))]
-        sheet = contact_sheet(original, released, f"{task.data.name}, protected with {task.cell.defense_name}", lines)
-        try:
-            folder.mkdir(exist_ok=True)
-            replace_file(path, partial(Path.write_bytes, data=sheet))
-        except OSError as error:
-            raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+        title = f"{task.data.name}, protected with {defense.spec}"
+        keep_file(path, contact_sheet(original, _in_levels(released), title, lines))
+
+
+def _in_levels(split: Split) -> Split:
+    return Split(grey_levels(split), split.labels)
 
 
 def _choose(labels: Tensor, classes: int) -> dict[int, list[int]]:

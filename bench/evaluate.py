@@ -165,11 +165,12 @@ def learn_released(
     test = task.data.test
     x, y = test.pixels(rows).to(job.device), test.labels[rows].to(job.device)
     unused = SampleRng.create(job.seed, rows, "learner")  # what a learner returns is deterministic
-    history: list[float] = job.scratch.load("history") or []
+    piece = f"history-{ids[0]}-{len(ids)}"
+    history: list[float] = job.scratch.load(piece) or []
 
     def watch(network: nn.Module, epoch: int) -> None:
         history[epoch:] = [_judge(ServedModel(network), x, y, unused).accuracy]
-        job.scratch.save("history", history)
+        job.scratch.save(piece, history)
 
     network: nn.Module = task.attack(build, released, replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
     model = ServedModel(network)

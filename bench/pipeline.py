@@ -2,27 +2,28 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialised
 from torch import Tensor, nn
 
 from bench import numerics
+from bench.cell import Component
 from bench.dataset import Dataset, Split
-from bench.errors import StoreError
 from bench.grid import Task
 from bench.models.weights import load_weights
 from bench.numerics import Numerics
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
-from bench.scratch import Scratch
+from bench.scratch import scratch
 from bench.served import ServedModel, Target
-from bench.store import replace_file
+from bench.store import keep_file
 
 Progress = Callable[[int, int], None]
 
@@ -35,6 +36,7 @@ class Pipeline:
 
     def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
         self.folder, self.device, self.batch_size = folder, device, batch_size
+        self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
         self._last: tuple[str, nn.Module] | None = None  # neighbouring cells share their network
         self._released: tuple[str, Split] | None = None  # and their released training images
 
@@ -82,16 +84,15 @@ class Pipeline:
             network = self._trained(task, key, progress)
         self._last = key, network.to(self.device).eval()
 
-    @contextmanager
-    def learning(self, task: Task, progress: Progress) -> Iterator[Job]:
+    def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
-        job = self._job(task, task.cell.key[:32], progress)
-        yield job
-        job.scratch.clear()
+        return self._job(task, task.cell.key[:32], progress)
 
-    def _job(self, task: Task, key: str, progress: Progress) -> Job:
-        scratch = Scratch(self.folder / "unfinished" / key, code_hash())
-        return Job(task.cell.seed, self.device, progress, scratch=scratch)
+    @contextmanager
+    def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
+        with scratch(self.folder / "unfinished" / key, self._code) as kept:
+            yield Job(task.cell.seed, self.device, progress, scratch=kept)
+            kept.clear()
 
     def _network(self, task: Task) -> nn.Module:
         self.train(task, lambda done, total: None)
@@ -105,19 +106,18 @@ class Pipeline:
             load_weights(network, path, None)
             return network
         recipe: Any = task.chain.get("training") or attacks.create("standard")
-        job = self._job(task, key, progress)
-        network = recipe(task.build, self.released(task, progress), job)
-        _keep(path, network.cpu().state_dict())
-        job.scratch.clear()
+        released = self.released(task, progress)
+        with self._job(task, key, progress) as job:
+            network = recipe(task.build, released, job)
+            _keep(path, network.cpu().state_dict())
         return network
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
         if (kept := self.kept_release(task)) is not None:
             return kept
-        job = self._job(task, key, progress)
-        protected: Split = task.chain["data"](task.data, job)
-        _keep(self.folder / f"{key}.safetensors", {"images": protected.images})
-        job.scratch.clear()
+        with self._job(task, key, progress) as job:
+            protected: Split = task.chain["data"](task.data, job)
+            _keep(self.folder / f"{key}.safetensors", {"images": protected.images})
         return protected
 
 
@@ -127,12 +127,7 @@ def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
     Raises:
         StoreError: the disk is full or the folder cannot be made.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = {name: value.cpu().contiguous() for name, value in tensors.items()}
-        replace_file(path, lambda beside: save_file(content, beside))
-    except OSError as error:
-        raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+    keep_file(path, serialised({name: value.cpu().contiguous() for name, value in tensors.items()}))
 
 
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
@@ -146,9 +141,16 @@ def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device,
     return ServedModel(served, random=defense.random, batch_size=batch_size)
 
 
+def data_defense(task: Task) -> Component | None:
+    """The defense of ``task`` that releases training images, if there is one."""
+    stages = zip(task.cell.defense, task.chain, strict=True)
+    return next((component for component, stage in stages if stage == "data"), None)
+
+
 def release_key(task: Task) -> str:
-    """A hash of all that decides the protected training images of ``task``."""
-    (defense,) = (part for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "data")
+    """A hash of all that decides the protected training images of ``task``, which has a data defense."""
+    defense = data_defense(task)
+    assert defense is not None
     recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}
     return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
 

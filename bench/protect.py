@@ -4,7 +4,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from hashlib import sha256
@@ -26,9 +26,9 @@ from bench.perturbation import in_words, perturbation
 from bench.protocols import Defense, Job
 from bench.provenance import commit
 from bench.registry import code_hash, defenses
-from bench.scratch import Scratch
+from bench.scratch import scratch
 from bench.spec import Spec, parse_chain
-from bench.store import Store, replace_file
+from bench.store import Store, keep_file
 
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
@@ -48,7 +48,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     """Run a data-stage ``defense`` on the training images at ``path`` and write the released set to ``out``.
 
     Every file appears under its name when it is whole, the manifest last. A job that was stopped goes on where it was
-    and ends with the same bytes; a slow defense keeps what it has done every half a minute.
+    and ends with the same bytes; a slow defense keeps what it has done twice a minute.
 
     Raises:
         ConfigError: no data-stage defense, or an ``out`` that is not for this.
@@ -56,6 +56,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
         StoreError: ``out`` cannot be written, or what is there was altered.
     """
     spec, component = _data_defense(defense)
+    code = code_hash()
     _refuse_foreign(path, out)
     root = path if path.is_dir() else path.parent
     try:
@@ -84,23 +85,25 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     if not kept.is_file():
         Store(out).open()
         bar.step(f"running {spec.name}", unit="steps")
-        scratch = Scratch(out / STATE / UNFINISHED, sha256((code_hash() + json.dumps(job)).encode()).hexdigest())
-        images = _released(component, source.data, Job(seed, device, bar.work, scratch=scratch), str(spec))
-        _write(out / STATE / JOB, json.dumps(job).encode())
-        _write(kept, _npy(images))
+        same = sha256((code + json.dumps(job)).encode()).hexdigest()
+        with scratch(out / STATE / UNFINISHED, same) as unfinished:
+            images = _released(component, source.data, Job(seed, device, bar.work, scratch=unfinished), str(spec))
+            keep_file(out / STATE / JOB, json.dumps(job).encode())
+            keep_file(kept, _npy(images))
+            unfinished.clear()
     train = Split(torch.from_numpy(np.load(kept)), source.data.train.labels)
     change = perturbation(source.data.train, train)
     figures = {"linf_max_levels": round(255 * change["linf_max"]), **change}
     _write_all(source, train, out, bar)
     lines = [f"{len(train):,} images", in_words(figures)]
-    _write(out / SHEET, contact_sheet(source.data, train, f"{source.data.name}, protected with {spec}", lines))
+    keep_file(out / SHEET, contact_sheet(source.data, train, f"{source.data.name}, protected with {spec}", lines))
     bar.step("checking what was written")
     again = read_source(out if path.is_dir() else out / path.name, bar).data.train
     if again.fingerprint() != train.fingerprint():
         raise StoreError(f"the files in {out} do not hold what the defense made; delete the folder and run again")
     written = sorted((*source.files, *source.copies, SHEET))
     manifest = job | _account(source, train, figures) | {"files": digest_files({name: out / name for name in written})}
-    _write(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    keep_file(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(out / STATE)
     return Protected(manifest, repeated=False)
 
@@ -234,12 +237,12 @@ def _write_all(source: Source, train: Split, out: Path, bar: Bar) -> None:
     bar.step("writing", len(images), "images")
     for name, file in source.copies.items():
         if not (out / name).exists():
-            _place(out / name, partial(shutil.copyfile, file))
+            keep_file(out / name, partial(shutil.copyfile, file))
     single = len(source.files) == len(images)  # else a file holds many images and says itself how far it is
 
     def write(name: str) -> None:
         if not (out / name).exists():
-            _write(out / name, source.files[name](images, (lambda count: None) if single else bar.advance))
+            keep_file(out / name, source.files[name](images, (lambda count: None) if single else bar.advance))
 
     in_parallel(write, source.files, bar.advance if single else lambda count: None)
 
@@ -275,17 +278,3 @@ def _read(file: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} was not written by bench protect; choose a new or empty folder as --out") from None
     return content
-
-
-def _write(path: Path, content: bytes) -> None:
-    _place(path, lambda beside: beside.write_bytes(content))
-
-
-def _place(path: Path, write: Callable[[Path], object]) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, write)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}; free some space and run again, or choose another --out"
-        ) from None

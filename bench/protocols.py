@@ -59,7 +59,7 @@ class Job:
     """What a training run is given beside its data: where to run, its seed, and whom to tell about progress.
 
     ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is. ``scratch`` keeps
-    what is done so far; a job that goes on with it does not watch the epochs again that were watched before.
+    what is done so far; a job that goes on with it watches only the epochs again that it has to train again.
     """
 
     seed: int = 0

@@ -2,7 +2,7 @@
 
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -99,27 +99,36 @@ def _run_shard(
     """Measure one shard and store it; False if it failed."""
     began = time.perf_counter()
     shard = Shard(task.cell, start, stop)
+
+    def save(measured: Measured) -> None:
+        whole = replace(shard, figures=measured.figures, findings=measured.findings)
+        store.save(_ended(whole, began, pipeline.device), measured.records)
+
     try:
-        measured = _measure(task, start, stop, pipeline, inspect, batch_size, count)
+        if task.learns:
+            _learn(task, start, stop, pipeline, count, save)
+        else:
+            save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
     except BenchError:
         raise
     except Exception:  # whatever a component raises becomes a failed row, never a lost grid
         store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))
         return False
-    shard = replace(shard, figures=measured.figures, findings=measured.findings)
-    store.save(_ended(shard, began, pipeline.device), measured.records)
     return True
 
 
-def _measure(
+def _learn(
+    task: Task, start: int, stop: int, pipeline: Pipeline, count: "_Count", save: Callable[[Measured], None]
+) -> None:
+    released = pipeline.released(task, count.epochs)
+    with pipeline.learning(task, count.epochs) as job:  # what is trained is safe when it is saved
+        save(learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build))
+
+
+def _attack(
     task: Task, start: int, stop: int, pipeline: Pipeline, inspect: Inspector, batch_size: int, count: "_Count"
 ) -> Measured:
     ids = list(task.cell.ids[start:stop])
-    if task.learns:
-        released = pipeline.released(task, count.epochs)
-        with pipeline.learning(task, count.epochs) as job:
-            return learn_released(task, released, ids, job, task.build)
-
     pipeline.train(task, count.epochs)
     target = pipeline.target(task)
     tables = []

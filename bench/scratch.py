@@ -1,24 +1,29 @@
 """What unfinished work keeps on disk, so that a job that was killed goes on from there."""
 
+import io
 import pickle
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from bench.errors import StoreError
-from bench.store import replace_file
+from bench.store import keep_file
 
-PAUSE = 30.0  # seconds of work that a kill may cost, at most, beside the step in work
+PAUSE = 30.0  # seconds of work that a kill may cost beside the step in work: an epoch, a turn, a chunk of images
 
 
 class Scratch:
     """Named pieces of one job's work in ``folder``, which belongs to this job alone; without one, nothing is kept.
 
-    A job asks for what it has done with :meth:`load` and says what it has with :meth:`save`. Pieces that other code has
-    left, by its hash ``code``, are not taken up. Whoever started the job calls :meth:`clear` when its result is safe.
+    A job asks for what it has done with :meth:`load` and says what it has with :meth:`save`; each name stands for one
+    piece, so a defense that does the same twice needs a job for each. Pieces that other code has left, by its hash
+    ``code``, are not taken up. Whoever started the job calls :meth:`clear` when its result is safe.
     """
 
     def __init__(self, folder: Path | None = None, code: str = "") -> None:
@@ -43,13 +48,9 @@ class Scratch:
         """
         if self.folder is None:
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            content = {"code": self.code, "piece": piece}
-            replace_file(self.folder / name, lambda beside: torch.save(content, beside))
-        except OSError as error:
-            path = self.folder / name
-            raise StoreError(f"cannot write {path}: {error.strerror or error}; free some space and run again") from None
+        file = io.BytesIO()
+        torch.save({"code": self.code, "piece": piece}, file)
+        keep_file(self.folder / name, file.getvalue())
 
     def due(self) -> bool:
         """Whether ``PAUSE`` seconds have gone by since this was last true, so that a costly piece is worth saving."""
@@ -63,3 +64,29 @@ class Scratch:
         """Drop all pieces."""
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextmanager
+def scratch(folder: Path, code: str) -> Iterator[Scratch]:
+    """The scratch in ``folder``, for one process at a time: any other gets one that keeps nothing.
+
+    Raises:
+        StoreError: the folder cannot be made.
+    """
+    file = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(file)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except (Timeout, FileNotFoundError):  # at work, or just tidying up
+        yield Scratch()
+        return
+    except OSError as error:
+        raise StoreError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from None
+    try:
+        yield Scratch(folder, code)
+    finally:
+        file.unlink(missing_ok=True)
+        lock.release()
+        with suppress(OSError):  # others are at work beside it
+            folder.parent.rmdir()

@@ -97,7 +97,7 @@ class Store:
         table = records.to_parquet(index=False)
         digest = sha256(table).hexdigest()
         path = folder / f"{shard.stem}.json"
-        self._write(_table(path, digest), lambda target: target.write_bytes(table))
+        keep_file(_table(path, digest), table)
         self._write_json(path, shard, digest)
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
 
@@ -158,16 +158,6 @@ class Store:
         for path in sorted(folder.glob(SHARDS)):
             yield _read(path)
 
-    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(path, write)
-        except OSError as error:
-            raise StoreError(
-                f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
-                "then run again: finished shards are kept"
-            ) from None
-
     def _write_json(self, path: Path, shard: Shard, records_hash: str | None) -> None:
         content = {
             "schema": SCHEMA,
@@ -183,7 +173,7 @@ class Store:
             "records_sha256": records_hash,
         }
         text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
-        self._write(path, lambda target: target.write_text(text + "\n"))
+        keep_file(path, (text + "\n").encode())
 
 
 def _read(path: Path) -> tuple[Shard, pd.DataFrame]:
@@ -236,6 +226,23 @@ def _digest(content: Mapping[str, Any]) -> str:
 def slug(*names: str) -> str:
     """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
+
+
+def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write ``content``, or what it writes to the path it is called with, as ``path``: whole, or not at all.
+
+    Raises:
+        StoreError: the disk is full or the folder cannot be made.
+    """
+    write = content if callable(content) else lambda beside: beside.write_bytes(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
+            "then run again: what was finished is kept"
+        ) from None
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,9 +1,9 @@
 """The one training loop, behind every learner and every training defense."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Any, Literal
 
@@ -167,10 +167,11 @@ def fit(
     steps = math.ceil(len(train) / recipe.batch_size)
     optimizer = recipe.build_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step / (steps * recipe.epochs)))
-    state = _TrainingState(model, optimizer, schedule, shuffle, job)
+    state = TrainingState(job, model, optimizer, {"schedule": schedule, "shuffle": _Position(shuffle)})
     piece = _name(model, data, recipe, job)
     with seeded(job):
-        first = state.resume(piece)
+        kept = state.resume(piece)
+        first: int = kept["epochs"] if kept else 0
         if first:
             job.progress(first, recipe.epochs)
         model.train()
@@ -194,54 +195,66 @@ def fit(
             job.progress(epoch + 1, recipe.epochs)
             watched(model, epoch, job)
             if job.scratch.due():
-                state.save(piece, epoch + 1)
-    return model.eval()
+                state.save(piece, epochs=epoch + 1)
+    return model.to(memory_format=torch.contiguous_format).eval()
 
 
 @dataclass(frozen=True)
-class _TrainingState:
-    """All that decides how a training run goes on after an epoch."""
+class TrainingState:
+    """All that decides how the training of ``model`` goes on, torch's global generators among it, for ``job.scratch``.
 
+    ``more`` has what else changes on the way, by name: anything with torch's ``state_dict`` and ``load_state_dict``.
+    """
+
+    job: Job
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    shuffle: torch.Generator
-    job: Job
+    more: Mapping[str, Any] = field(default_factory=dict)
 
-    def save(self, piece: str, done: int) -> None:
-        """Keep the state after ``done`` epochs."""
+    def save(self, piece: str, **done: Any) -> None:
+        """Keep the state as ``piece``, and beside it ``done``, what the caller has to know."""
         cuda = self.job.device.type == "cuda"
-        kept = {
-            "done": done,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "shuffle": self.shuffle.get_state(),
-            "random": torch.get_rng_state(),
-            "random on device": torch.cuda.get_rng_state(self.job.device) if cuda else None,
-        }
-        self.job.scratch.save(piece, kept)
+        parts = {"model": self.model, "optimizer": self.optimizer, **self.more}
+        state = {name: part.state_dict() for name, part in parts.items()}
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.job.device) if cuda else None
+        self.job.scratch.save(piece, {"state": state, "random": random, "done": done})
 
-    def resume(self, piece: str) -> int:
-        """Take up the state that was kept last, if any; the number of epochs that are done."""
+    def resume(self, piece: str) -> dict[str, Any] | None:
+        """Take up the state that was kept last, if any, and return what the caller had to know."""
         kept = self.job.scratch.load(piece)
         if kept is None:
-            return 0
-        self.model.load_state_dict(kept["model"])
-        self.optimizer.load_state_dict(kept["optimizer"])
-        self.schedule.load_state_dict(kept["schedule"])
-        self.shuffle.set_state(kept["shuffle"])
-        torch.set_rng_state(kept["random"])
-        if kept["random on device"] is not None:
-            torch.cuda.set_rng_state(kept["random on device"], self.job.device)
-        return int(kept["done"])
+            return None
+        for name, part in {"model": self.model, "optimizer": self.optimizer, **self.more}.items():
+            part.load_state_dict(kept["state"][name])
+        random, on_device = kept["random"]
+        torch.set_rng_state(random)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, self.job.device)
+        done: dict[str, Any] = kept["done"]
+        return done
+
+
+@dataclass(frozen=True)
+class _Position:
+    """Where a generator stands, saved as torch saves modules."""
+
+    generator: torch.Generator
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"position": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.generator.set_state(state["position"])
 
 
 def _name(model: nn.Module, data: Dataset, recipe: Recipe, job: Job) -> str:
-    """What tells the training run apart from others of the same job."""
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    run = repr((shapes, data.train.fingerprint() if job.scratch.folder else "", recipe, job.seed))
-    return f"training-{sha256(run.encode()).hexdigest()[:16]}"
+    """What tells the training run apart from others of the same job: its start, its data and its recipe."""
+    if job.scratch.folder is None:
+        return ""
+    digest = sha256(repr((data.train.fingerprint(), recipe, job.seed)).encode())
+    for name, value in model.state_dict().items():
+        digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
+    return f"training-{digest.hexdigest()[:16]}"
 
 
 def watched(model: nn.Module, epoch: int, job: Job) -> None:

@@ -127,14 +127,18 @@ def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft
     rows = protected_rows(data.train, share, job)
     chosen = Split(grey_levels(data.train)[rows], data.train.labels[rows]).to(job.device)
     streams = SampleRng.create(job.seed, rows.to(job.device), "protection")
-    moved: list[Tensor] = job.scratch.load("moved") or []
+    moved: list[Tensor] = []
+    while (kept := job.scratch.load(f"moved-{len(moved)}")) is not None:
+        moved += kept
+    saved = len(moved)
     for part in torch.arange(len(rows)).split(CHUNK)[len(moved) :]:
         levels = chosen.images[part].float()
         crafted = craft(levels, (chosen.labels[part] + shift) % len(data.classes), streams[part])
         assert ((crafted.round() - levels).abs() <= round(255 * eps)).all(), "outside the ball"
         moved.append(crafted.round().to(torch.uint8).cpu())
         if job.scratch.due():
-            job.scratch.save("moved", moved)
+            job.scratch.save(f"moved-{saved}", moved[saved:])
+            saved = len(moved)
     return merge(data.train, rows, torch.cat(moved))
 
 

@@ -15,7 +15,7 @@ from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.threat import Norm
-from bench.training import Recipe, frozen, seeded
+from bench.training import Recipe, TrainingState, frozen, seeded
 from defenses.levels import moved, whole_levels
 from defenses.surrogate import check_network, surrogate, surrogate_job
 
@@ -100,14 +100,12 @@ class ErrorMinimising:
         owner = torch.arange(len(images), device=job.device) if sample_wise else images.labels
         noise = torch.zeros(len(images) if sample_wise else classes, *images.shape, device=job.device)
         batches = shuffled(len(images), recipe.batch_size, job)
-        first = 1
-        if (kept := job.scratch.load("turn")) is not None:
-            first, noise = kept["next"], kept["noise"].to(job.device)
-            model.load_state_dict(kept["model"])
-            optimizer.load_state_dict(kept["optimizer"])
-            for _ in range((first - 1) * self.train_steps):
+        state, before = TrainingState(job, model, optimizer), 0
+        if (kept := state.resume("turn")) is not None:
+            before, noise = kept["turns"], kept["noise"].to(job.device)
+            for _ in range(before * self.train_steps):
                 next(batches)
-        for done in range(first, self.rounds + 1):
+        for done in range(before + 1, self.rounds + 1):
             model.train()
             for _ in range(self.train_steps):
                 rows = next(batches)
@@ -124,8 +122,7 @@ class ErrorMinimising:
             if error(model, released) <= stop:
                 break
             if job.scratch.due():
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                job.scratch.save("turn", {"next": done + 1, "noise": noise, **state})
+                state.save("turn", turns=done, noise=noise)
         return noise[owner]
 
     def descend(self, model: nn.Module, x: Tensor, y: Tensor, noise: Tensor, radius: float) -> Tensor:

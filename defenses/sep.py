@@ -116,7 +116,9 @@ class SelfEnsemble:
         recipe = stepwise(data, self.epochs, EPOCHS, milestones=MILESTONES, warm_up=1 / EPOCHS, nesterov=False)
         if self.variant == "as-intended":
             wanted = set(select(recipe.epochs, self.checkpoints))
-            return train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch in wanted)
+            found = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch in wanted)
+            assert len(found) == self.checkpoints
+            return found
         if len(data.calibration) == 0:
             raise ConfigError(f"{data.name} has no calibration images to tell an improvement by; use as-intended")
         calibration, best = data.calibration.to(job.device), 0.0

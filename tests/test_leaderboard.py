@@ -217,7 +217,7 @@ def test_the_longer_list_goes_down_the_glance():
     assert across[0].split() == ["|", "attack", "|", "none", "|"]
     assert [line.split()[1:3] for line in across[2:]] == [["worst", "@100"], ["nes", "@100"], ["square", "@100"]]
     tall = glance(["none", "aaa-linear", "rnd", "unig"], ["square", "nes"])
-    assert tall[0].split() == "| defense | worst @100 | nes @100 | square @100 |".split()
+    assert tall[0].split() == ["|", "defense", "|", "worst", "@100", "|", "nes", "@100", "|", "square", "@100", "|"]
 
 
 def test_latex_escapes_what_it_would_read_as_its_own():

@@ -8,13 +8,14 @@ import torch
 
 from attacks.learners.standard import Standard
 from bench import scratch as module
+from bench.errors import StoreError
 from bench.grid import Loader, expand
 from bench.models import resolve
 from bench.pipeline import Pipeline
 from bench.protocols import Job
 from bench.registry import datasets, defenses
 from bench.runner import run
-from bench.scratch import Scratch
+from bench.scratch import Scratch, scratch
 from bench.store import Store
 from bench.suite import load_suite
 from tests.test_runner import Silent
@@ -67,6 +68,23 @@ def test_pieces_come_back_but_not_to_other_code(tmp_path):
     nowhere.save("state", kept)
     assert nowhere.load("state") is None
     assert not nowhere.due()
+
+
+def test_two_processes_do_not_share_a_scratch(tmp_path):
+    with scratch(tmp_path / "job", "1") as first, scratch(tmp_path / "job", "1") as second:
+        first.save("state", 1)
+        second.save("state", 2)
+        assert second.load("state") is None
+        second.clear()
+        assert first.load("state") == 1
+    with scratch(tmp_path / "job", "1") as later:
+        assert later.load("state") == 1
+
+
+def test_a_full_disk_is_a_users_error_and_no_traceback(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="cannot write"):
+        Scratch(tmp_path / "file").save("state", 1)
 
 
 def test_a_training_run_goes_on_to_the_same_weights(few, tmp_path):
@@ -138,10 +156,10 @@ def test_a_cell_goes_on_and_remembers_its_peak(tmp_path):
         for limit in limits:
             with pytest.raises(Killed):
                 run(tasks, store, pipeline, 50, 256, KilledOnce(limit))
-            (unfinished,) = (store.root / "networks" / "unfinished").iterdir()
-            assert {file.name for file in unfinished.iterdir()} > {"history"}
+            pieces = sorted(file.name.partition("-")[0] for file in store.root.glob("networks/unfinished/*/*"))
+            assert pieces == ["history", "training"]
         run(tasks, store, pipeline, 50, 256, Silent())
-        assert not any((store.root / "networks" / "unfinished").glob("*"))
+        assert not any((store.root / "networks" / "unfinished").glob("*/"))
         rows.append(store.row(tasks[0].cell))
     assert rows[0].figures == rows[1].figures
     assert rows[0].figures["peak_epoch"] >= 1

@@ -222,7 +222,7 @@ def test_a_full_disk_costs_the_shard_in_work_and_nothing_else(store):
         capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1],
     )  # fmt: skip
     assert "free some space" in run.stdout
-    assert "finished shards are kept" in run.stdout
+    assert "what was finished is kept" in run.stdout
     assert {path: path.read_bytes() for path in files(store, "*") if path.is_file()} == before
     save(store, 5, 10)
     assert store.row(cell()).complete

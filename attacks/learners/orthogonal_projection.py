@@ -61,7 +61,7 @@ class OrthogonalProjection(Trainer):
         def build() -> nn.Module:
             return nn.Sequential(nn.Flatten(), nn.Linear(size, classes, bias=False))
 
-        quiet = Job(job.seed, job.device)
+        quiet = Job(job.seed, job.device, scratch=job.scratch)
         linear = fit(initialised(build, quiet), data, self._linear_recipe(), quiet)
         (weights,) = linear.parameters()
         basis: Tensor = torch.linalg.qr(F.normalize(weights.detach().double(), dim=1).T).Q
