@@ -11,7 +11,7 @@ from bench.store import Store
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in (ROOT / "leaderboards").iterdir() if path.is_dir() and path.name != "published")
-BUDGETS = {"query-cifar10": (100, 1000)}
+BUDGETS = (100, 1000)  # that bench leaderboard shows unless told otherwise
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
@@ -29,17 +29,19 @@ class TestCommittedRows:
 
     def test_the_table_is_made_of_the_rows(self, folder):
         rows, _ = Store(folder).rows()
-        table = render(tables(rows, BUDGETS[folder.name]), "md")
+        table = render(tables(rows, BUDGETS), "md")
         assert (ROOT / "leaderboards" / f"{folder.name}.md").read_text() == table + "\n"
-
-    def test_the_readme_shows_it_at_a_glance(self, folder):
-        table = (ROOT / "leaderboards" / f"{folder.name}.md").read_text()
-        glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
-        assert glance.startswith(("| defense", "| attack"))
-        assert glance in (ROOT / "README.md").read_text()
 
     def test_the_stored_flags_are_those_of_the_rows(self, folder):
         rows, _ = Store(folder).rows()
         computed = {astuple(flag) for table in tables(rows) for flag in table.flags}
         stored = {tuple(flag.values()) for flag in json.loads((folder / "flags.json").read_text())}
         assert stored == computed
+
+
+@pytest.mark.parametrize("name", ["query-cifar10"])
+def test_the_readme_shows_it_at_a_glance(name):
+    table = (ROOT / "leaderboards" / f"{name}.md").read_text()
+    glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert glance.startswith(("| defense", "| attack"))
+    assert glance in (ROOT / "README.md").read_text()
