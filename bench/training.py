@@ -194,7 +194,7 @@ def fit(
                 schedule.step()
             job.progress(epoch + 1, recipe.epochs)
             watched(model, epoch, job)
-            if job.scratch.due():
+            if job.scratch.due() or epoch + 1 == recipe.epochs:  # what follows the training may be slow, too
                 state.save(piece, epochs=epoch + 1)
     return model.to(memory_format=torch.contiguous_format).eval()
 
