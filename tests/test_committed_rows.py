@@ -39,7 +39,7 @@ class TestCommittedRows:
         assert stored == computed
 
 
-@pytest.mark.parametrize("name", ["query-cifar10"])
+@pytest.mark.parametrize("name", ["query-cifar10", "data-cifar10-small"])
 def test_the_readme_shows_it_at_a_glance(name):
     table = (ROOT / "leaderboards" / f"{name}.md").read_text()
     glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
