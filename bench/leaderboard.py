@@ -36,6 +36,7 @@ MARKS = {
     "incomplete": ("…", "not all samples have run yet; never ranked"),
     "failed": ("✗", "failed; run again, or read the traceback in its .failed.json; never ranked"),
     "invalid": ("!", "the model answered NaN or infinity; never ranked"),
+    "spared": ("⊂", "not met by every attack that the undefended model has met; never ranked"),
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
@@ -73,7 +74,7 @@ RELEASED = {  # column of a learner's line: figure; shares are printed in percen
     "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean", "PSNR": "psnr",
 }  # fmt: skip
 PERCENT = {"clean", "mean", "SD", "peak", "train"}
-UNRANKED = {"limited", "incomplete", "failed", "invalid"}
+UNRANKED = {"limited", "incomplete", "failed", "invalid", "spared"}
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,8 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
         name: _worst_case([row for row in members if not is_transfer(row)] or members, shown)
         for name, members in by_defense.items()
     }
+    for name in _spared(by_defense):
+        worst[name] = replace(worst[name], marks=worst[name].marks | {"spared"})
     decisive = {name: line.shares[f"@{largest}"] for name, line in worst.items()}
     ranks = _ranks({name: decisive[name].right for name, line in worst.items() if not line.marks & UNRANKED})
     lines = []
@@ -226,6 +229,8 @@ def _released_lines(rows: list[Row]) -> list[Line]:
     clean = {name: value for name, (value, _) in _over_seeds(by_defense.get("none", [])).items()}
     best = {name: _best_learner(members) for name, members in by_defense.items()}
     marks = {name: frozenset().union(*map(_marks, members)) for name, members in by_defense.items()}
+    spared = _spared(by_defense)
+    marks |= {name: marks[name] | {"spared"} for name in spared}
     ranks = _ranks({name: ~tested(best[name]).right for name in best if not marks[name] & UNRANKED})
     lines = []
     for name in sorted(best, key=lambda name: (ranks.get(name, len(best) + 1), tested(best[name]).value)):
@@ -243,11 +248,17 @@ def _released_lines(rows: list[Row]) -> list[Line]:
             if sum(other.cell.attack.spec == learner for other in members) > 1:
                 extra |= dict(zip(("mean", "SD"), spread[learner], strict=True))
             extra |= {title: row.figures[figure] for title, figure in RELEASED.items() if figure in row.figures}
-            rank = ranks.get(name) if len(spread) == 1 else None
-            lines.append(
-                Line(name, learner + seed, {"test": tested(row)}, len(row.records), _marks(row), rank, extra)
-            )
+            decides = len(spread) == 1
+            own = _marks(row) | ({"spared"} if decides and name in spared else set())
+            rank = ranks.get(name) if decides else None
+            lines.append(Line(name, learner + seed, {"test": tested(row)}, len(row.records), own, rank, extra))
     return lines
+
+
+def _spared(by_defense: dict[str, list[Row]]) -> set[str]:
+    """The defenses that some attack on the undefended model has not met: their worst case would flatter them."""
+    met = {name: {row.cell.attack.spec for row in rows} for name, rows in by_defense.items()}
+    return {name for name in met if met.get("none", set()) - met[name]}
 
 
 def _over_seeds(rows: Sequence[Row]) -> dict[str, tuple[float, float]]:
@@ -448,7 +459,7 @@ def _records(table: Table) -> list[dict[str, Any]]:
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
-    "✗": r"$\times$", "…": r"$\ldots$",
+    "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$",
     "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
     "Δ": r"$\Delta$", "→": r"$\to$",

@@ -111,6 +111,18 @@ def test_traits_of_an_attack_are_marked_and_ranked_all_the_same():
     assert line.rank == 1
 
 
+def test_who_was_spared_an_attack_is_not_ranked():
+    rows = [row([5, NEVER]), row([5, 5], attack="nes"), row([NEVER, NEVER], "unig")]
+    both, (alone,) = only(rows)[:1], [line for line in only(rows) if line.defense == "unig"]
+    assert (both[0].defense, both[0].rank) == ("none", 1)
+    assert (alone.rank, "spared" in alone.marks) == (None, True)
+    assert "⊂ not met by every attack" in render(tables(rows), "md")
+    learners = [learner(1, 4), learner(1, 4, attack="jpeg"), learner(4, 4, "ops"), learner(4, 4, "lsp", "jpeg")]
+    learners.append(learner(3, 4, "lsp"))
+    ranks = {line.defense: line.rank for line in only(learners) if line.rank or line.defense == "ops"}
+    assert ranks == {"ops": None, "lsp": 1, "none": 1}
+
+
 def test_differences_inside_the_noise_share_a_rank():
     lines = only([row([1] * 10 + [NEVER] * 10, "a"), row([1] * 8 + [NEVER] * 12, "b")])
     assert {line.defense: line.rank for line in lines} == {"a": 1, "b": 1}
