@@ -18,7 +18,7 @@ from bench.errors import BenchError, ConfigError, StoreError
 from bench.estimate import Estimate, estimate
 from bench.flags import write_flags
 from bench.grid import Loader, Task, expand
-from bench.leaderboard import Format, render, tables
+from bench.leaderboard import Format, render
 from bench.match import match, render_matches
 from bench.pipeline import Pipeline
 from bench.progress import Screen, Steps, duration
@@ -27,6 +27,7 @@ from bench.protect import report
 from bench.published import load_published, result_folders
 from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, load_plugins, models, parameters
 from bench.runner import run as run_tasks
+from bench.standings import tables
 from bench.store import Row, Store
 from bench.suite import load_suite, suite_names
 

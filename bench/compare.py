@@ -9,9 +9,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from bench.errors import ConfigError
-from bench.leaderboard import MARKS, tables
+from bench.marks import MARKS
 from bench.outcomes import Share, is_transfer, query_budget, restricted
 from bench.spec import parse_chain
+from bench.standings import tables
 from bench.stats import mcnemar, paired_bootstrap
 from bench.store import Row
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from bench.cell import Cell, Component
 from bench.compare import Style, markdown, tidy
-from bench.leaderboard import UNRANKED, tables
+from bench.marks import UNRANKED
 from bench.metrics import query_statistics
 from bench.oracle import NEVER
 from bench.outcomes import Share, clean, column, figures, query_budget, robust, tested
 from bench.published import Figure, Published
 from bench.spec import Spec, parse_chain
+from bench.standings import tables
 from bench.store import Row
 from bench.threat import format_eps
 

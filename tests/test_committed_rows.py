@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench.leaderboard import render, tables
+from bench.leaderboard import render
+from bench.standings import tables
 from bench.store import Store
 
 ROOT = Path(__file__).parents[1]

@@ -5,7 +5,7 @@ from PIL import Image
 
 from bench import outcomes
 from bench.cli import run
-from bench.leaderboard import tables
+from bench.standings import tables
 from bench.stats import mcnemar
 from bench.store import Store
 

@@ -11,8 +11,8 @@ import pytest
 
 from bench.cell import Component
 from bench.flags import flags
-from bench.leaderboard import tables
 from bench.oracle import NEVER
+from bench.standings import tables
 from bench.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row

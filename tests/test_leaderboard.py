@@ -9,8 +9,9 @@ from dataclasses import replace
 import pytest
 
 from bench.cell import Component
-from bench.leaderboard import Line, Table, render, summary, tables
+from bench.leaderboard import render, summary
 from bench.oracle import NEVER
+from bench.standings import Line, Table, tables
 from bench.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
