@@ -9,11 +9,14 @@ from typing import Any
 from bench.numerics import Numerics
 from bench.threat import Threat
 
+SHOWN = 6  # digits of the hash of a user's code
+
 
 @dataclass(frozen=True)
 class Component:
     """A component as a cell pins it: what the user wrote, every parameter it means, its version and its traits.
 
+    The version of a user's own code is ``VERSION+HASH``, where the hash is of the code.
     ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``,
     ``stateful``.
     """
@@ -22,6 +25,12 @@ class Component:
     version: int | str = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     traits: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """What tables call it: ``spec``, and for a user's code the start of its hash, ``evil.py:Defense #ab12cd``."""
+        _, plus, code = str(self.version).partition("+")
+        return f"{self.spec} #{code[:SHOWN]}" if plus else self.spec
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Component":
@@ -61,6 +70,11 @@ class Cell:
     def defense_name(self) -> str:
         """The chain as it is written in a suite."""
         return " + ".join(component.spec for component in self.defense) or "none"
+
+    @property
+    def defense_label(self) -> str:
+        """The chain as tables show it, which tells versions of a user's code apart."""
+        return " + ".join(component.label for component in self.defense) or "none"
 
     @property
     def learns(self) -> bool:

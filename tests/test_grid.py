@@ -195,6 +195,15 @@ def test_an_edited_user_file_is_another_cell(tmp_path, trained):
     assert fresh[0].cell.weights_hash != before.weights_hash
 
 
+def test_tables_tell_versions_of_a_users_code_apart():
+    cell = plan()[0].cell
+    evil = Component("evil.py:Defense(a=1)", "3+ab12cd345678")
+    assert evil.label == "evil.py:Defense(a=1) #ab12cd"
+    assert replace(cell, defense=(Component("pgd-at"), evil)).defense_label == f"pgd-at + {evil.label}"
+    assert replace(cell, defense=()).defense_label == "none"
+    assert Component("square", 2).label == "square"
+
+
 def test_a_defense_at_no_stage_is_refused_and_never_left_out(tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    stage = 'otput'\n    def __call__(self): ...\n")
     assert "declares stage = 'otput'; use one of data, training, output" in refusal(
