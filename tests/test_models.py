@@ -61,7 +61,8 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Split:
     [("cnn", (1, 8, 8)), ("cnn", (3, 64, 64)), ("resnet20", (1, 8, 8)), ("resnet20", (3, 33, 31)), ("resnet32", RGB),
      ("resnet44", RGB), ("resnet56", RGB), ("resnet18", (1, 8, 8)), ("vgg16", RGB), ("vgg16", (1, 70, 33)),
      ("densenet121", (1, 8, 8)), ("densenet121", (3, 33, 31)), ("senet18", (1, 8, 8)), ("senet18", (3, 33, 31)),
-     ("googlenet", (1, 8, 8)), ("googlenet", (3, 33, 31))],
+     ("googlenet", (1, 8, 8)), ("googlenet", (3, 33, 31)), ("preact-resnet18", (1, 8, 8)),
+     ("preact-resnet18", (3, 33, 31)), ("wide-resnet28-10", (1, 8, 8))],
 )  # fmt: skip
 def test_untrained_networks_give_logits_for_any_small_image(name, shape):
     architecture = models.create(name)
@@ -81,7 +82,8 @@ def test_networks_can_be_traced_for_folding(name):
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("vgg16", 0), ("googlenet", 0), ("senet18", 8), ("densenet121", 62)],  # before an activation, after a sum or a cat
+    [("vgg16", 0), ("googlenet", 0), ("senet18", 8), ("densenet121", 62), ("preact-resnet18", 9)],
+    # left are those before an activation that follow a sum or a cat
 )
 def test_folding_keeps_what_a_network_says(name, left):
     network = build(name)
@@ -102,6 +104,18 @@ def test_folding_keeps_what_a_network_says(name, left):
 def test_sizes_are_those_that_are_published_for_small_images(name, millions):
     counted = sum(parameter.numel() for parameter in build(name).parameters()) / 1e6
     assert counted == pytest.approx(millions, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "layers"),
+    [("preact-resnet18", 11_172_170, ("bn.weight", "layer2.0.shortcut.0.weight", "layer4.1.bn2.bias", "linear.bias")),
+     ("wide-resnet28-10", 36_479_194, ("bn1.weight", "block1.layer.0.convShortcut.weight", "block3.layer.3.bn2.bias",
+                                       "fc.bias"))],
+)  # fmt: skip
+def test_pre_activation_networks_are_the_public_ones(name, count, layers):
+    network = build(name)
+    assert sum(parameter.numel() for parameter in network.parameters()) == count
+    assert set(layers) <= set(network.state_dict())
 
 
 @pytest.mark.parametrize(("spec", "side"), [("vgg16", 31), ("densenet121", 7)])
