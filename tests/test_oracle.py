@@ -7,7 +7,8 @@ import torch
 
 from bench.errors import AccessError, ThreatViolation
 from bench.losses import margin
-from bench.oracle import NEVER, REFRESH
+from bench.oracle import NEVER
+from bench.oracle.referee import REFRESH
 from tests.problems import Linear, Noisy, Scripted, images, referee
 
 

@@ -1,8 +1,7 @@
-"""The referee: what an attack meets in place of the model, and the ledger of what it did there."""
+"""The referee: what an attack meets in place of the model."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,41 +9,14 @@ from torch import Tensor, nn
 from bench.errors import AccessError, ThreatViolation
 from bench.losses import margin
 from bench.norms import lp_norm, per_sample
+from bench.oracle.foreign import ForeignView
+from bench.oracle.ledger import NEVER, Ledger
 from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Threat
 
-NEVER = -1  # first hit of a sample that no query beat
 TOLERANCE = 1e-6  # what float32 rounding may add to a distance; grows with radii above 1
 REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """What each sample of a batch has cost and suffered; tensors (B,), and (B, C, H, W) for ``hits``."""
-
-    forwards: Tensor       # int64, queries answered
-    backwards: Tensor      # int64, gradients answered
-    first_hit: Tensor      # int64, number of the first misclassified query in the ball, NEVER without one
-    best_margin: Tensor    # smallest margin that a query in the ball has shown
-    best_distance: Tensor  # of the nearest misclassified query, which minimum-norm attacks may ask anywhere; or inf
-    invalid: Tensor        # bool, the model answered NaN or infinity
-    hits: Tensor           # the first misclassified query in the ball; the clean image without one
-
-    @classmethod
-    def blank(cls, x: Tensor) -> "Ledger":
-        """The ledger of a batch ``x`` that nobody has asked about."""
-        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        none_yet = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
-        return cls(
-            forwards=count,
-            backwards=count.clone(),
-            first_hit=torch.full_like(count, NEVER),
-            best_margin=none_yet,
-            best_distance=none_yet.clone(),
-            invalid=torch.zeros_like(count, dtype=torch.bool),
-            hits=x.clone(),
-        )
 
 
 class Oracle:
@@ -185,7 +157,7 @@ class Oracle:
 
     def as_module(self) -> nn.Module:
         """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
-        return _ForeignView(self)
+        return ForeignView(self)
 
     def finish(self, x_adv: Tensor) -> Tensor:
         """End the attack: the final example (B, C, H, W) of each sample, which is the query that beat it, if one did.
@@ -332,35 +304,3 @@ class Oracle:
 def _limit(radius: float) -> float:
     """The largest distance that passes for ``radius``."""
     return radius + TOLERANCE * max(1.0, radius)
-
-
-class _ForeignView(nn.Module):
-    """An oracle behind a network's call. Foreign code does not say whose image it asks about, so each image is taken
-    for the sample whose clean image is nearest; a sample that gets no more answers hears its last one again."""
-
-    def __init__(self, oracle: Oracle) -> None:
-        super().__init__()
-        self._oracle = [oracle]  # in a list, so that it is not searched for parameters
-        self._clean = oracle._x.flatten(1)
-        self._half_norms = self._clean.square().sum(dim=1) / 2
-        self._last: Tensor | None = None
-        self.anchor = nn.Parameter(torch.empty(0, device=oracle._x.device), requires_grad=False)  # tells the device
-        self.eval()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, K), with a graph where the threat grants gradients; its backward pass is counted."""
-        oracle = self._oracle[0]
-        flat = x.detach().flatten(1)
-        rows = (flat @ self._clean.T - self._half_norms).argmax(dim=1)  # nearest in l2
-        with torch.set_grad_enabled(torch.is_grad_enabled() and oracle._threat.access == "gradients"):
-            logits, answered = oracle._ask(x, rows)
-        if self._last is None:
-            self._last = torch.zeros(len(self._clean), logits.shape[1], dtype=logits.dtype, device=logits.device)
-        self._last[rows] = torch.where(answered[:, None], logits.detach(), self._last[rows])
-
-        def charge(_: Tensor) -> None:
-            oracle.ledger.backwards.index_add_(0, rows, answered.long())
-
-        if logits.requires_grad:
-            logits.register_hook(charge)
-        return torch.where(answered[:, None], logits, self._last[rows])

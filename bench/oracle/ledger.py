@@ -1,0 +1,36 @@
+"""What the queries of a batch have come to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+NEVER = -1  # first hit of a sample that no query beat
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What each sample of a batch has cost and suffered; tensors (B,), and (B, C, H, W) for ``hits``."""
+
+    forwards: Tensor       # int64, queries answered
+    backwards: Tensor      # int64, gradients answered
+    first_hit: Tensor      # int64, number of the first misclassified query in the ball, NEVER without one
+    best_margin: Tensor    # smallest margin that a query in the ball has shown
+    best_distance: Tensor  # of the nearest misclassified query, which minimum-norm attacks may ask anywhere; or inf
+    invalid: Tensor        # bool, the model answered NaN or infinity
+    hits: Tensor           # the first misclassified query in the ball; the clean image without one
+
+    @classmethod
+    def blank(cls, x: Tensor) -> "Ledger":
+        """The ledger of a batch ``x`` that nobody has asked about."""
+        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        none_yet = torch.full((len(x),), torch.inf, dtype=x.dtype, device=x.device)
+        return cls(
+            forwards=count,
+            backwards=count.clone(),
+            first_hit=torch.full_like(count, NEVER),
+            best_margin=none_yet,
+            best_distance=none_yet.clone(),
+            invalid=torch.zeros_like(count, dtype=torch.bool),
+            hits=x.clone(),
+        )
