@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from bench.dataset import Dataset, Split, grey_levels
+from bench.files import keep_file, slug
 from bench.grid import Task
 from bench.perturbation import in_words, perturbation
 from bench.pipeline import Pipeline, data_defense, release_key
-from bench.store import keep_file, slug
 
 ROWS, EXAMPLES = 8, 3  # classes shown, and images of each
 TILE, LARGEST = 128, 256  # pixels on the sheet: smaller images are magnified, larger ones reduced

@@ -20,11 +20,12 @@ from scipy import stats
 
 from bench.cell import Cell
 from bench.errors import BenchError
+from bench.files import replace_file
 from bench.oracle import NEVER
 from bench.outcomes import clean, column, final, is_transfer, query_budget, restricted, robust
 from bench.registry import defenses
 from bench.stats import mcnemar
-from bench.store import Row, replace_file
+from bench.store import Row
 
 SIGNIFICANT = 0.01
 HALF_THE_RANGE = 0.5  # an linf radius at which nothing can be robust

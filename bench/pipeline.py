@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from bench import numerics
 from bench.cell import Component
 from bench.dataset import Dataset, Split
+from bench.files import keep_file
 from bench.grid import Task
 from bench.models.weights import load_weights
 from bench.numerics import Numerics
@@ -23,7 +24,6 @@ from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch
 from bench.served import ServedModel, Target
-from bench.store import keep_file
 
 Progress = Callable[[int, int], None]
 

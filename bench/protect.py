@@ -20,6 +20,7 @@ import bench
 from bench.contact_sheet import contact_sheet
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, StoreError
+from bench.files import keep_file
 from bench.grid import pin
 from bench.layouts import Bar, Source, digest_files, in_parallel, pixels, read_source
 from bench.perturbation import in_words, perturbation
@@ -28,7 +29,7 @@ from bench.provenance import commit
 from bench.registry import code_hash, defenses
 from bench.scratch import scratch
 from bench.spec import Spec, parse_chain
-from bench.store import Store, keep_file
+from bench.store import Store
 
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from bench.errors import StoreError
-from bench.store import keep_file
+from bench.files import keep_file
 
 PAUSE = 30.0  # seconds of work that a kill may cost beside the step in work: an epoch, a turn, a chunk of images
 

@@ -6,10 +6,7 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 """
 
 import json
-import os
-import re
-import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -19,6 +16,7 @@ import pandas as pd
 
 from bench.cell import Cell
 from bench.errors import StoreError
+from bench.files import keep_file, replace_file, slug
 
 SCHEMA = 1
 SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
@@ -221,37 +219,3 @@ def _positions(shards: Iterable[Shard]) -> set[int]:
 
 def _digest(content: Mapping[str, Any]) -> str:
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def slug(*names: str) -> str:
-    """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
-
-
-def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
-    """Write ``content``, or what it writes to the path it is called with, as ``path``: whole, or not at all.
-
-    Raises:
-        StoreError: the disk is full or the folder cannot be made.
-    """
-    write = content if callable(content) else lambda beside: beside.write_bytes(content)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, write)
-    except OSError as error:
-        raise StoreError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
-            "then run again: what was finished is kept"
-        ) from None
-
-
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        write(beside)
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

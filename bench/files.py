@@ -1,0 +1,43 @@
+"""Files that are there whole or not at all, and names for them."""
+
+import os
+import re
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.errors import StoreError
+
+
+def slug(*names: str) -> str:
+    """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
+
+
+def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
+    """Write ``content``, or what it writes to the path it is called with, as ``path``: whole, or not at all.
+
+    Raises:
+        StoreError: the disk is full or the folder cannot be made.
+    """
+    write = content if callable(content) else lambda beside: beside.write_bytes(content)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, write)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another --out, "
+            "then run again: what was finished is kept"
+        ) from None
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        write(beside)
+        with beside.open("rb") as file:
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
