@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from bench.numerics import Numerics
+from bench.registry import attacks, defenses
 from bench.threat import Threat
 
 SHOWN = 6  # digits of the hash of a user's code
@@ -18,13 +19,22 @@ class Component:
 
     The version of a user's own code is ``VERSION+HASH``, where the hash is of the code.
     ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``,
-    ``stateful``.
+    ``stateful``. ``stage`` is where a defense acts; ``control`` tells of an attack that it works on the undefended
+    network, which no attacker of a service has. Who reads a row asks these and never the component itself, which may
+    be anybody's code. Both are empty where nobody has said; neither is part of a cell's key.
     """
 
     spec: str
     version: int | str = 1
     params: Mapping[str, Any] = field(default_factory=dict)
     traits: tuple[str, ...] = ()
+    stage: str = ""
+    control: bool = False
+
+    @property
+    def name(self) -> str:
+        """What stands before its arguments, which are not read."""
+        return self.spec.partition("(")[0]
 
     @property
     def label(self) -> str:
@@ -38,12 +48,16 @@ class Component:
         return cls(**{**data, "traits": tuple(data["traits"])})
 
 
+UNKEYED = ("stage", "control")  # fields of components that follow from the others
+
+
 @dataclass(frozen=True)
 class Cell:
     """A model, its chain of defenses and one attack on one set of samples.
 
     Two cells with equal fields give equal results (up to the rounding of the hardware), and ``key`` is a hash of all
-    of them but ``limited``, which only remembers that the samples are fewer than the suite asks for.
+    of them but ``limited``, which only remembers that the samples are fewer than the suite asks for, and what its
+    components say for readers.
     """
 
     dataset: Component
@@ -64,6 +78,9 @@ class Cell:
         """64 hexadecimal digits that name this cell and no other."""
         fields = asdict(self)
         del fields["limited"]
+        for part in (fields["dataset"], fields["model"], fields["attack"], *fields["defense"]):
+            for name in UNKEYED:
+                del part[name]
         return sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -99,15 +116,20 @@ class Cell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Cell":
-        """The cell that ``as_json`` wrote.
+        """The cell that ``as_json`` wrote; of an older one, registered names tell what it does not say.
 
         Raises:
             KeyError, TypeError: the data is not a cell.
         """
         fields = dict(data)
-        for name in ("dataset", "model", "attack"):
+        for name in ("dataset", "model"):
             fields[name] = Component.from_json(fields[name])
-        fields["defense"] = tuple(Component.from_json(component) for component in fields["defense"])
+        control = attacks.declared(fields["attack"]["spec"], "surrogate", False)
+        fields["attack"] = Component.from_json({"control": control, **fields["attack"]})
+        fields["defense"] = tuple(
+            Component.from_json({"stage": defenses.declared(part["spec"], "stage", ""), **part})
+            for part in fields["defense"]
+        )
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])
         return cls(**fields)

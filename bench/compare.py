@@ -10,7 +10,7 @@ import pandas as pd
 
 from bench.errors import ConfigError
 from bench.marks import MARKS
-from bench.outcomes import Share, is_transfer, query_budget, restricted
+from bench.outcomes import Share, is_control, query_budget, restricted
 from bench.spec import parse_chain
 from bench.standings import tables
 from bench.stats import mcnemar, paired_bootstrap
@@ -159,7 +159,7 @@ def _duel(of_a: Sequence[Row], of_b: Sequence[Row], budgets: Sequence[int] | Non
     pairs = [(restricted(row_a, ids), restricted(row_b, ids)) for row_a, row_b in pairs]
     shown = _budgets([min(query_budget(row_a), query_budget(row_b)) for row_a, row_b in pairs], budgets, setting)
     lines: list[Versus] = []
-    counted = [pair for pair in pairs if not is_transfer(pair[0])]
+    counted = [pair for pair in pairs if not is_control(pair[0])]
     if len(counted) > 1 and not of_a[0].cell.learns:
         lines += _versus(f"worst of {len(counted)}", [row for row, _ in counted], [row for _, row in counted], shown)
     for attack, (row_a, row_b) in zip(attacks, pairs, strict=True):

@@ -75,7 +75,7 @@ def attack_served(
         surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
-    stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.spec.partition('(')[0]}")
+    stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.name}")
     x_adv = attack(oracle, before, y[todo], cell.threat, stream) if len(todo) else before
     final = x.clone()
     final[todo] = oracle.finish(x_adv)

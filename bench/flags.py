@@ -19,11 +19,9 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bench.cell import Cell
-from bench.errors import BenchError
 from bench.files import replace_file
 from bench.oracle import NEVER
-from bench.outcomes import clean, column, final, is_transfer, query_budget, restricted, robust
-from bench.registry import defenses
+from bench.outcomes import clean, column, final, is_control, query_budget, restricted, robust
 from bench.stats import mcnemar
 from bench.store import Row
 
@@ -86,16 +84,10 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
 
 def _undefended(cell: Cell) -> str:
     """The chain without its output defense, which acts last; empty where none acts on outputs."""
-    if not cell.defense or not _acts_on_outputs(cell.defense[-1].spec):
+    # An old row does not say where the defense of a user's file acts; most act on outputs.
+    if not cell.defense or cell.defense[-1].stage not in ("output", ""):
         return ""
     return " + ".join(part.spec for part in cell.defense[:-1]) or "none"
-
-
-def _acts_on_outputs(spec: str) -> bool:
-    try:
-        return defenses.create(spec).stage == "output"
-    except BenchError:  # a user's file that is no longer there; most defenses act on outputs
-        return True
 
 
 def _probed(rows: Sequence[Row]) -> list[Sign]:
@@ -145,7 +137,7 @@ def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
 
 def _labels_beat_scores(rows: Sequence[Row]) -> Sign | None:
     """RF-26: an attack that sees labels only leaves more than 1 point less than all that see scores, at its queries."""
-    labels = [row for row in rows if _sees(row, "labels") and not _is_control(row)]
+    labels = [row for row in rows if _sees(row, "labels") and not _learns_nothing(row)]
     return _less("labels-beat-scores", labels, "score attacks", _scored(rows))
 
 
@@ -153,15 +145,15 @@ def _transfer_beats_queries(rows: Sequence[Row]) -> Sign | None:
     """RF-17, RF-25: examples of the undefended network leave more than 1 point less than all attacks that query do."""
     if not _undefended(rows[0].cell):
         return None  # there it is a white-box attack, and may
-    transfer = [row for row in rows if is_transfer(row)]
-    queries = [row for row in rows if not _is_control(row) and (_sees(row, "labels") or _sees(row, "scores"))]
+    transfer = [row for row in rows if is_control(row)]
+    queries = [row for row in rows if not _learns_nothing(row) and (_sees(row, "labels") or _sees(row, "scores"))]
     return _less("transfer-beats-queries", transfer, "all queries", queries)
 
 
 def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
     """RF-24: random noise fools samples that no attack does; not for random defenses, where every query may."""
     noise, others = [row for row in rows if _is(row, "noise")], [row for row in rows if not _is(row, "noise")]
-    if not noise or all(_is_control(row) for row in others):
+    if not noise or all(_learns_nothing(row) for row in others):
         return None
     if any("random" in part.traits for part in rows[0].cell.defense):
         return None
@@ -174,7 +166,7 @@ def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
 
 def _survives_any_radius(rows: Sequence[Row]) -> Sign | None:
     """RF-23: all attacks together leave more than 1 % where half the range of a pixel may change."""
-    threat, attacked = rows[0].cell.threat, [row for row in rows if not _is_control(row)]
+    threat, attacked = rows[0].cell.threat, [row for row in rows if not _learns_nothing(row)]
     if threat.norm != "linf" or threat.eps < HALF_THE_RANGE or not attacked:
         return None
     left = _standing(attacked, max(query_budget(row) for row in attacked)).to_numpy()
@@ -332,7 +324,7 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
         return None
     most, found = max(query_budget(row) for row in theirs), []
     for row in ours:
-        queries = most if is_transfer(row) else min(most, query_budget(row))
+        queries = most if is_control(row) else min(most, query_budget(row))
         both = _compare([row], theirs, queries)
         if both.exceeds(0.01):
             evidence = (
@@ -393,11 +385,12 @@ def _but_radius(row: Row) -> tuple[object, ...]:
 
 
 def _is(row: Row, name: str) -> bool:
-    return row.cell.attack.spec.partition("(")[0] == name
+    return row.cell.attack.name == name
 
 
-def _is_control(row: Row) -> bool:
-    return is_transfer(row) or _is(row, "noise")
+def _learns_nothing(row: Row) -> bool:
+    """Whether its attack draws nothing from the answers: one that works on another network, or random noise."""
+    return is_control(row) or _is(row, "noise")
 
 
 def _sees(row: Row, access: str) -> bool:

@@ -109,7 +109,8 @@ def pin(text: str, component: Any) -> Component:
     if module.startswith("bench_user_"):  # a user's own file: its hash tells one version from the next
         version = f"{version}+{module.removeprefix('bench_user_')}"
     traits = tuple(trait for trait in TRAITS if getattr(component, trait.replace("-", "_"), False))
-    return Component(str(Spec.parse(text)), version, describe(component), traits)
+    stage, control = getattr(component, "stage", ""), bool(getattr(component, "surrogate", False))
+    return Component(str(Spec.parse(text)), version, describe(component), traits, stage, control)
 
 
 def _task(

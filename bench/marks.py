@@ -1,6 +1,6 @@
 """What a reader of a figure must know, as signs in a table: what bars a row from ranking, and what colours it."""
 
-from bench.outcomes import column, is_transfer
+from bench.outcomes import column, is_control
 from bench.store import Row
 
 MARKS = {
@@ -29,7 +29,7 @@ def marks_of(row: Row) -> frozenset[str]:
         "incomplete": not row.complete,
         "failed": bool(row.errors),
         "invalid": bool(column(row, "invalid").any()),
-        "control": not row.cell.learns and is_transfer(row) and row.cell.defense_name != "none",
+        "control": not row.cell.learns and is_control(row) and row.cell.defense_name != "none",
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)

@@ -80,7 +80,7 @@ def match(published: Published, rows: Iterable[Row]) -> Matches:
         found: dict[object, Match] = {}
         for row in rows:
             cell = row.cell
-            if str(Spec.parse(cell.model.spec)) in hardened and not _is_defense(figure):
+            if cell.model.spec in hardened and not _is_defense(figure):
                 continue
             candidate = _beside(figure, row, marks[cell.key], published.copies) if _same_setting(figure, cell) else None
             if candidate is not None:
@@ -123,17 +123,16 @@ def render_matches(matches: Matches, published: Published, style: Style, show_mi
 def _same_setting(figure: Figure, cell: Cell) -> bool:
     """Whether data set, families of defense and attack, and threat of a figure are those of a cell."""
     spec = figure.spec
-    if _name(cell.dataset.spec) != figure.dataset or cell.learns != (figure.metric == "test accuracy"):
+    if cell.dataset.name != figure.dataset or cell.learns != (figure.metric == "test accuracy"):
         return False
     if spec.defense is None and (cell.defense or not _same_model(figure, cell)):
         return False
-    if spec.defense is not None and [_name(part.spec) for part in cell.defense] != [
-        part.name for part in parse_chain(spec.defense)
-    ]:
+    stated = [part.name for part in parse_chain(spec.defense or "none")]
+    if spec.defense is not None and [part.name for part in cell.defense] != stated:
         return False
     if figure.metric in UNATTACKED:
         return True
-    if spec.attack is None or _name(spec.attack) != _name(cell.attack.spec):
+    if spec.attack is None or Spec.parse(spec.attack).name != cell.attack.name:
         return False
     if cell.learns:
         return True
@@ -232,11 +231,7 @@ def _is_defense(figure: Figure) -> bool:
 
 
 def _same_model(figure: Figure, cell: Cell) -> bool:
-    return figure.spec.model is not None and Spec.parse(figure.spec.model) == Spec.parse(cell.model.spec)
-
-
-def _name(spec: str) -> str:
-    return Spec.parse(spec).name
+    return figure.spec.model is not None and str(Spec.parse(figure.spec.model)) == cell.model.spec
 
 
 def _copy(cell: Cell, copies: Mapping[str, str]) -> str:

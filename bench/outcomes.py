@@ -90,9 +90,9 @@ def tested(row: Row) -> Share:
     return Share(column(row, "final_pred") == column(row, "y"))
 
 
-def is_transfer(row: Row) -> bool:
-    """Whether its attack works on the undefended network, which no attacker of a service has: a control."""
-    return row.cell.attack.spec.partition("(")[0] == "transfer"
+def is_control(row: Row) -> bool:
+    """Whether its attack works on the undefended network, which no attacker of a service has."""
+    return row.cell.attack.control
 
 
 def restricted(row: Row, ids: Collection[int]) -> Row:

@@ -33,7 +33,8 @@ class Attack(Protocol):
     for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside;
     ``averages = True`` where the k queries of one call are k draws of one image: each is paid for, and success is a
     misclassified mean of their logits; ``alone = True`` where the queries of a row in one call are to be a batch of
-    their own; and ``surrogate = True`` where it works on the undefended network, found at ``oracle.surrogate``.
+    their own; and ``surrogate = True`` where it works on the undefended network, found at ``oracle.surrogate``; that
+    makes it a control, which stands in no worst case.
     """
 
     @property

@@ -22,6 +22,7 @@ from bench.threat import Access
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
+Value = TypeVar("Value")
 
 
 class Registry(Generic[T]):
@@ -78,6 +79,15 @@ class Registry(Generic[T]):
         near = get_close_matches(name, self.names(), n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names())}"
         raise ConfigError(f"no {self.kind} is named {name!r}; {hint}")
+
+    def declared(self, spec: str, attribute: str, default: Value) -> Value:
+        """What the class that is registered under the name in ``spec`` declares; ``default`` where none does.
+
+        For readers of results: makes no component, reads no arguments and imports no user's file.
+        """
+        load_plugins()
+        value = getattr(self._factories.get(spec.partition("(")[0]), attribute, default)
+        return value if isinstance(value, type(default)) else default
 
     def create(self, spec: Spec | str) -> T:
         """The component that ``spec`` describes, with its arguments checked against the types of its fields.

@@ -16,7 +16,7 @@ from bench.outcomes import (
     column,
     figures,
     final,
-    is_transfer,
+    is_control,
     lasting,
     query_budget,
     restricted,
@@ -80,7 +80,7 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
         by_defense.setdefault(row.cell.defense_name, []).append(row)
 
     worst = {
-        name: _worst_case([row for row in members if not is_transfer(row)] or members, shown)
+        name: _worst_case([row for row in members if not is_control(row)] or members, shown)
         for name, members in by_defense.items()
     }
     for name in _spared(by_defense):

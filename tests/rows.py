@@ -7,8 +7,14 @@ import pandas as pd
 
 from bench.cell import Cell, Component
 from bench.oracle import NEVER
+from bench.registry import defenses
 from bench.store import Row, Shard
 from bench.threat import Threat
+
+
+def defends(spec: str) -> Component:
+    """A defense as rows hold it; that of a name that is not registered does not say where it acts."""
+    return Component(spec, stage=defenses.declared(spec, "stage", ""))
 
 
 def row(
@@ -29,8 +35,8 @@ def row(
     cell = Cell(
         dataset=Component("digits"),
         model=Component("cnn"),
-        defense=() if defense == "none" else (Component(defense),),
-        attack=Component(attack, traits=traits),
+        defense=() if defense == "none" else (defends(defense),),
+        attack=Component(attack, traits=traits, control=attack.startswith("transfer")),
         threat=fields.pop("threat", Threat("linf", 8 / 255, "scores", budget)),
         ids=tuple(range(asked or n)),
         seed=fields.pop("seed", 0),

@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.cell import Component
 from bench.flags import flags
 from bench.oracle import NEVER
 from bench.standings import tables
 from bench.store import Row
 from bench.threat import Threat
-from tests.rows import learner, row
+from tests.rows import defends, learner, row
 from tests.test_cli import MODEL, bench
 
 LEVELS = 8 / 255
@@ -61,7 +60,7 @@ def draws(before: Row) -> Row:
 
 
 def chain(before: Row, *parts: str) -> Row:
-    cell = replace(before.cell, defense=tuple(Component(part) for part in parts))
+    cell = replace(before.cell, defense=tuple(defends(part) for part in parts))
     return Row(cell, before.records, before.shards)
 
 
