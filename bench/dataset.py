@@ -83,6 +83,11 @@ class Dataset:
         """This data set with another training split, as a data defense releases it."""
         return replace(self, train=train)
 
+    def specimens(self, count: int) -> Tensor:
+        """At most ``count`` real images (n, C, H, W) in [0, 1] that no figure is taken of, where there are others."""
+        seen = next((split for split in (self.calibration, self.train) if len(split)), self.test)
+        return seen.pixels(slice(0, count))
+
     def _splits(self) -> dict[str, Split]:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}
 

@@ -30,11 +30,13 @@ VOTES = 16  # fresh evaluations of a random model; the majority is its predictio
 
 
 class Measured(NamedTuple):
-    """One record for each sample, and what was measured once: figures, and what probing the served model has shown."""
+    """One record for each sample, and what was measured once: figures, what probing the served model has shown, and the
+    numbers that the attack searched in."""
 
     records: pd.DataFrame
     figures: Mapping[str, float] = {}
     findings: Sequence[Mapping[str, Any]] = ()
+    numerics: Mapping[str, Any] = {}
 
 
 def attack_served(

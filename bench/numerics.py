@@ -1,63 +1,181 @@
-"""The numbers that a network computes in: plain for what is reported, fast for what is searched."""
+"""The numbers that a network computes in: plain for what is reported, fast for what is searched.
+
+Fast numbers are used only where they have been compared with plain ones on real images; wherever anything speaks
+against them, the network is served as it is.
+"""
 
 import copy
-from typing import Literal
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 Numerics = Literal["plain", "fast"]
+
+SPECIMENS = 32  # images that fast and plain numbers are compared on
+WATCHED = 2  # images that show which layers follow which
+REPEATS = 1e-5  # the largest difference between two plain answers, as a share of the spread of all logits
+FLOAT32 = 1e-3  # the largest that another order of float32 sums explains
+BFLOAT16 = 0.1  # the largest that bfloat16 explains
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A network in the numbers that attacks search in.
+
+    ``used`` says which, ``difference`` is the largest that was seen between a logit of its and a plain one, and
+    ``reason`` says why it is not in faster numbers, where something spoke against them.
+    """
+
+    module: nn.Module
+    used: str = "float32"
+    difference: float = 0.0
+    reason: str = ""
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a row remembers of it, as plain values."""
+        return {"used": self.used, "difference": self.difference, "reason": self.reason}
 
 
 def plain(network: nn.Module) -> nn.Module:
     """``network`` as it is, frozen and in eval mode: float32, every layer by itself."""
-    return network.eval().requires_grad_(False)
+    network.eval()  # a user's own train() may return nothing
+    for parameter in network.parameters():  # scripted networks have no requires_grad_ of their own
+        parameter.requires_grad_(False)
+    return network
 
 
-def fast(network: nn.Module, fold: bool = True) -> nn.Module:
+def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
     """A copy of ``network`` that answers sooner: batch-norm folded into convolutions, channels last, bf16 on a GPU.
 
-    The logits are float32 whatever happens inside. Without ``fold``, or where torch.fx cannot trace the network, it
-    keeps its batch-norms.
+    Each of these is kept only where the logits of ``images`` agree with plain ones, asked twice, since a network may
+    draw numbers of its own. What cannot be copied, or answers differently each time, is served in plain numbers.
+
+    Args:
+        network: logits (B, K) from images (B, C, H, W); left as it was.
+        images: real images (B, C, H, W) in [0, 1], on its device. Without any, the copy is in plain numbers.
+        fold: whether batch-norms may be folded; not for defenses that work on them.
     """
-    network = plain(copy.deepcopy(network))
-    network = (fold_batch_norm(network) if fold else network).to(memory_format=torch.channels_last)
-    wrapped = _Bfloat16(network) if _on_gpu(network) else _ChannelsLast(network)
-    return wrapped.eval()
-
-
-def fold_batch_norm(network: nn.Module) -> nn.Module:
-    """``network`` (eval mode) with each batch-norm that directly follows a convolution folded into its weights."""
+    network.eval()
     try:
-        graph = fx.GraphModule(network, _Tracer().trace(network))
-    except Exception:  # tracing runs the network's own Python, which may raise anything at all
-        return network
-    layers = dict(graph.named_modules())
-    for node in graph.graph.nodes:
-        layer = layers.get(node.target) if node.op == "call_module" else None
-        if not isinstance(layer, nn.BatchNorm2d) or layer.running_mean is None:
-            continue
-        (source,) = node.all_input_nodes
-        convolution = layers.get(source.target) if source.op == "call_module" else None
-        if not isinstance(convolution, nn.Conv2d) or len(source.users) > 1:
-            continue
-        parent, _, name = str(source.target).rpartition(".")
-        folded = fuse_conv_bn_eval(convolution, layer)
-        setattr(graph.get_submodule(parent), name, folded)
-        layers[source.target] = folded
-        node.replace_all_uses_with(source)
-        graph.graph.erase_node(node)
-    graph.delete_all_unused_submodules()
-    graph.recompile()
-    return graph
+        reference = plain(copy.deepcopy(network))
+    except Exception as error:  # copying runs the network's own Python, which may raise anything at all
+        return Converted(plain(network), reason=f"it cannot be copied ({_named(error)})")
+    with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
+        try:
+            logits, again = reference(images), reference(images)
+            spread, noise = float(logits.max() - logits.min()), _distance(logits, again)
+        except Exception as error:
+            return Converted(plain(copy.deepcopy(network)), reason=f"it fails on real images ({_named(error)})")
+        if not noise <= REPEATS * spread:  # NaN is not
+            return Converted(plain(copy.deepcopy(network)), reason=f"its answers to one question differ by {noise:.2g}")
+        reason = ""
+        for folded in (True, False) if fold else (False,):
+            try:
+                converted = _convert(network, images, folded)
+                found = [_distance(logits, converted.module(images)) for _ in range(2)]
+            except Exception as error:
+                reason = reason or f"faster numbers fail ({_named(error)})"
+                continue
+            if max(found) <= (BFLOAT16 if images.is_cuda else FLOAT32) * spread:
+                return Converted(converted.module, converted.used, max(found), reason)
+            reason = reason or f"faster numbers change its logits by {max(found):.2g}"
+    return Converted(plain(copy.deepcopy(network)), reason=reason)
 
 
-class _Tracer(fx.Tracer):
-    """Keeps other libraries' kinds of linear layers whole, since output defenses look for the last one."""
+def fold_batch_norm(network: nn.Module, images: Tensor) -> int:
+    """Fold into its convolution, in place, each batch-norm of ``network`` that is all a convolution's output goes to.
 
-    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) or super().is_leaf_module(module, name)
+    The network is watched while it answers ``images`` (B, C, H, W); its own Python stays as it is. Layers that run more
+    than once, carry hooks or parametrizations, or are of a kind of their own are left alone.
+
+    Returns:
+        How many were folded.
+    """
+    seen = _Watch()
+    with torch.no_grad(), seen:
+        network(images)
+    layers = [module for module in network.modules() if not _hooked(module) and not module.training]
+    convolutions = {id(layer.weight): layer for layer in layers if type(layer) is nn.Conv2d}
+    norms = {id(layer.running_mean): layer for layer in layers if type(layer) is nn.BatchNorm2d}
+    pairs = []
+    for statistics, given in seen.norms:
+        weight = seen.convolution_of.get(given)
+        followed = len(seen.uses[given]) == 1
+        once = seen.calls[statistics] == 1 and weight is not None and seen.calls[weight] == 1
+        if statistics in norms and weight in convolutions and followed and once:
+            pairs.append((convolutions[weight], norms[statistics]))
+    for convolution, norm in pairs:
+        fused = fuse_conv_bn_eval(convolution, norm)
+        convolution.weight, convolution.bias = fused.weight, fused.bias
+        for parent in list(network.modules()):
+            for name, child in parent._modules.items():
+                if child is norm:
+                    setattr(parent, name, nn.Identity())
+    return len(pairs)
+
+
+def _convert(network: nn.Module, images: Tensor, folded: bool) -> Converted:
+    """A copy of ``network`` in the fastest numbers that its device has, not yet compared with anything."""
+    module = plain(copy.deepcopy(network))
+    count = fold_batch_norm(module, images[:WATCHED]) if folded else 0
+    module.to(memory_format=torch.channels_last)
+    wrapped = _Bfloat16(module) if images.is_cuda else _ChannelsLast(module)
+    numbers = "bfloat16" if images.is_cuda else "float32"
+    return Converted(wrapped.eval(), f"{numbers}, channels last" + (f", {count} batch-norms folded" if count else ""))
+
+
+def _distance(logits: Tensor, others: Tensor) -> float:
+    """The largest difference of two logits; infinite for another shape, NaN only where there is one."""
+    return float((logits - others).abs().max()) if logits.shape == others.shape else float("inf")
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything beside its own forward happens when ``module`` is called."""
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+class _Watch(TorchFunctionMode):
+    """While open, notes what becomes of the output of each convolution. Tensors go by their ``id`` and are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.uses: dict[int, list[Callable[..., Any]]] = defaultdict(list)  # of a tensor, what it was given to
+        self.calls: dict[int, int] = defaultdict(int)  # of a weight or running mean, how often it was used
+        self.convolution_of: dict[int, int] = {}  # output: weight
+        self.norms: list[tuple[int, int]] = []  # running mean, input
+        self._kept: list[Any] = []  # a tensor that is freed would leave its id to another
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` and note what it was given."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in tree_leaves(result)):  # others only look, as x.dim() does
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self._kept.append((given, result))
+            for tensor in given:
+                self.uses[id(tensor)].append(func)
+                self.calls[id(tensor)] += 1
+            if func is F.conv2d and len(args) > 1:  # as layers call it
+                self.convolution_of[id(result)] = id(args[1])
+            elif func is F.batch_norm and len(args) > 1:
+                self.norms.append((id(args[1]), id(args[0])))
+        return result
 
 
 class _ChannelsLast(nn.Module):
@@ -74,7 +192,3 @@ class _Bfloat16(_ChannelsLast):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return super().forward(x).float()
-
-
-def _on_gpu(network: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in network.parameters())

@@ -19,7 +19,7 @@ from bench.dataset import Dataset, Split
 from bench.files import keep_file
 from bench.grid import Task
 from bench.models.weights import load_weights
-from bench.numerics import Numerics
+from bench.numerics import Converted, Numerics
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch
@@ -54,9 +54,8 @@ class Pipeline:
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
-        base = self._network(task)
-        module = numerics.fast(base) if mode == "fast" else numerics.plain(base)
-        return ServedModel(module, batch_size=self.batch_size)
+        converted = _in_numbers(task, self._network(task), mode, self.device)
+        return ServedModel(converted.module, batch_size=self.batch_size, numbers=converted.facts)
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
@@ -132,13 +131,20 @@ def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
     """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
-    defense = task.chain.get("output")
-    fold = not getattr(defense, "needs_batch_norm", False)
-    module = numerics.fast(network, fold) if mode == "fast" else numerics.plain(network)
-    if defense is None:
-        return ServedModel(module, batch_size=batch_size)
-    served = defense(module, task.data.calibration.to(device), task.cell.seed).eval()
-    return ServedModel(served, random=defense.random, batch_size=batch_size)
+    converted = _in_numbers(task, network, mode, device)
+    served, random = converted.module, False
+    if (defense := task.chain.get("output")) is not None:
+        served = defense(converted.module, task.data.calibration.to(device), task.cell.seed).eval()
+        random = defense.random
+    return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts)
+
+
+def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.device) -> Converted:
+    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them."""
+    if mode == "plain":
+        return Converted(numerics.plain(network))
+    fold = not getattr(task.chain.get("output"), "needs_batch_norm", False)
+    return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)
 
 
 def data_defense(task: Task) -> Component | None:

@@ -2,10 +2,10 @@
 
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import pandas as pd
 import torch
@@ -102,7 +102,7 @@ def _run_shard(
 
     def save(measured: Measured) -> None:
         whole = replace(shard, figures=measured.figures, findings=measured.findings)
-        store.save(_ended(whole, began, pipeline.device), measured.records)
+        store.save(_ended(whole, began, pipeline.device, measured.numerics), measured.records)
 
     try:
         if task.learns:
@@ -136,7 +136,8 @@ def _attack(
         part = ids[first : first + batch_size]
         tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
     records = pd.concat(tables, ignore_index=True)
-    return Measured(records, *inspect(task, target)) if start == 0 else Measured(records)
+    numbers = target.searched.numbers
+    return Measured(records, *inspect(task, target), numbers) if start == 0 else Measured(records, numerics=numbers)
 
 
 @dataclass(frozen=True)
@@ -157,5 +158,6 @@ class _Count:
         self.reporter.work(done, self.samples * self.budget, "queries settled")
 
 
-def _ended(shard: Shard, began: float, device: torch.device) -> Shard:
-    return replace(shard, seconds=time.perf_counter() - began, provenance=provenance(device))
+def _ended(shard: Shard, began: float, device: torch.device, numerics: Mapping[str, Any] | None = None) -> Shard:
+    made = {**provenance(device), **({"numerics": dict(numerics)} if numerics else {})}
+    return replace(shard, seconds=time.perf_counter() - began, provenance=made)

@@ -1,6 +1,8 @@
 """A model as it is deployed: its output defense around it, its randomness keyed by sample and query."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +14,14 @@ from bench.rng import SampleRng
 class ServedModel:
     """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.
 
-    ``random`` models take a SampleRng beside the images, with one stream for each of them.
+    ``random`` models take a SampleRng beside the images, with one stream for each of them. ``numbers`` says which
+    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`.
     """
 
     module: nn.Module
     random: bool = False
     batch_size: int = 256
+    numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
         """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic."""

@@ -18,7 +18,7 @@ def main() -> None:
     options = arguments(__doc__).parse_args()
     load_plugins()
     here = setting(options)
-    network = numerics.fast(here.network)
+    network = numerics.fast(here.network, here.x).module
     print(f"{machine(options.device)}\nResNet-20 in fast numbers, median of {3 * options.repeats} calls\n")
     lines = []
     for batch in (1, 32, options.n):

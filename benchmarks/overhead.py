@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--eps", type=float, default=0.0, help="radius, in l2 for attacks without linf")
     options = parser.parse_args()
     here = setting(options)
-    clock = Clocked(numerics.fast(here.network))
+    clock = Clocked(numerics.fast(here.network, here.x).module)
     names = list(dict.fromkeys(["square", *(options.attack or querying())]))
     print(f"{machine(options.device)}\n{len(here.x)} images, {options.queries} queries each, radius {options.eps:g}\n")
 

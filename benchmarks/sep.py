@@ -36,7 +36,7 @@ def main() -> None:
     levels, target = (255 * here.x).round(), (here.y + 5) % 10
     torch.manual_seed(0)
     networks = [resolve(options.network)(10, (3, 32, 32), None).to(device) for _ in range(options.checkpoints)]
-    fast = [numerics.fast(network) for network in networks]
+    fast = [numerics.fast(network, here.x).module for network in networks]
     defense = SelfEnsemble(steps=options.steps, checkpoints=options.checkpoints)
 
     with tempfile.TemporaryDirectory() as folder:

@@ -28,7 +28,7 @@ def main() -> None:
     threat = Threat("linf", options.eps, "scores", options.queries)
     square = Square(preset="eccv2020")
     clocks = {
-        "parry, fast": Clocked(numerics.fast(here.network)),
+        "parry, fast": Clocked(numerics.fast(here.network, here.x).module),
         "parry, plain": Clocked(here.network),
         "torchattacks": Clocked(here.network),
         "pyautoattack": Clocked(here.network),

@@ -71,7 +71,7 @@ def train_checkpoints(
     kept: dict[int, nn.Module] = {}
 
     def judge(model: nn.Module, epoch: int) -> None:
-        frozen = numerics.fast(model)
+        frozen = numerics.fast(model, data.specimens(numerics.SPECIMENS).to(job.device)).module
         if keep(epoch, frozen):
             kept[epoch] = frozen
 

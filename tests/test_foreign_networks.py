@@ -49,15 +49,14 @@ def build(name: str) -> nn.Module:
 @pytest.mark.parametrize("name", SPLIT)
 def test_both_defenses_enter_and_their_neutral_settings_change_nothing(name):
     network, x = build(name), torch.rand(3, *SHAPE, generator=torch.Generator().manual_seed(2))
-    for numbers in (numerics.plain, numerics.fast):
-        model = numbers(network)
+    for model in (numerics.plain(network), numerics.fast(network, x).module):
         logits = model(x)
         neutral = defenses.create("unig(sigma=0, lr=0)")(model, CALIBRATION, 0)
         assert torch.equal(neutral(x, STREAMS), logits)
         scaled = defenses.create("unig")(model, CALIBRATION, 0)
         assert not torch.equal(scaled(x, STREAMS), logits)
 
-    model = numerics.fast(network, fold=False)
+    model = numerics.fast(network, x, fold=False).module
     still = defenses.create("dent(steps=1, lr=0)")(model, CALIBRATION, 0)
     torch.testing.assert_close(still(x), model(x), rtol=1e-3, atol=1e-3)
     adapted = defenses.create("dent(steps=1, lr=0.01)")(model, CALIBRATION, 0)

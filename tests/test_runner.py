@@ -55,6 +55,7 @@ def test_batches_and_shards_change_nothing(tmp_path):
         assert a.complete
         assert b.complete
         assert list(a.records["sample_id"]) == list(b.records["sample_id"])
+        assert {shard.provenance["numerics"]["used"] for shard in b.shards} == {"float32"}
         assert (a.records["first_hit"] == b.records["first_hit"]).mean() >= 0.99  # kernels round by batch size
         assert (a.records["first_hit"] > 0).sum() > 0  # somebody fell to a query
 
