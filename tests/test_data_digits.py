@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from bench import outcomes
-from bench.cli import run
+from bench.cli.run import run
 from bench.standings import tables
 from bench.stats import mcnemar
 from bench.store import Store

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from bench.cli import run
+from bench.cli.run import run
 from bench.flags import flags
 from bench.outcomes import clean, column, robust
 from bench.stats import mcnemar

@@ -1,0 +1,41 @@
+"""What commands share: where they print, what they say of mistakes and of users' code, and the device."""
+
+import torch
+from rich.console import Console
+
+from bench.errors import BenchError, ConfigError
+from bench.grid import Task
+
+# What users write may look like markup or, as in "file.py:x:", like an emoji.
+console = Console(markup=False, emoji=False, highlight=False)
+errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+
+
+def complain(error: BenchError) -> None:
+    """A user's mistake, in one line."""
+    errors.print(f"error: {' '.join(str(error).splitlines())}", style="red", soft_wrap=True)
+
+
+def say_whose_code(tasks: list[Task]) -> None:
+    """Tell the user which files of theirs this run executes."""
+    cells = [task.cell for task in tasks]
+    components = [part for cell in cells for part in (cell.dataset, cell.model, cell.attack, *cell.defense)]
+    files = sorted({part.spec.split(".py:")[0] + ".py" for part in components if ".py:" in part.spec})
+    for file in files:
+        errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
+
+
+def device(name: str | None) -> torch.device:
+    """The device of this name; without one, a GPU where there is one.
+
+    Raises:
+        ConfigError: it is not there.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
+    except (RuntimeError, AssertionError):
+        raise ConfigError(f"device {name!r} is not there; use cpu, or cuda where a GPU is installed") from None
+    return device

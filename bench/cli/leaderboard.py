@@ -1,0 +1,32 @@
+"""``bench leaderboard``: the tables of a results folder."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from bench.cli.console import complain
+from bench.errors import ConfigError
+from bench.leaderboard import Format, render
+from bench.standings import tables
+from bench.store import Store
+
+
+def leaderboard(
+    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    style: Annotated[str, typer.Option("--format", help="md, csv, latex or json.")] = "md",
+    budget: Annotated[
+        list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated; 100 and 1000 by default.")
+    ] = None,
+) -> None:
+    """Print the tables of the rows in a folder."""
+    if style not in get_args(Format):
+        raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
+    rows, damaged = Store(folder).rows()
+    if not rows and not damaged:
+        raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    print(render(tables(rows, budget or (100, 1000)), style))  # type: ignore[arg-type]
+    for error in damaged:
+        complain(error)
+    if damaged:
+        raise typer.Exit(2)

@@ -1,0 +1,41 @@
+"""``bench protect``: a data owner's images protected."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli.console import console, errors
+from bench.cli.console import device as find_device
+from bench.progress import Steps, duration
+from bench.protect import protect as protect_images
+from bench.protect import report
+
+
+def protect(
+    defense: Annotated[str, typer.Option(help="A defense of the data stage, as in `bench ls defenses`.")],
+    source: Annotated[
+        Path, typer.Option("--in", help="Class folders of images, an .npz file, or a Parquet file or folder.")
+    ],
+    out: Annotated[Path, typer.Option(help="New folder for the protected set, its manifest and a contact sheet.")],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of a random defense.")] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
+) -> None:
+    """Protect your own training images with a data defense, in the layout they have.
+
+    The same command again goes on where it was stopped.
+    """
+    where = find_device(device)
+    if ".py:" in defense:
+        errors.print(f"running code from {defense.split('.py:')[0]}.py", style="yellow", soft_wrap=True)
+    started = time.monotonic()
+    try:
+        with Steps(console) as steps:
+            done = protect_images(defense, source, out, seed, where, steps)
+    except KeyboardInterrupt:
+        errors.print(f"stopped; what is done is kept in {out}, the same command goes on", soft_wrap=True)
+        raise typer.Exit(130) from None
+    for line in report(done, out):
+        console.print(line, soft_wrap=True)
+    console.print(f"took {duration(time.monotonic() - started)}", style="dim")

@@ -1,0 +1,122 @@
+"""``bench run``: a grid run, its table printed; or planned and its cost told."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.table import Table
+
+from bench.cli.console import console, errors, say_whose_code
+from bench.cli.console import device as find_device
+from bench.contact_sheet import write_sheets
+from bench.estimate import Estimate, estimate
+from bench.flags import write_flags
+from bench.grid import Loader, expand
+from bench.leaderboard import render
+from bench.pipeline import Pipeline
+from bench.progress import Screen, duration
+from bench.runner import run as run_tasks
+from bench.standings import tables
+from bench.store import Store
+from bench.suite import load_suite
+
+
+def run(
+    suite: Annotated[str | None, typer.Argument(help="A suite by name (see `bench ls suites`) or a TOML file.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Data set, as in `bench ls datasets`.")] = None,
+    n: Annotated[int | None, typer.Option(help="Test images.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated.")] = None,
+    defense: Annotated[list[str] | None, typer.Option(help="Chain such as 'pgd-at + rnd'; may be repeated.")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help="Attack; may be repeated.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
+    eps: Annotated[str | None, typer.Option(help="Radius on the pixel scale, such as 8/255.")] = None,
+    queries: Annotated[int | None, typer.Option(help="Query budget of each sample.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Seed; may be repeated.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="fast (default) or plain numbers for the search.")] = None,
+    quantise: Annotated[bool | None, typer.Option("--quantise/--no-quantise", help="8-bit service.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; marks the rows.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Results folder; runs/SUITE by default.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
+    ] = None,
+    model_dir: Annotated[
+        Path | None, typer.Option(envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images in one forward; 256 on a CPU, 1024 on a GPU.")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option(min=1, help="Samples stored at once, the cost of a kill; 100, or 1000 on a GPU.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
+) -> None:
+    """Run a grid of models, defenses and attacks, and print its table.
+
+    The same command again runs only what is missing or has failed.
+    """
+    overrides = {
+        "dataset": dataset, "n": n, "model": model, "defense": defense, "attack": attack, "norm": norm, "eps": eps,
+        "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
+    }  # fmt: skip
+    plan = load_suite(suite, overrides)
+    where = find_device(device)
+    batch_size = batch_size or (1024 if where.type == "cuda" else 256)
+    shard_size = shard_size or (1000 if where.type == "cuda" else 100)
+    if model_dir is None and data_dir is not None:
+        model_dir = data_dir.resolve().parent / "models"
+    say_whose_code(tasks := expand(plan, Loader(data_dir, model_dir), limit))
+    store = Store(out or Path("runs") / plan.name)
+    if dry_run:
+        _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
+        return
+    store.open()
+    pipeline = Pipeline(store.root / "networks", where, batch_size)
+    try:
+        with Screen(console, len(tasks)) as screen:
+            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
+    except KeyboardInterrupt:
+        errors.print(f"stopped; finished shards are kept in {store.root}, the same command goes on", soft_wrap=True)
+        raise typer.Exit(130) from None
+    rows = [store.row(task.cell) for task in tasks]
+    shown = tables(rows, plan.budgets)
+    write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
+    console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
+    write_sheets(tasks, pipeline, store.root / "sheets")
+    console.print(
+        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "
+        "`bench leaderboard` prints every figure of theirs",
+        soft_wrap=True,
+    )
+    if outcome.failed:
+        raise typer.Exit(1)
+
+
+def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
+    for setting in dict.fromkeys(plan.task.cell.setting for plan in plans):
+        table = Table(box=None, pad_edge=False, header_style="bold", title=setting, title_justify="left")
+        for column in ("defense", "attack"):
+            table.add_column(column, overflow="fold")
+        for column in ("samples", "queries ≤", "time ≤"):
+            table.add_column(column, justify="right", no_wrap=True)
+        for plan in plans:
+            cell = plan.task.cell
+            if cell.setting == setting:
+                time = _time(plan) if plan.samples else "done"
+                table.add_row(cell.defense_name, cell.attack.spec, str(plan.samples), f"{plan.queries:,}", time)
+        console.print(table)
+        console.print()
+    cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
+    queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds for plan in plans)
+    console.print(
+        f"{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
+        "training aside; nothing was run",
+        soft_wrap=True,
+    )
+
+
+def _time(plan: Estimate) -> str:
+    if plan.task.learns:
+        return "training"
+    return ("training + " if plan.task.trains else "") + duration(plan.seconds)
