@@ -100,7 +100,7 @@ def test_the_length_counts_the_accepted_steps(basis):
 
 
 def reference(attack, model, x, y, norm, eps, budget, rng):
-    """The first hit of one image (C, H, W), by the book, with explicit basis images."""
+    """The first hit of one image (C, H, W), by the book: it walks unbounded and asks about projections."""
     height, width = x.shape[1:]
     order = attack._order(x[None], rng.fork("order"), budget)[0].tolist()
     step = 0.2 if norm == "linf" else min(0.2, eps / 5)
@@ -129,10 +129,10 @@ def reference(attack, model, x, y, norm, eps, budget, rng):
             for sign in (-1, 1):
                 if queries == budget:
                     return NEVER
-                delta = u + sign * step * vector(number) - x
+                candidate = u + sign * step * vector(number)
+                delta = candidate - x
                 delta = delta.clamp(-eps, eps) if norm == "linf" else delta * min(1.0, eps / (delta.norm() + 1e-12))
-                candidate = (x + delta).clamp(0, 1)
-                value, hit = ask(candidate)
+                value, hit = ask((x + delta).clamp(0, 1))
                 queries += 1
                 if hit:
                     return queries
