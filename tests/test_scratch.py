@@ -60,6 +60,11 @@ def test_pieces_come_back_but_not_to_other_code(tmp_path):
     assert back["done"] == 4
     assert Scratch(tmp_path / "job", "2").load("state") is None
     assert Scratch(tmp_path / "job", "1").load("other") is None
+    content = (tmp_path / "job" / "state").read_bytes()
+    (tmp_path / "job" / "other").write_bytes(content)
+    assert Scratch(tmp_path / "job", "1").load("other") is None, "a piece of another name"
+    (tmp_path / "job" / "state").write_bytes(content.replace(torch.arange(3.0).numpy().tobytes(), bytes(12)))
+    assert Scratch(tmp_path / "job", "1").load("state") is None, "zeroed weights"
     (tmp_path / "job" / "state").write_bytes(b"cut off")
     assert Scratch(tmp_path / "job", "1").load("state") is None
     Scratch(tmp_path / "job", "1").clear()
