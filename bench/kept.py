@@ -1,7 +1,7 @@
 """Tensors that one step keeps on disk for a later one, bound to what they are and to what they were made of.
 
-A file holds its tensors, a name of the recipe that made them, and a hash of both. Nothing is taken up unchecked: work
-that was altered, cut short or put there under another's name must never pass for what the recipe makes.
+A file holds its tensors and a seal: a hash of them and of the recipe that made them. Nothing is taken up unchecked:
+work that was altered, cut short or put there under another's name must never pass for what the recipe makes.
 """
 
 from collections.abc import Mapping
@@ -24,13 +24,13 @@ def keep_tensors(path: Path, tensors: Mapping[str, Tensor], recipe: str) -> None
         StoreError: the disk is full or the folder cannot be made.
     """
     plain = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    keep_file(path, save(plain, {"recipe": recipe, "sha256": _seal(plain, recipe)}))
+    keep_file(path, save(plain, {"seal": _seal(plain, recipe)}))
 
 
 def kept_tensors(path: Path, recipe: str) -> dict[str, Tensor] | None:
     """What :func:`keep_tensors` wrote as ``path``, mapped into memory, where writing to it changes no file.
 
-    ``None`` where there is nothing, or a file from before hashes were kept, which cannot be checked: make it again.
+    ``None`` where there is nothing, or a file from before there were seals, which cannot be checked: make it again.
 
     Raises:
         StoreError: what is there is not what ``recipe`` made.
@@ -39,13 +39,13 @@ def kept_tensors(path: Path, recipe: str) -> dict[str, Tensor] | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            stated = file.metadata() or {}
+            seal = (file.metadata() or {}).get("seal")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 it is no mapping
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}); delete it: it will be made again") from None
-    if "sha256" not in stated:
+    if seal is None:
         return None
-    if (stated.get("recipe"), stated["sha256"]) != (recipe, _seal(tensors, recipe)):
+    if seal != _seal(tensors, recipe):
         raise StoreError(f"{path} is not what was written there; delete it: it will be made again")
     return tensors
 

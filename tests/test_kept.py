@@ -26,7 +26,7 @@ def test_writing_to_what_was_taken_up_changes_no_file(tmp_path):
     assert kept_tensors(tmp_path / "x", "mine")["a"].sum() == 0
 
 
-@pytest.mark.parametrize("what", ["a value", "a name", "a recipe", "another's place", "a part", "text"])
+@pytest.mark.parametrize("what", ["a value", "a name", "another's place", "a part", "text"])
 def test_what_was_altered_is_refused_by_name(tmp_path, what):
     path = tmp_path / "x"
     keep_tensors(path, {"a": torch.zeros(50)}, "mine")
@@ -35,8 +35,6 @@ def test_what_was_altered_is_refused_by_name(tmp_path, what):
         path.write_bytes(content[:-1] + b"\1")
     elif what == "a name":
         path.write_bytes(content.replace(b'"a":', b'"b":'))
-    elif what == "a recipe":
-        path.write_bytes(content.replace(b"mine", b"fine"))
     elif what == "another's place":
         keep_tensors(path, {"a": torch.zeros(50)}, "theirs")
     else:
@@ -66,7 +64,7 @@ def test_zeroed_weights_never_pass_for_those_that_were_trained(tmp_path, task):
     content, weights = path.read_bytes(), load_file(path)
     assert trained > 0.3
     save_file({name: torch.zeros_like(value) for name, value in weights.items()}, path)
-    assert accuracy(tmp_path, task) == trained, "what nobody vouches for, as before hashes were kept, is made again"
+    assert accuracy(tmp_path, task) == trained, "what nobody vouches for, as before there were seals, is made again"
     assert path.read_bytes() == content
     path.write_bytes(content.replace(weights[max(weights)].numpy().tobytes(), bytes(weights[max(weights)].nbytes)))
     with pytest.raises(StoreError, match=rf"{path.name} is not what was written there; delete it"):
