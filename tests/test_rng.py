@@ -28,6 +28,13 @@ def test_selecting_rows_and_forking_commute():
     assert torch.equal(rng.fork(steps)[rows[:1]].words(5), rng[rows[:1]].fork(5).words(5))
 
 
+def test_every_fork_of_a_sample_has_the_same_owner():
+    rng = SampleRng.create(0, IDS, "test")
+    assert len(rng.owners.unique()) == len(IDS)
+    assert torch.equal(rng.fork("a").fork(IDS).owners, rng.owners)
+    assert torch.equal(rng.fork(3)[IDS[5:9]].owners, SampleRng.create(0, IDS[5:9], "test").owners)
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"purpose": "other"}, {"fork": 1}, {"fork": "x"}])
 def test_another_seed_purpose_or_fork_is_another_stream(other):
     def draw(seed=0, purpose="test", fork=0):

@@ -12,7 +12,7 @@ from bench.grid import pin
 from bench.models.resnet import ResNet20
 from bench.registry import defenses
 from bench.rng import SampleRng
-from defenses.unig import Head, Unified, UniG, last_linear
+from defenses.unig import Head, Unified, UniG, _from_neighbours, last_linear
 
 NOTHING = Split(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))
 CALIBRATION = Split(torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(5)), torch.arange(20) % 6)
@@ -82,9 +82,9 @@ def test_the_derivative_by_the_scale_is_autograds(variant):
     scale.requires_grad_(True)
     g = feature_gradients(head, features, scale, classes)
     reference = None if variant == "as-released" else torch.randn(4, D, dtype=torch.float64)
-    module = Unified(network(), nn.Linear(D, CLASSES), UniG(), reference)
+    module = Unified(network(), nn.Linear(D, CLASSES), UniG(), reference=reference)
     with torch.no_grad():
-        v, width = (module._from_neighbours if reference is None else module._from_reference)(g)
+        v, width = (_from_neighbours if reference is None else module._from_reference)(g)
         closed = head.pull(features, scale, head.gradient(features, scale, classes), v) / width
     if reference is None:
         loss = neighbour_loss(g, g.detach().min(), g.detach().max() - g.detach().min())  # what low is cancels
@@ -119,6 +119,37 @@ def test_the_released_variant_follows_torchs_optimiser_from_query_to_query():
         torch.testing.assert_close(served(x, rng), expected, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_batch_of_one_follows_the_released_code_query_by_query(steps):
+    """Torch's optimiser on the chain of one query and the stored images, with their own random P and true classes."""
+    model, samples = network(), 3
+    served = serve(f"unig(steps={steps}, lr=0.3, anchors=4)", model)
+    head = Head(model[3].weight.detach(), model[3].bias.detach())
+    stored = model[:3](CALIBRATION.images.double()).detach()
+    chains = [nn.Parameter(torch.ones(5, D, dtype=torch.float64)) for _ in range(samples)]
+    optimizers = [torch.optim.SGD([chain], lr=0.3, momentum=0.9, weight_decay=5e-4) for chain in chains]
+    for number in range(3):
+        x, rng = images(samples, seed=number), streams(samples, number)
+        features = model[:3](x).detach()
+        starts = rng.fork("stored").integers(20 - 4 + 1)
+        answers = served(x, rng)
+        for row, (chain, optimizer) in enumerate(zip(chains, optimizers, strict=True)):
+            stretch = torch.arange(4) + starts[row]
+            f = torch.cat((features[row : row + 1], stored[stretch]))
+            targets = torch.cat((head.logits(f[:1]).argmax(1), CALIBRATION.labels[stretch]))
+            chain.data = 1 + 0.5 * rng.normal(5, D)[row].double()
+            for step in range(steps):
+                g = feature_gradients(head, f, chain, targets) / 5  # of the mean
+                if step == 0:
+                    low, width = g.detach().min(), g.detach().max() - g.detach().min()
+                optimizer.zero_grad()
+                neighbour_loss(g, low, width).backward()
+                optimizer.step()
+                chain.data.clamp_(0.5, 1.5)
+            expected = head.logits(chain.detach()[:1] * f[:1])[0]
+            torch.testing.assert_close(answers[row], expected, rtol=1e-7, atol=1e-9)
+
+
 @pytest.mark.parametrize("variant", ["stateless", "as-released"])
 def test_a_small_step_brings_gradients_closer(variant):
     """Against the same start without a step; both ends judged with the same range."""
@@ -140,7 +171,7 @@ def test_a_small_step_brings_gradients_closer(variant):
 # --- the controls
 
 
-@pytest.mark.parametrize("variant", ["stateless", "as-released"])
+@pytest.mark.parametrize("variant", ["batch-of-one", "stateless", "as-released"])
 @pytest.mark.parametrize("control", ["delta=0", "lr=0, sigma=0", "steps=0, sigma=0"])
 @pytest.mark.parametrize("numbers", [numerics.plain, fast])
 def test_controls_are_the_network_bit_for_bit(variant, control, numbers):
@@ -158,7 +189,7 @@ def test_without_steps_of_any_size_it_is_noise_on_each_sample_alone():
     assert torch.allclose(served(x, streams(10))[0], served(other, streams(10))[0], atol=1e-12)
 
 
-@pytest.mark.parametrize("variant", ["stateless", "as-released"])
+@pytest.mark.parametrize("variant", ["batch-of-one", "stateless", "as-released"])
 def test_the_scale_stays_in_its_bounds_and_mostly_at_them(variant):
     served, x = serve(f"unig(variant={variant}, delta=0.3, steps=3)"), images(30)
     scale = served.scale(network()[:3](x).detach(), streams(30))
@@ -170,7 +201,7 @@ def test_the_scale_stays_in_its_bounds_and_mostly_at_them(variant):
 
 
 def test_stateless_rows_know_neither_their_batch_nor_the_past():
-    served, x = serve("unig"), images(12)
+    served, x = serve("unig(variant=stateless)"), images(12)
     first = served(x, streams(12))
     assert torch.equal(served(x, streams(12)), first)
     assert not torch.equal(served(x, streams(12, 1)), first)
@@ -187,13 +218,35 @@ def test_released_rows_know_both():
     assert torch.equal(serve(spec)(x, streams(12)), first)
 
 
+def test_a_batch_of_one_knows_the_past_of_its_sample_and_nobody_else():
+    x = images(12)
+    whole, apart = serve("unig"), serve("unig")
+    for number in range(3):
+        answers = whole(x, streams(12, number))
+        for rows in torch.arange(12).flip(0).split(5):
+            torch.testing.assert_close(apart(x[rows], streams(12, number)[rows]), answers[rows], rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(serve("unig")(x, streams(12, 2)), answers)
+
+
+def test_queries_of_a_sample_in_one_call_follow_each_other():
+    x, rows = images(3), torch.tensor([0, 1, 0, 2, 0, 1])
+    number = torch.tensor([1, 1, 2, 1, 3, 2])
+    together, apart = serve("unig"), serve("unig")
+    answers = together(x[rows], SampleRng.create(0, torch.arange(3), "test")[rows].fork(number))
+    for query in (1, 2, 3):
+        at = (number == query).nonzero().squeeze(1)
+        alone = apart(x[rows[at]], streams(3, query)[rows[at]])
+        torch.testing.assert_close(alone, answers[at], rtol=1e-9, atol=1e-9)
+
+
 def test_the_variants_declare_it():
-    assert pin("unig", defenses.create("unig")).traits == ("random",)
+    assert pin("unig", defenses.create("unig")).traits == ("random", "stateful")
+    assert pin("unig", defenses.create("unig(variant=stateless)")).traits == ("random",)
     released = "unig(variant=as-released)"
     assert pin(released, defenses.create(released)).traits == ("random", "batch-dependent", "stateful")
 
 
-@pytest.mark.parametrize("variant", ["stateless", "as-released"])
+@pytest.mark.parametrize("variant", ["batch-of-one", "stateless", "as-released"])
 @pytest.mark.parametrize("x", [images(1), torch.zeros(4, 3, 8, 8, dtype=torch.float64)])
 def test_one_row_and_equal_rows_are_answered(variant, x):
     assert serve(f"unig(variant={variant})")(x, streams(len(x))).isfinite().all()
