@@ -18,7 +18,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError, WeightsError
 from bench.models import check_logits, resolve
 from bench.models.resnet import ZeroPadded
-from bench.models.weights import load_weights, state_fingerprint
+from bench.models.weights import load_weights, save_parts, state_fingerprint
 from bench.models.zoo import _loading
 from bench.numerics import fold_batch_norm
 from bench.registry import datasets, models
@@ -116,6 +116,23 @@ def test_pre_activation_networks_are_the_public_ones(name, count, layers):
 def test_images_that_pooling_would_leave_nothing_of_are_refused(spec, side):
     with pytest.raises(ConfigError, match=rf"images are 40x{side}; .* below {side + 1}x{side + 1}"):
         build(spec, shape=(3, side, 40))
+
+
+def test_weights_in_parts_are_joined(tmp_path):
+    source = build("resnet20")
+    files = save_parts(source.state_dict(), tmp_path / "w.safetensors", most=300_000)
+    assert [file.name for file in files] == [f"w-0000{number}-of-00004.safetensors" for number in (1, 2, 3, 4)]
+    assert all(file.stat().st_size < 320_000 for file in files)
+    spec = "resnet20(weights=w.safetensors)"
+    assert state_fingerprint(build(spec, model_dir=tmp_path)) == state_fingerprint(source)
+    files[2].unlink()
+    with pytest.raises(WeightsError, match=r"is in parts, and w-00001-of-00004.* not all of one set; copy all of them"):
+        build(spec, model_dir=tmp_path)
+
+
+def test_weights_that_one_part_holds_are_one_file(tmp_path):
+    files = save_parts({"a": torch.ones(3)}, tmp_path / "w.safetensors", most=300_000)
+    assert files == [tmp_path / "w.safetensors"]
 
 
 @pytest.mark.parametrize("spec", ["vgg16", "senet18"])

@@ -1,5 +1,6 @@
 """Weights from files: read as data, never as code, and only where they fit."""
 
+import glob
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -21,25 +22,17 @@ def load_weights(module: nn.Module, path: str | Path, model_dir: Path | None, ar
     """Load the weights in a file into ``module``, in place.
 
     ``.safetensors`` is read by its library; anything else by ``torch.load(weights_only=True)``: a state dict, or a dict
-    that holds one under ``state_dict``. A leading ``module.`` of every key (DataParallel) is dropped. ``architecture``
-    is what errors call the module; its class name where empty.
+    that holds one under ``state_dict``. Where there is no ``name.safetensors`` but ``name-00001-of-00002.safetensors``
+    and so on, as large ones are kept, the parts are joined. A leading ``module.`` of every key (DataParallel) is
+    dropped. ``architecture`` is what errors call the module; its class name where empty.
 
     Raises:
         WeightsError: no such file, one that cannot be read without running code, or weights of another architecture.
     """
-    file = _find(Path(path).expanduser(), model_dir)
-    state = _read(file)
+    file, parts = _find(Path(path).expanduser(), model_dir)
+    state = {key: value for part in parts for key, value in _read(part).items()}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    put_weights(module, state, file, architecture)
-
-
-def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path, architecture: str = "") -> None:
-    """Copy the weights ``state``, which come from ``file``, into ``module``.
-
-    Raises:
-        WeightsError: they are of another architecture, or no numbers that it could compute with.
-    """
     problems = _misfits(module.state_dict(), state)
     if problems:
         expected = architecture or type(module).__name__
@@ -48,24 +41,52 @@ def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path, arch
 
 
 def state_fingerprint(module: nn.Module) -> str:
-    """A hash of all tensors in the state dict: see :func:`fingerprint`."""
-    return fingerprint({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the names, types, shapes and bytes of ``tensors``, wherever they live."""
+    """A hash of the names, types, shapes and bytes of all tensors in the state dict, wherever they live."""
     digest = sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(module.state_dict().items()):
+        if isinstance(value, Tensor):
+            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _find(path: Path, model_dir: Path | None) -> Path:
+def save_parts(state: Mapping[str, Tensor], path: Path, most: int) -> list[Path]:
+    """Write ``state`` as safetensors of at most ``most`` bytes of tensors each, which :func:`load_weights` joins.
+
+    A tensor that is larger has a part to itself.
+
+    Returns:
+        The files, ``path`` alone if one is enough.
+    """
+    parts: list[dict[str, Tensor]] = [{}]
+    room = most
+    for key, value in state.items():
+        if value.nbytes > room and parts[-1]:
+            parts.append({})
+            room = most
+        parts[-1][key] = value.contiguous()
+        room -= value.nbytes
+    files = [path.with_name(f"{path.stem}-{number:05d}-of-{len(parts):05d}{path.suffix}")
+             for number in range(1, len(parts) + 1)] if len(parts) > 1 else [path]  # fmt: skip
+    for file, part in zip(files, parts, strict=True):
+        safetensors.torch.save_file(part, file)
+    return files
+
+
+def _find(path: Path, model_dir: Path | None) -> tuple[Path, list[Path]]:
+    """Where the weights are, and the files that hold them."""
     places = [path] if model_dir is None or path.is_absolute() else [path, model_dir / path]
     for place in places:
         if place.is_file():
-            return place
+            return place, [place]
+        parts = sorted(place.parent.glob(f"{glob.escape(place.stem)}-?????-of-?????{glob.escape(place.suffix)}"))
+        if parts:
+            count = int(parts[0].stem[-5:]) if parts[0].stem[-5:].isdigit() else 0
+            expected = [f"{place.stem}-{number:05d}-of-{count:05d}{place.suffix}" for number in range(1, count + 1)]
+            if [part.name for part in parts] != expected:
+                names = ", ".join(part.name for part in parts)
+                raise WeightsError(f"{place} is in parts, and {names} are not all of one set; copy all of them")
+            return place, parts
     raise WeightsError(f"no weights at {' or '.join(map(str, places))}; check the path or the folder of models")
 
 
