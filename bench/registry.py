@@ -5,11 +5,12 @@ import importlib
 import importlib.util
 import pkgutil
 import sys
+import tomllib
 from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import sha256
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
@@ -19,6 +20,8 @@ from bench.errors import ConfigError
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
 from bench.spec import Spec
 from bench.threat import Access
+
+GROUP = "bench.plugins"  # of entry points
 
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
@@ -167,16 +170,30 @@ def describe(component: Any) -> dict[str, Any]:
 
 
 @lru_cache
+def plugins() -> tuple[EntryPoint, ...]:
+    """Every module that announces itself under ``bench.plugins``.
+
+    A checkout that is not installed has announced nothing; then ours are those that stand in its ``pyproject.toml``.
+    """
+    announced = tuple(entry_points(group=GROUP))
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if announced or not project.is_file():
+        return announced
+    modules = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {}).get(GROUP, {})
+    return tuple(EntryPoint(name, module, GROUP) for name, module in modules.items())
+
+
+@lru_cache
 def load_plugins() -> None:
-    """Import every module that announces itself under ``bench.plugins``; ours come in by the same door."""
-    for plugin in entry_points(group="bench.plugins"):
+    """Import every plug-in; ours come in by the same door."""
+    for plugin in plugins():
         plugin.load()  # importing runs the decorators; a broken plug-in fails here, not later
 
 
 @lru_cache
 def code_hash() -> str:
     """A hash of the code of the benchmark and of every plug-in, committed or not."""
-    packages = {"bench", *(plugin.module.partition(".")[0] for plugin in entry_points(group="bench.plugins"))}
+    packages = {"bench", *(plugin.module.partition(".")[0] for plugin in plugins())}
     digest = sha256()
     for package in sorted(packages):
         spec = importlib.util.find_spec(package)

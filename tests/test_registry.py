@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from bench.errors import ConfigError
-from bench.registry import REQUIRED, Registry, added, describe, parameters
+from bench.registry import REQUIRED, Registry, added, describe, parameters, plugins
 
 
 @dataclass(frozen=True)
@@ -168,3 +168,11 @@ def test_a_parameter_added_later_leaves_the_keys_of_stored_cells_alone():
 
     assert describe(Component()) == {"old": 1}
     assert describe(Component(old=2, new=0.5)) == {"old": 2, "new": 0.5}
+
+
+def test_a_checkout_that_is_not_installed_has_its_plugins(monkeypatch):
+    announced = {plugin.value for plugin in plugins()}
+    monkeypatch.setattr("bench.registry.entry_points", lambda group: ())
+    found = plugins.__wrapped__()
+    assert {plugin.value for plugin in found} == {"attacks", "defenses", "bench.models", "bench.data"} <= announced
+    assert all(plugin.load() for plugin in found)
