@@ -6,7 +6,8 @@ against them, the network is served as it is.
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 Numerics = Literal["plain", "fast"]
+
+# By default torch rounds what a GPU's convolutions multiply to the 10 bits of TF32; plain is float32 to the last bit.
+torch.backends.cudnn.allow_tf32 = False
 
 SPECIMENS = 32  # images that fast and plain numbers are compared on
 WATCHED = 2  # images that show which layers follow which
@@ -51,6 +55,17 @@ def plain(network: nn.Module) -> nn.Module:
     for parameter in network.parameters():  # scripted networks have no requires_grad_ of their own
         parameter.requires_grad_(False)
     return network
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """While open, a GPU's convolutions may round to TF32, as the steps of a training bear it; a CPU's never do."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:

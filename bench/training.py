@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import per_sample
+from bench.numerics import tf32
 from bench.protocols import Job
 from bench.rng import SampleRng
 
@@ -178,20 +179,21 @@ def fit(
         for epoch in range(first, recipe.epochs):
             change = perturb if perturb_at is None else perturb_at(epoch)
             order = torch.randperm(len(train), generator=shuffle).to(job.device)
-            for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
-                rng = streams[rows].fork(epoch)
-                x, y = train.pixels(rows), train.labels[rows]
-                if prepare is not None:
-                    x = prepare(x)
-                x, target = augment(x, recipe.flip, recipe.shift, rng), y
-                if change is not None:
-                    x = change(model, x, y, rng.fork("perturb"))
-                if mix is not None:
-                    x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), target).backward()
-                optimizer.step()
-                schedule.step()
+            with tf32():
+                for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
+                    rng = streams[rows].fork(epoch)
+                    x, y = train.pixels(rows), train.labels[rows]
+                    if prepare is not None:
+                        x = prepare(x)
+                    x, target = augment(x, recipe.flip, recipe.shift, rng), y
+                    if change is not None:
+                        x = change(model, x, y, rng.fork("perturb"))
+                    if mix is not None:
+                        x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
+                    optimizer.zero_grad()
+                    F.cross_entropy(model(x), target).backward()
+                    optimizer.step()
+                    schedule.step()
             job.progress(epoch + 1, recipe.epochs)
             watched(model, epoch, job)
             if job.scratch.due() or epoch + 1 == recipe.epochs:  # what follows the training may be slow, too

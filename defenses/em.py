@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
+from bench.numerics import tf32
 from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
@@ -87,7 +88,7 @@ class ErrorMinimising:
         own = surrogate_job(job)
         model = surrogate(data, self.network, own)
         recipe = Recipe.for_dataset(data, batch_size=self.batch_size, lr=self.lr)
-        with seeded(own):
+        with seeded(own), tf32():
             noise = self.minimise(model, images, len(data.classes), recipe, own)
         return merge(data.train, rows, moved(images.images, 255 * noise))
 

@@ -266,3 +266,10 @@ def test_networks_are_frozen():
     module = numerics.fast(Network(), IMAGES).module
     assert not module.training
     assert not any(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_gpu_computes_plain_numbers_in_float32_and_trains_in_tf32():
+    assert not torch.backends.cudnn.allow_tf32
+    with numerics.tf32():
+        assert torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cudnn.allow_tf32

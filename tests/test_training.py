@@ -85,6 +85,21 @@ def test_every_sample_is_seen_once_in_an_epoch(digits):
     assert torch.equal(rows.sort(dim=0).values, digits.train.pixels().flatten(1).sort(dim=0).values)
 
 
+def test_steps_may_round_as_a_gpu_likes_and_what_watches_them_may_not(digits):
+    seen = {}
+
+    def perturb(model, x, y, rng):
+        seen["step"] = torch.backends.cudnn.allow_tf32
+        return x
+
+    def watch(model, epoch):
+        seen["watch"] = torch.backends.cudnn.allow_tf32
+
+    few = replace(digits, train=digits.train.subset(slice(0, 64)))
+    fit(small_cnn(), few, Recipe.for_dataset(few, epochs=1), Job(watch=watch), perturb=perturb)
+    assert seen == {"step": True, "watch": False}
+
+
 def test_a_data_set_without_training_images_is_named(digits):
     empty = replace(digits, name="mine", train=digits.train.subset(slice(0)))
     with pytest.raises(ConfigError, match="'mine' has no training images"):
