@@ -215,13 +215,14 @@ class _L2:
 
     def __init__(self, x: Tensor, threat: Threat, inset: int) -> None:
         self.x, self.eps, self.inset = x, threat.eps, inset
+        self._lobes: dict[int, Tensor] = {}  # by side; copying them to a GPU at each step would wait for it
 
     def start(self, rng: SampleRng) -> Tensor:
         """A 5 x 5 grid of patterns, with one sign for each tile and channel and an orientation for each tile."""
         _, channels, height, width = self.x.shape
         side = max(1, min(height, width) // 5)
         tiles = min(5, height // side), min(5, width // side)
-        lobes = bump(side).to(self.x)
+        lobes = self._bump(side)
         shape = torch.where(rng.fork("turn").coins(*tiles)[..., None, None], lobes.T, lobes)     # (n, 5, 5, s, s)
         signs = rng.fork("signs").coins(channels, *tiles).to(self.x) * 2 - 1
         grid = (signs[..., None, None] * shape[:, None]).transpose(3, 4).flatten(4, 5).flatten(2, 3)
@@ -244,7 +245,7 @@ class _L2:
         line = torch.arange(side, device=delta.device)
         cells = (first[:, 0, None, None] + line[:, None]) * width + first[:, 1, None, None] + line  # (n, s, s)
         cells = cells.flatten(1)[:, None].expand(-1, channels, -1)                                 # (n, C, s * s)
-        lobes = bump(side).to(delta)
+        lobes = self._bump(side)
         turned = torch.where(rng.fork("turn").coins(1, 1), lobes.T, lobes)                         # (n, s, s)
         signs = rng.fork("signs").coins(channels).to(delta) * 2 - 1
         old = delta.flatten(2).gather(2, cells)
@@ -252,6 +253,11 @@ class _L2:
         new = _unit(new) * room.sqrt()[..., None]
         moved = delta.masked_fill(out_of, 0).flatten(2).scatter(2, cells, new).view_as(delta)
         return self._on_sphere(moved)
+
+    def _bump(self, side: int) -> Tensor:
+        if side not in self._lobes:
+            self._lobes[side] = bump(side).to(self.x)
+        return self._lobes[side]
 
     def _on_sphere(self, delta: Tensor) -> Tensor:
         scale = self.eps / (lp_norm(delta, "l2") + TINY)

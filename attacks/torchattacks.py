@@ -78,7 +78,8 @@ class TorchAttack:
         seed = int(rng.keys.sum()) & 0x7FFFFFFF
         if "seed" in self._signature:
             params.setdefault("seed", seed)
-        with torch.random.fork_rng():  # the library draws from the global generator, and seeds it
+        # The library draws from the global generators, and seeds them.
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
             torch.manual_seed(seed)
             attack = _find(self.name)(oracle.as_module(), **params)
             x_adv: Tensor = attack(x, y).detach()

@@ -48,7 +48,7 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
 
 def _seconds_per_query(task: Task, device: torch.device, batch: int) -> float:
     """Time a batch through the served model, and back where the attack takes gradients; weights do not matter."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):
         network = task.build().to(device)
     model = deploy(task, network, task.cell.numerics, device, batch)
     gradients = task.attack.access == "gradients"

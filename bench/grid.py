@@ -69,7 +69,7 @@ class Loader:
         """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
         if (text, data_name) not in self._weights:
             classes, shape = len(data.classes), data.test.shape
-            with torch.random.fork_rng():
+            with torch.random.fork_rng([]):  # on the CPU
                 network = architecture(classes, shape, self.model_dir)
             check_logits(network, classes, shape)
             self._weights[text, data_name] = state_fingerprint(network) if architecture.trained else ""

@@ -131,7 +131,7 @@ def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft
     while (kept := job.scratch.load(f"moved-{len(moved)}")) is not None:
         moved += kept
     saved = len(moved)
-    for part in torch.arange(len(rows)).split(CHUNK)[len(moved) :]:
+    for part in torch.arange(len(rows), device=job.device).split(CHUNK)[len(moved) :]:
         levels = chosen.images[part].float()
         crafted = craft(levels, (chosen.labels[part] + shift) % len(data.classes), streams[part])
         assert ((crafted.round() - levels).abs() <= round(255 * eps)).all(), "outside the ball"
