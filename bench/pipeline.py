@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as serialised
-from torch import Tensor, nn
+from torch import nn
 
 from bench import numerics
 from bench.cell import Component
 from bench.dataset import Dataset, Split
-from bench.files import keep_file
 from bench.grid import Task
-from bench.models.weights import load_weights
+from bench.kept import keep_tensors, kept_tensors
+from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
@@ -67,10 +65,16 @@ class Pipeline:
         return task.data.released(self._released[1])
 
     def kept_release(self, task: Task) -> Split | None:
-        """The released training images of ``task`` if they were made in this folder."""
-        if "data" not in task.chain or not (path := self.folder / f"{release_key(task)}.safetensors").exists():
+        """The released training images of ``task`` if they were made in this folder.
+
+        Raises:
+            StoreError: what is kept there is not what the defense released.
+        """
+        if "data" not in task.chain:
             return None
-        return Split(load_file(path)["images"], task.data.train.labels)
+        key = release_key(task)
+        kept = kept_tensors(self._path(key), key)
+        return None if kept is None else Split(kept["images"], task.data.train.labels)
 
     def train(self, task: Task, progress: Progress) -> None:
         """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
@@ -99,16 +103,16 @@ class Pipeline:
         return self._last[1]
 
     def _trained(self, task: Task, key: str, progress: Progress) -> nn.Module:
-        path = self.folder / f"{key}.safetensors"
-        if path.exists():
+        path = self._path(key)
+        if (kept := kept_tensors(path, key)) is not None:
             network: nn.Module = task.build()
-            load_weights(network, path, None)
+            put_weights(network, kept, path)
             return network
         recipe: Any = task.chain.get("training") or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
             network = recipe(task.build, released, job)
-            _keep(path, network.cpu().state_dict())
+            keep_tensors(path, network.cpu().state_dict(), key)
         return network
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
@@ -116,17 +120,12 @@ class Pipeline:
             return kept
         with self._job(task, key, progress) as job:
             protected: Split = task.chain["data"](task.data, job)
-            _keep(self.folder / f"{key}.safetensors", {"images": protected.images})
+            keep_tensors(self._path(key), {"images": protected.images}, key)
         return protected
 
-
-def _keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write ``tensors`` for the next cell that needs them.
-
-    Raises:
-        StoreError: the disk is full or the folder cannot be made.
-    """
-    keep_file(path, serialised({name: value.cpu().contiguous() for name, value in tensors.items()}))
+    def _path(self, key: str) -> Path:
+        """Where what the recipe ``key`` made is kept."""
+        return self.folder / f"{key}.safetensors"
 
 
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:

@@ -44,26 +44,28 @@ class SampleRng:
     SplitMix64's finaliser as the bijection.
     """
 
-    keys: Tensor  # (B,) int64
+    keys: Tensor    # (B,) int64
+    owners: Tensor  # (B,) int64, the same in every fork of a sample's streams and unlike those of other samples
 
     @classmethod
     def create(cls, seed: int, ids: Tensor, purpose: str) -> "SampleRng":
         """Streams for the samples ``ids`` (B,) int64 under ``seed``, unlike those of any other ``purpose``."""
         root = _mix(torch.tensor(_signed(seed * _GAMMA + _hash(purpose)), dtype=torch.int64, device=ids.device))
-        return cls(_mix(root + _mix(ids * _GAMMA + 1)))
+        keys = _mix(root + _mix(ids * _GAMMA + 1))
+        return cls(keys, keys)
 
     def __len__(self) -> int:
         return self.keys.numel()
 
     def __getitem__(self, rows: Tensor) -> "SampleRng":
         """The streams of the samples at ``rows`` (n,), an index or a mask."""
-        return SampleRng(self.keys[rows])
+        return SampleRng(self.keys[rows], self.owners[rows])
 
     def fork(self, label: str | int | Tensor) -> "SampleRng":
         """New streams for ``label``: a purpose, a step number, or (B,) int64 step numbers of each sample."""
         word = _hash(label) if isinstance(label, str) else label
         offset = _signed(word * _M1) if isinstance(word, int) else word * _M1
-        return SampleRng(_mix(self.keys + offset))
+        return SampleRng(_mix(self.keys + offset), self.owners)
 
     def words(self, lanes: int) -> Tensor:
         """(B, lanes) int64 of uniformly random bits."""

@@ -6,6 +6,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock, Timeout
 from bench.errors import StoreError
 from bench.files import keep_file
 
+SEAL = sha256().digest_size
 PAUSE = 30.0  # seconds of work that a kill may cost beside the step in work: an epoch, a turn, a chunk of images
 
 
@@ -23,7 +25,8 @@ class Scratch:
 
     A job asks for what it has done with :meth:`load` and says what it has with :meth:`save`; each name stands for one
     piece, so a defense that does the same twice needs a job for each. Pieces that other code has left, by its hash
-    ``code``, are not taken up. Whoever started the job calls :meth:`clear` when its result is safe.
+    ``code``, or that were altered since, are not taken up. Whoever started the job calls :meth:`clear` when its result
+    is safe.
     """
 
     def __init__(self, folder: Path | None = None, code: str = "") -> None:
@@ -35,10 +38,13 @@ class Scratch:
         if self.folder is None or not (path := self.folder / name).is_file():
             return None
         try:
-            kept = torch.load(path, map_location="cpu", weights_only=True)
+            written = path.read_bytes()
+            seal, content = written[:SEAL], written[SEAL:]
+            if seal != self._seal(name, content):
+                return None
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
             return None  # no loss but time: the work is done again
-        return kept["piece"] if kept["code"] == self.code else None
 
     def save(self, name: str, piece: Any) -> None:
         """Keep ``piece``, made of tensors, numbers, strings, lists and dictionaries, in place of an earlier one.
@@ -49,8 +55,13 @@ class Scratch:
         if self.folder is None:
             return
         file = io.BytesIO()
-        torch.save({"code": self.code, "piece": piece}, file)
-        keep_file(self.folder / name, file.getvalue())
+        torch.save(piece, file)
+        content = file.getvalue()
+        keep_file(self.folder / name, self._seal(name, content) + content)
+
+    def _seal(self, name: str, content: bytes) -> bytes:
+        """What the file begins with: a hash that other code, another name or other content does not have."""
+        return sha256(f"{self.code}\n{name}\n".encode() + content).digest()
 
     def due(self) -> bool:
         """Whether ``PAUSE`` seconds have gone by since this was last true, so that a costly piece is worth saving."""

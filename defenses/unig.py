@@ -17,10 +17,15 @@ from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
+from defenses.memory import Memory, turns
 
-Variant = Literal["stateless", "as-released"]
+Variant = Literal["batch-of-one", "as-released", "stateless"]
+
+# Gradients to their derivative and their range; see the functions that begin with ``_from``.
+Differences = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of the released optimiser
+STARTS = 100  # places among the stored images at which a stretch of them may begin
 
 
 @defenses("unig")
@@ -32,10 +37,16 @@ class UniG:
     of size ``lr`` that bring the gradients of the cross-entropy by the features closer together. The defaults are those
     for CIFAR-10; for ImageNet the authors take delta 0.1 and lr 1.
 
-    ``as-released`` compares each row with its neighbours in the query batch, and its momentum goes on from query to
-    query, by row and whoever sits there: figures depend on who shares the batch and on every query before. Rows that a
-    batch does not fill count with P = 1. ``stateless`` compares each row with ``anchors`` fixed calibration images, as
-    the authors do for a batch of one (they take 5), and forgets the momentum; nothing else is different.
+    - ``batch-of-one`` is the released defense of a service that gets one image at a time (``--combine``). The query and
+      ``anchors`` stored images, a stretch that begins at random at each query, form a chain; each has a P of its own,
+      and each compares with its neighbours, so only the first of them touches the query. Momentum goes on from query
+      to query. Every sample has a deployment of its own here, so answers depend on its earlier queries and on nobody
+      else's. The stored images are the first of the calibration split, where the authors keep training images.
+    - ``as-released`` is the released defense of a batch: each row compares with its neighbours in it, and momentum goes
+      on by row, whoever sits there. Figures depend on who shares the batch and on every query before. Rows that a batch
+      does not fill count with P = 1.
+    - ``stateless`` is ours, and weaker than either: each row compares with ``anchors`` fixed images whose P is 1, and
+      momentum is forgotten. Rows that were stored before ``batch-of-one`` was the default have it under ``unig``.
 
     As it starts from noise and takes one step of a size that mostly ends at the bounds, it needs two controls:
     ``lr=0``, noise on the features alone, and ``sigma=0``, the optimisation alone. With both, or with delta 0, the
@@ -50,7 +61,7 @@ class UniG:
         ConfigError: a delta outside [0, 1], a negative sigma, lr or number of steps, or no anchors.
     """
 
-    variant: Variant = "stateless"
+    variant: Variant = "batch-of-one"
     delta: float = 0.5
     steps: int = 1
     lr: float = 10.0
@@ -79,7 +90,7 @@ class UniG:
     @property
     def stateful(self) -> bool:
         """Whether an answer depends on the queries before."""
-        return self.variant == "as-released"
+        return self.variant != "stateless"
 
     def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
         """The served model; all randomness comes with each query.
@@ -88,8 +99,9 @@ class UniG:
             ConfigError: a network that does not end in a linear layer, or fewer calibration images than anchors.
         """
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-        count = min(self.anchors, len(calibration))
-        if self.variant == "stateless" and count < self.anchors:
+        wanted = {"batch-of-one": STARTS + self.anchors - 1, "stateless": self.anchors, "as-released": 1}[self.variant]
+        count = min(wanted, len(calibration))
+        if count < self.anchors and self.variant != "as-released":
             raise ConfigError(
                 f"anchors is {self.anchors} but there are {count} calibration images; lower it, or use "
                 "variant=as-released, which needs none"
@@ -97,20 +109,29 @@ class UniG:
         rows = torch.arange(count, device=calibration.images.device)
         x, y = calibration.pixels(rows).to(device), calibration.labels[rows].to(device)
         head = last_linear(model, x)
-        reference = None
-        if self.variant == "stateless":
-            with torch.no_grad(), features_of(head) as seen:
-                model(x)
-            features = seen[0].float() if seen[0].dtype.itemsize < 4 else seen[0]
-            reference = Head.of(head, features).gradient(features, torch.ones_like(features), y).u
-        return Unified(model, head, self, reference).eval()
+        if self.variant == "as-released":
+            return Unified(model, head, self).eval()
+        with torch.no_grad(), features_of(head) as seen:
+            model(x)
+        features = seen[0].float() if seen[0].dtype.itemsize < 4 else seen[0]
+        if self.variant == "batch-of-one":
+            return Unified(model, head, self, Stored(features, y)).eval()
+        reference = Head.of(head, features).gradient(features, torch.ones_like(features), y).u
+        return Unified(model, head, self, reference=reference).eval()
+
+
+class Stored(NamedTuple):
+    """Images that a service keeps to compare queries with: their features (S, D) and true classes (S,)."""
+
+    features: Tensor
+    classes: Tensor
 
 
 class Gradient(NamedTuple):
     """What the closed form of one sample's gradient is made of."""
 
-    u: Tensor  # (B, D), W^T (q - onehot), so that P * u is the gradient by the features
-    q: Tensor  # (B, K), the probabilities
+    u: Tensor  # (..., D), W^T (q - onehot), so that P * u is the gradient by the features
+    q: Tensor  # (..., K), the probabilities
 
 
 class Head(NamedTuple):
@@ -126,35 +147,45 @@ class Head(NamedTuple):
         return cls(layer.weight.detach().to(features), bias)
 
     def logits(self, features: Tensor) -> Tensor:
-        """(B, K) of ``features`` (B, D)."""
+        """(..., K) of ``features`` (..., D)."""
         return nn.functional.linear(features, self.weight, self.bias)
 
     def gradient(self, features: Tensor, scale: Tensor, classes: Tensor) -> Gradient:
-        """For the cross-entropy of ``scale * features`` (B, D) with ``classes`` (B,)."""
-        q = self.logits(scale * features).softmax(dim=1)
-        return Gradient((q - nn.functional.one_hot(classes, q.shape[1]).to(q)) @ self.weight, q)
+        """For the cross-entropy of ``scale * features`` (..., D) with ``classes`` (...)."""
+        q = self.logits(scale * features).softmax(dim=-1)
+        return Gradient((q - nn.functional.one_hot(classes, q.shape[-1]).to(q)) @ self.weight, q)
 
     def pull(self, features: Tensor, scale: Tensor, gradient: Gradient, v: Tensor) -> Tensor:
-        """The derivative (B, D) of ``v . (scale * u)`` by ``scale``, ``v`` (B, D) held fixed.
+        """The derivative (..., D) of ``v . (scale * u)`` by ``scale``, ``v`` (..., D) held fixed.
 
         ``u * v + f * W^T H W (scale * v)``, where ``H = diag(q) - q q^T`` is the derivative of the softmax.
         """
-        z = (scale * v) @ self.weight.T                                            # (B, K)
-        curved = gradient.q * (z - (gradient.q * z).sum(dim=1, keepdim=True))      # H z
+        z = (scale * v) @ self.weight.T                                            # (..., K)
+        curved = gradient.q * (z - (gradient.q * z).sum(dim=-1, keepdim=True))     # H z
         return gradient.u * v + features * (curved @ self.weight)
 
 
 class Unified(nn.Module):
     """``model`` with the input of ``head``, its last layer, scaled anew at each query.
 
-    ``reference`` (A, D) are the gradients that all rows are compared with; without them it is their neighbours.
+    Rows are compared with the ``stored`` images, each query in a chain of its own, or else all with the gradients
+    ``reference`` (A, D), or else with their neighbours in the batch.
     """
 
-    def __init__(self, model: nn.Module, head: nn.Linear, settings: UniG, reference: Tensor | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        head: nn.Linear,
+        settings: UniG,
+        stored: Stored | None = None,
+        reference: Tensor | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.settings, self.reference = model, settings, reference
+        self.model, self.settings, self.stored, self.reference = model, settings, stored, reference
         self._head = [head]  # in a list, since it is a part of the model already
-        self.velocity: Tensor | None = None  # (rows so far, D); the released optimiser's memory
+        # The released optimiser's memory: of the rows so far (rows, D), and of each sample's chain.
+        self.velocity: Tensor | None = None
+        self.chains = Memory(1 + settings.anchors, head.in_features)
 
     def forward(self, x: Tensor, rng: SampleRng | None = None) -> Tensor:
         """Logits (B, K) of ``x`` (B, C, H, W) with the start of each P from the streams of ``rng``, one for each row.
@@ -183,39 +214,56 @@ class Unified(nn.Module):
     def scale(self, features: Tensor, rng: SampleRng) -> Tensor:
         """P (B, D) for ``features`` (B, D), at least in float32."""
         f = features.float() if features.dtype.itemsize < 4 else features
-        settings, head = self.settings, Head.of(self._head[0], f)
+        head = Head.of(self._head[0], f)
         classes = head.logits(f).argmax(dim=1)
-        scale = 1 + settings.sigma * rng.normal(f.shape[1]).to(f)
-        before = self.velocity if settings.stateful else None
-        velocity = torch.zeros_like(f) if before is None else before
-        if len(velocity) < len(f):
-            velocity = torch.cat((velocity, velocity.new_zeros(len(f) - len(velocity), f.shape[1])))
-        differences: Callable[[Tensor], tuple[Tensor, Tensor]] = self._from_neighbours
+        if self.stored is not None:
+            return self._scale_alone(head, f, classes, self.stored, rng)
+        scale = self._noise(rng, f.shape[1]).to(f)
         if self.reference is not None:
-            differences = self._from_reference
+            return self._descend(head, f, classes, scale, torch.zeros_like(f), self._from_reference)[0]
+        past = torch.zeros_like(f) if self.velocity is None else self.velocity
+        present = torch.cat((past[: len(f)], past.new_zeros(max(0, len(f) - len(past)), f.shape[1])))
+        scale, present = self._descend(head, f, classes, scale, present, _from_neighbours)
+        absent = past[len(f) :]
+        for _ in range(self.settings.steps):
+            absent = MOMENTUM * absent + WEIGHT_DECAY  # rows without a sample count with P = 1
+        self.velocity = torch.cat((present, absent))
+        return scale
+
+    def _scale_alone(self, head: Head, f: Tensor, classes: Tensor, stored: Stored, rng: SampleRng) -> Tensor:
+        """P (B, D), each row optimised in a chain with stored images; the queries of a sample follow each other."""
+        count = self.settings.anchors
+        starts = rng.fork("stored").integers(len(stored.classes) - count + 1)
+        chosen = starts[:, None] + torch.arange(count, device=f.device)                     # (B, A)
+        features = torch.cat((f[:, None], stored.features.to(f)[chosen]), dim=1)            # (B, 1 + A, D)
+        targets = torch.cat((classes[:, None], stored.classes[chosen]), dim=1)
+        scale = self._noise(rng, *features.shape[1:]).to(f)
+        for rows in turns(rng.owners):
+            past = self.chains.recall(rng.owners[rows], like=f)
+            scale[rows], now = self._descend(
+                head, features[rows], targets[rows], scale[rows], past, _from_neighbours
+            )
+            self.chains.keep(rng.owners[rows], now)
+        return scale[:, 0]
+
+    def _noise(self, rng: SampleRng, *shape: int) -> Tensor:
+        """Where each P (B, *shape) starts."""
+        return 1 + self.settings.sigma * rng.normal(*shape)
+
+    def _descend(
+        self, head: Head, f: Tensor, classes: Tensor, scale: Tensor, velocity: Tensor, differences: Differences
+    ) -> tuple[Tensor, Tensor]:
+        """P and the optimiser's memory (..., D) after the steps of one query, from ``scale`` and ``velocity``."""
+        low, high = 1 - self.settings.delta, 1 + self.settings.delta
         width: Tensor | None = None
-        for _ in range(settings.steps):
+        for _ in range(self.settings.steps):
             gradient = head.gradient(f, scale, classes)
             v, spread = differences(scale * gradient.u)
             width = spread if width is None else width  # the first, for all steps
             slope = head.pull(f, scale, gradient, v) / width.clamp(min=torch.finfo(f.dtype).tiny)
-            decay = torch.ones_like(velocity)  # rows without a sample count with P = 1
-            decay[: len(f)] = scale
-            velocity = MOMENTUM * velocity + WEIGHT_DECAY * decay
-            velocity[: len(f)] += slope
-            scale = (scale - settings.lr * velocity[: len(f)]).clamp(1 - settings.delta, 1 + settings.delta)
-        if settings.stateful:
-            self.velocity = velocity
-        return scale.clamp(1 - settings.delta, 1 + settings.delta)
-
-    def _from_neighbours(self, g: Tensor) -> tuple[Tensor, Tensor]:
-        """The derivative (B, D) of the distances between neighbours by each row of ``g`` (B, D), and g's range ().
-
-        A row of its own has no neighbours and zero derivative; the released code fails there.
-        """
-        unit = nn.functional.normalize(g[:-1] - g[1:], dim=1, eps=torch.finfo(g.dtype).tiny)
-        edge = g.new_zeros(1, g.shape[1])
-        return torch.cat((unit, edge)) - torch.cat((edge, unit)), g.amax() - g.amin()
+            velocity = MOMENTUM * velocity + WEIGHT_DECAY * scale + slope
+            scale = (scale - self.settings.lr * velocity).clamp(low, high)
+        return scale.clamp(low, high), velocity
 
     def _from_reference(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """The derivative (B, D) of each row's distances from the reference, and their common range (B, 1)."""
@@ -225,6 +273,18 @@ class Unified(nn.Module):
         high = torch.maximum(g.amax(dim=1, keepdim=True), reference.amax())
         low = torch.minimum(g.amin(dim=1, keepdim=True), reference.amin())
         return unit.sum(dim=1), high - low
+
+
+def _from_neighbours(g: Tensor) -> tuple[Tensor, Tensor]:
+    """The derivative (..., R, D) of the distances between neighbours by each row of ``g``, and g's range (..., 1, 1).
+
+    A row of its own has no neighbours and zero derivative; the released code fails there.
+    """
+    apart = g[..., :-1, :] - g[..., 1:, :]
+    unit = nn.functional.normalize(apart, dim=-1, eps=torch.finfo(g.dtype).tiny)
+    edge = torch.zeros_like(g[..., :1, :])
+    both = torch.cat((unit, edge), dim=-2) - torch.cat((edge, unit), dim=-2)
+    return both, g.amax(dim=(-2, -1), keepdim=True) - g.amin(dim=(-2, -1), keepdim=True)
 
 
 def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:

@@ -69,7 +69,7 @@ class UEraser(Trainer):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng, draws: int) -> Tensor:
         """The augmentation (B, C, H, W) of highest cross-entropy among ``draws``; ``model`` is left as it was."""
-        streams = SampleRng(torch.cat([rng.fork(draw).keys for draw in range(draws)]))
+        streams = SampleRng(torch.cat([rng.fork(draw).keys for draw in range(draws)]), rng.owners.repeat(draws))
         tries = self.augment(x.repeat(draws, 1, 1, 1), streams)  # (draws * B, C, H, W)
         if draws == 1:
             return tries

@@ -33,6 +33,15 @@ def load_weights(module: nn.Module, path: str | Path, model_dir: Path | None, ar
     state = {key: value for part in parts for key, value in _read(part).items()}
     if all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
+    put_weights(module, state, file, architecture)
+
+
+def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path, architecture: str = "") -> None:
+    """Copy the weights ``state``, which come from ``file``, into ``module``.
+
+    Raises:
+        WeightsError: they are of another architecture, or no numbers that it could compute with.
+    """
     problems = _misfits(module.state_dict(), state)
     if problems:
         expected = architecture or type(module).__name__
@@ -41,12 +50,16 @@ def load_weights(module: nn.Module, path: str | Path, model_dir: Path | None, ar
 
 
 def state_fingerprint(module: nn.Module) -> str:
-    """A hash of the names, types, shapes and bytes of all tensors in the state dict, wherever they live."""
+    """A hash of all tensors in the state dict: see :func:`fingerprint`."""
+    return fingerprint({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of the names, types, shapes and bytes of ``tensors``, wherever they live."""
     digest = sha256()
-    for name, value in sorted(module.state_dict().items()):
-        if isinstance(value, Tensor):
-            digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for name, value in sorted(tensors.items()):
+        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
