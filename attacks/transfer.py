@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from attacks.pgd import PGD
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Referee
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -65,4 +65,4 @@ class Transfer:
         """PGD's examples on the twin; their oracle has a ball of radius 0, in which none falls: all take every step."""
         pgd = PGD(steps=self.steps, rel_step=self.rel_step)
         white_box = replace(threat, eps=0.0, access="gradients", query_budget=pgd.most_queries)
-        return pgd(Oracle(oracle.surrogate, x, y, white_box, rng, minimal=True), x, y, threat, rng)
+        return pgd(Referee(oracle.surrogate, x, y, white_box, rng, minimal=True).oracle, x, y, threat, rng)

@@ -18,7 +18,7 @@ from bench.dataset import Dataset, Split
 from bench.grid import Task
 from bench.losses import margin
 from bench.norms import lp_norm
-from bench.oracle import Oracle
+from bench.oracle import Referee
 from bench.perturbation import perturbation
 from bench.protocols import Attack, Job
 from bench.rng import SampleRng
@@ -72,18 +72,18 @@ def attack_served(
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
     surrogate = target.undefended if getattr(attack, "surrogate", False) else None
-    oracle = Oracle(
+    referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, **rules,
         surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.name}")
-    x_adv = attack(oracle, before, y[todo], cell.threat, stream) if len(todo) else before
+    x_adv = attack(referee.oracle, before, y[todo], cell.threat, stream) if len(todo) else before
     final = x.clone()
-    final[todo] = oracle.finish(x_adv)
+    final[todo] = referee.finish(x_adv)
     after = _judge(target.plain, final, y, noise.fork("final"))
 
-    ledger = oracle.ledger
+    ledger = referee.ledger
     nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)
     distance = torch.zeros_like(clean.margin).index_copy(0, todo, nearest)
     table = {

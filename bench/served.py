@@ -15,7 +15,8 @@ class ServedModel:
     """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.
 
     ``random`` models take a SampleRng beside the images, with one stream for each of them. ``numbers`` says which
-    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`.
+    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images, so
+    that one which writes into its input changes nothing for whoever asks.
     """
 
     module: nn.Module
@@ -28,9 +29,11 @@ class ServedModel:
         if len(x) <= self.batch_size:
             return self._forward(x, rng)
         parts = torch.arange(len(x), device=x.device).split(self.batch_size)
-        return torch.cat([self._forward(x[part], rng[part] if self.random else rng) for part in parts])
+        streams = [rng[part] if self.random else rng for part in parts]
+        return torch.cat([self._forward(*pair) for pair in zip(x.split(self.batch_size), streams, strict=True)])
 
     def _forward(self, x: Tensor, rng: SampleRng) -> Tensor:
+        x = x.clone()
         logits: Tensor = self.module(x, rng) if self.random else self.module(x)
         return logits
 

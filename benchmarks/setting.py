@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bench.data.cifar import Cifar10
 from bench.models import resolve
-from bench.oracle import NEVER, Oracle
+from bench.oracle import NEVER, Referee
 from bench.protocols import Attack
 from bench.rng import SampleRng
 from bench.served import ServedModel
@@ -93,9 +93,9 @@ def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> flo
     ids = torch.arange(len(here.x), device=here.x.device)
     rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
     served = ServedModel(network, batch_size=1024 if here.x.is_cuda else 256)  # as the command line does
-    oracle = Oracle(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), **rules)
-    oracle.finish(attack(oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
-    return float((oracle.ledger.first_hit == NEVER).float().mean())
+    referee = Referee(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), **rules)
+    referee.finish(attack(referee.oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
+    return float((referee.ledger.first_hit == NEVER).float().mean())
 
 
 def machine(device: str) -> str:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.losses import margin
-from bench.oracle import Oracle
+from bench.oracle import Referee
 from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Access, Norm, Threat
@@ -89,6 +89,13 @@ def linear_problem(
     return model, x, y, margin(model(x), y) / w.norm(p={"linf": 1, "l2": 2}[norm])  # over the dual norm
 
 
+class Bench(Referee):
+    """A referee with the questions that it grants to attacks, in one hand."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["oracle"], name)
+
+
 def referee(
     model: nn.Module,
     x: Tensor,
@@ -102,15 +109,17 @@ def referee(
     ids: Tensor | None = None,
     random: bool = False,
     **settings: Any,
-) -> Oracle:
-    """An oracle over ``model`` for the batch ``x``, ``y``."""
+) -> "Bench":
+    """A referee over ``model`` for the batch ``x``, ``y``."""
     ids = torch.arange(len(x)) if ids is None else ids
     threat = Threat(norm, eps, access, budget)
-    return Oracle(ServedModel(model, random), x, y, threat, SampleRng.create(seed, ids, "defense"), **settings)
+    return Bench(ServedModel(model, random), x, y, threat, SampleRng.create(seed, ids, "defense"), **settings)
 
 
-def attack_with(attack: Any, oracle: Oracle, x: Tensor, y: Tensor, seed: int = 0, ids: Tensor | None = None) -> Tensor:
-    """Run ``attack`` through ``oracle`` and return the final examples."""
+def attack_with(
+    attack: Any, referee: Referee, x: Tensor, y: Tensor, seed: int = 0, ids: Tensor | None = None
+) -> Tensor:
+    """Run ``attack`` before ``referee`` and return the final examples."""
     ids = torch.arange(len(x)) if ids is None else ids
     stream = SampleRng.create(seed, ids, "attack")
-    return oracle.finish(attack(oracle, x.clone(), y, oracle._threat, stream))
+    return referee.finish(attack(referee.oracle, x.clone(), y, referee._threat, stream))

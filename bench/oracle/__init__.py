@@ -1,6 +1,7 @@
-"""What an attack meets in place of the model, and the ledger of what it did there."""
+"""What an attack meets in place of the model, and who judges and counts what it asks."""
 
+from bench.oracle.attacker import Oracle
 from bench.oracle.ledger import NEVER, Ledger
-from bench.oracle.referee import Oracle
+from bench.oracle.referee import Referee
 
-__all__ = ["NEVER", "Ledger", "Oracle"]
+__all__ = ["NEVER", "Ledger", "Oracle", "Referee"]

@@ -1,16 +1,17 @@
-"""The referee: what an attack meets in place of the model."""
+"""The referee: judges every query, and keeps the ledger."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.errors import AccessError, ThreatViolation
+from bench.errors import AccessError, RefereeError, ThreatViolation
 from bench.losses import margin
 from bench.norms import lp_norm, per_sample
-from bench.oracle.foreign import ForeignView
+from bench.oracle.attacker import Oracle
 from bench.oracle.ledger import NEVER, Ledger
+from bench.oracle.repeats import repeats
 from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Threat
@@ -19,14 +20,11 @@ TOLERANCE = 1e-6  # what float32 rounding may add to a distance; grows with radi
 REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU
 
 
-class Oracle:
+class Referee:
     """Answers what the threat allows, for as long as it allows it, and writes everything down.
 
-    An attack names the samples it asks about by ``rows`` (n,), their distinct positions in the batch; ``None`` means
-    all. Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order.
-    A sample that was misclassified once, or that has spent its budget, gets no more answers: NaN scores, label -1,
-    zero gradients. The ball and the box are checked before anything is answered; minimum-norm attacks (``minimal``) are
-    held to the box in their queries, and to the ball in what counts as success and in what they return.
+    An attack never holds it: it asks through :attr:`oracle`. The referee works on copies of its own, so nothing that an
+    attack or a model writes into a tensor moves a ball, a clean image or a hit.
 
     A random model answers the same image differently each time, so an attack that takes the first lucky answer proves
     little. For one that averages (``averages``), the k queries of a call are k draws of one image: all are counted, and
@@ -67,25 +65,23 @@ class Oracle:
     ) -> None:
         if threat.query_budget is None:
             raise AccessError(f"{attack}: a threat without a query budget grants no queries")
+        x, y = x.detach().clone(), y.clone()
         self.ledger = Ledger.blank(x)
         self.query_budget = threat.query_budget
+        self.oracle = Oracle(self)
         self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
         self._quantise, self._minimal, self._averages, self._alone = quantise, minimal, averages, alone
         self._surrogate, self._attack, self._on_spent = surrogate, attack, on_spent
         self._reach = math.inf if minimal else threat.eps  # how far queries may go
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
-        self._active = torch.arange(len(x), device=x.device)
-        self._active_x = x
+        self._active, self._active_x = self._all_rows(), x
+        self._lent = self._active.clone()  # what attacks are given; the same object until somebody drops out
         self._refresh = REFRESH if x.is_cuda else 1
         self._asked_since_refresh = 0
 
     @property
     def surrogate(self) -> ServedModel:
-        """The undefended network, to work on at will; what is done to it counts nowhere.
-
-        Raises:
-            AccessError: the attack does not declare that it works on a surrogate.
-        """
+        """See :attr:`Oracle.surrogate`."""
         if self._surrogate is None:
             raise AccessError(f"{self._attack} asked for the undefended network; declare surrogate = True")
         return self._surrogate
@@ -96,68 +92,63 @@ class Oracle:
         return (self.ledger.first_hit == NEVER) & (self.ledger.forwards < self.query_budget)
 
     def active(self) -> Tensor:
-        """The rows (n,) worth asking about; empty when the attack is over.
-
-        The same tensor object comes back until somebody has dropped out. On a GPU it is looked at only after 16
-        queries of a sample, since looking waits for the device; until then it may hold rows that get no answers.
-        """
+        """See :meth:`Oracle.active`."""
         if self._asked_since_refresh < self._refresh:
-            return self._active
+            return self._lent
         self._asked_since_refresh = 0
         self._complain()
+        self._compare_lent()
         live = self.live
         rows = live.nonzero().squeeze(1)
         if len(rows) < len(self._active):
-            self._active, self._active_x = rows, self._x[rows]
+            self._active, self._active_x, self._lent = rows, self._x[rows], rows.clone()
         saved = self.query_budget * (len(live) - len(rows))
         self._on_spent(int(self.ledger.forwards[rows].sum()) + saved)
-        return self._active
+        return self._lent
 
-    def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Logits (n, K) or (n, k, K) of the queries ``x``, one query each; NaN where the sample gets no answer.
+    def grant(self, *access: str) -> None:
+        """Raise an AccessError unless the threat grants one of ``access``."""
+        if self._threat.access not in access:
+            raise AccessError(
+                f"{self._attack} asked for {access[0]}, but its threat grants {self._threat.access}; "
+                f"declare access = {access[0]!r}"
+            )
 
-        Raises:
-            AccessError: the threat grants labels only.
-            ThreatViolation: a query outside the ball or the box.
-        """
-        self._grant("scores", "gradients")
-        with torch.no_grad():
-            return self._ask(x, rows)[0]
+    def truth(self, rows: Tensor | None) -> Tensor:
+        """The true classes (n,) of the samples ``rows``, to be kept."""
+        return self._y.clone() if rows is None else self._y[rows]
 
-    def labels(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Predicted classes (n,) or (n, k) int64, one query each; -1 where the sample gets no answer.
-
-        Raises:
-            ThreatViolation: a query outside the ball or the box.
-        """
-        with torch.no_grad():
-            logits, answered = self._ask(x, rows)
-            return torch.where(answered, logits.nan_to_num().argmax(dim=-1), -1)
-
-    def gradients(
-        self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (n, K), and the gradient (n, C, H, W) of ``loss(logits, y)`` (n,) for each query of ``x`` by itself.
-
-        Costs one forward and one backward pass each.
-
-        Raises:
-            AccessError: the threat grants no gradients.
-            ThreatViolation: a query outside the ball or the box.
-        """
-        self._grant("gradients")
+    def charge(self, rows: Tensor | None, answered: Tensor) -> None:
+        """Count a backward pass for each query (n,) of ``rows`` that was answered."""
         rows = self._all_rows() if rows is None else rows
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            logits, answered = self._ask(x, rows)
-            values = torch.where(answered, loss(logits.nan_to_num(), self._y[rows]), 0)
-            (gradient,) = torch.autograd.grad(values.sum(), x)  # a sum keeps the samples independent
         self.ledger.backwards.index_add_(0, rows, answered.long())
-        return logits.detach(), gradient
 
-    def as_module(self) -> nn.Module:
-        """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
-        return ForeignView(self)
+    def ask(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (n[, k], K) with NaN for those who get no answer, and who got one (n[, k])."""
+        many = x if x.ndim == 5 else x[:, None]                                         # (n, k, C, H, W)
+        again = None
+        if rows is None:
+            rows, clean = self._all_rows(), self._x
+        elif rows is self._lent:
+            if not rows.is_cuda:
+                self._compare_lent()
+            rows, clean = self._active, self._active_x
+        elif rows.dtype != torch.int64 or rows.ndim != 1:
+            raise ThreatViolation(f"{self._attack} named rows by {rows.dtype} {tuple(rows.shape)}; give (n,) positions")
+        else:
+            again, clean = repeats(rows), self._x[rows]
+        if many.shape[:1] + many.shape[2:] != clean.shape:
+            raise ThreatViolation(
+                f"{self._attack} asked about images {tuple(x.shape)} of {len(clean)} samples; "
+                f"expected {tuple(clean.shape)}, or k queries each, ({len(clean)}, k, C, H, W)"
+            )
+        if again is None:
+            logits, answered = self._answer(many, rows, clean)
+        else:
+            folded = self._answer(again.stack(many), again.rows, self._x[again.rows], again.asked, many.shape[1])
+            logits, answered = (again.unstack(part, many.shape[1]) for part in folded)
+        return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
+
 
     def finish(self, x_adv: Tensor) -> Tensor:
         """End the attack: the final example (B, C, H, W) of each sample, which is the query that beat it, if one did.
@@ -178,45 +169,45 @@ class Oracle:
             final = self._eight_bit(final, self._x)
         self._legal(final[:, None], self._x, self._all_rows(), self._threat.eps)
         self._complain()
+        self._compare_lent()
         self._on_spent(self.query_budget * len(self._x))
         return final
 
     def _all_rows(self) -> Tensor:
         return torch.arange(len(self._x), device=self._x.device)
 
-    def _grant(self, *access: str) -> None:
-        if self._threat.access not in access:
-            raise AccessError(
-                f"{self._attack} asked for {access[0]}, but its threat grants {self._threat.access}; "
-                f"declare access = {access[0]!r}"
-            )
-
-    def _ask(self, x: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (n[, k], K) with NaN for those who get no answer, and who got one (n[, k])."""
-        rows = self._all_rows() if rows is None else rows
-        clean = self._active_x if rows is self._active else self._x[rows]
-        probes = x if x.ndim == 5 else x[:, None]                                       # (n, k, C, H, W)
-        k = probes.shape[1]
+    def _answer(
+        self, probes: Tensor, rows: Tensor, clean: Tensor, asked: Tensor | None = None, each: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (n, k, K) and who is answered (n, k) of distinct ``rows``; ``asked`` (n, k / each) leaves some out."""
+        n, k = probes.shape[:2]
         if self._averages:
             probes = probes[:, :1].expand_as(probes)
         self._asked_since_refresh += k
         legal = self._legal(probes.detach(), clean, rows, self._reach)
-        number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=x.device)  # (n, k)
+        if asked is not None:
+            legal = legal & asked.repeat_interleave(each, dim=1)
+        number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=rows.device)  # (n, k)
         images = probes.flatten(0, 1)
         if self._quantise:
             images = self._eight_bit(images, clean.repeat_interleave(k, dim=0))
-        asked = images.detach().view_as(probes)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
-        logits = self._forward(images, streams, k).unflatten(0, (len(rows), k))         # (n, k, K)
-        answered = self._record(logits.detach(), asked, rows, number, legal, clean)
-        logits = torch.where(answered[..., None], logits, torch.nan)
-        return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
+        if asked is None:
+            logits = self._forward(images, streams, k)
+        else:  # padding is kept out of batches, on which an answer may depend
+            shown = asked.repeat_interleave(each, dim=1).flatten().nonzero().squeeze(1)
+            sizes = (asked.sum(dim=1) * each).tolist()
+            given = self._forward(images[shown], streams[shown] if self._model.random else streams, sizes)
+            logits = given.new_zeros(n * k, given.shape[1]).index_copy(0, shown, given)
+        logits = logits.unflatten(0, (n, k))                                    # (n, k, K)
+        answered = self._record(logits.detach(), images.detach().view_as(probes), rows, number, legal, clean)
+        return torch.where(answered[..., None], logits, torch.nan), answered
 
-    def _forward(self, images: Tensor, streams: SampleRng, k: int) -> Tensor:
-        """Logits (n k, K) of ``images`` (n k, C, H, W), all in one batch or in batches of ``k``."""
-        if not self._alone or len(images) <= k:
+    def _forward(self, images: Tensor, streams: SampleRng, sizes: int | list[int]) -> Tensor:
+        """Logits (N, K) of ``images`` (N, C, H, W), in one batch or, for ``alone``, in batches of ``sizes``."""
+        if not self._alone:
             return self._model(images, streams)
-        batches = torch.arange(len(images), device=images.device).split(k)
+        batches = torch.arange(len(images), device=images.device).split(sizes)
         apart = [self._model(images[batch], streams[batch] if self._model.random else streams) for batch in batches]
         return torch.cat(apart)
 
@@ -281,6 +272,10 @@ class Oracle:
         (low, high), (down, up) = x.aminmax(), delta.aminmax()
         in_box = bool(low >= -TOLERANCE) and bool(high <= 1 + TOLERANCE)
         return in_box and bool(-down <= _limit(radius)) and bool(up <= _limit(radius))  # NaN is not inside
+
+    def _compare_lent(self) -> None:
+        if not torch.equal(self._lent, self._active):
+            raise RefereeError(f"{self._attack} wrote into the rows of oracle.active(); work on a copy of them")
 
     def _complain(self) -> None:
         worst = float(self._excess.max()) if len(self._excess) else 0.0

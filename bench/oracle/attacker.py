@@ -1,0 +1,101 @@
+"""What an attack holds."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from bench.errors import AccessError
+from bench.oracle.foreign import ForeignView
+from bench.served import ServedModel
+
+if TYPE_CHECKING:
+    from bench.oracle.referee import Referee
+
+
+class Oracle:
+    """What an attack meets in place of the model. It asks, and can change nothing of what is written down.
+
+    An attack names the samples it asks about by ``rows`` (n,), their positions in the batch; ``None`` means all.
+    Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order. So do
+    the queries of a sample that is named several times. A sample that was misclassified once, or that has spent its
+    budget, gets no more answers: NaN scores, label -1, zero gradients. The ball and the box are checked before anything
+    is answered; minimum-norm attacks (``minimal``) are held to the box in their queries, and to the ball in what counts
+    as success and in what they return.
+    """
+
+    __slots__ = ("__referee",)
+
+    def __init__(self, referee: "Referee") -> None:
+        self.__referee = referee
+
+    @property
+    def query_budget(self) -> int:
+        """How many queries each sample may cost."""
+        return self.__referee.query_budget
+
+    @property
+    def surrogate(self) -> ServedModel:
+        """The undefended network, to work on at will; what is done to it counts nowhere.
+
+        Raises:
+            AccessError: the attack does not declare that it works on a surrogate.
+        """
+        return self.__referee.surrogate
+
+    def active(self) -> Tensor:
+        """The rows (n,) worth asking about, to be read only; empty when the attack is over.
+
+        The same tensor object comes back until somebody has dropped out. On a GPU it is looked at only after 16
+        queries of a sample, since looking waits for the device; until then it may hold rows that get no answers.
+        """
+        return self.__referee.active()
+
+    def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Logits (n, K) or (n, k, K) of the queries ``x``, one query each; NaN where the sample gets no answer.
+
+        Raises:
+            AccessError: the threat grants labels only.
+            ThreatViolation: a query outside the ball or the box.
+        """
+        self.__referee.grant("scores", "gradients")
+        with torch.no_grad():
+            return self.__referee.ask(x, rows)[0]
+
+    def labels(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Predicted classes (n,) or (n, k) int64, one query each; -1 where the sample gets no answer.
+
+        Raises:
+            ThreatViolation: a query outside the ball or the box.
+        """
+        with torch.no_grad():
+            logits, answered = self.__referee.ask(x, rows)
+            return torch.where(answered, logits.nan_to_num().argmax(dim=-1), -1)
+
+    def gradients(
+        self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], rows: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (n, K), and the gradient (n, C, H, W) of ``loss(logits, y)`` (n,) for each query of ``x`` by itself.
+
+        Costs one forward and one backward pass each.
+
+        Raises:
+            AccessError: the threat grants no gradients.
+            ThreatViolation: a query outside the ball or the box.
+        """
+        self.__referee.grant("gradients")
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            logits, answered = self.__referee.ask(x, rows)
+            values = torch.where(answered, loss(logits.nan_to_num(), self.__referee.truth(rows)), 0)
+            (gradient,) = torch.autograd.grad(values.sum(), x)  # a sum keeps the samples independent
+        self.__referee.charge(rows, answered)
+        return logits.detach(), gradient
+
+    def as_module(self) -> nn.Module:
+        """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
+        return ForeignView(self.__referee)
+
+    def __reduce__(self) -> NoReturn:
+        raise AccessError("an attack tried to copy its oracle; queries to a copy would not count")
