@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from bench.cell import Cell
-from bench.files import replace_file
+from bench.files import keep_file
 from bench.oracle import NEVER
 from bench.outcomes import clean, column, final, is_control, query_budget, restricted, robust
 from bench.stats import mcnemar
@@ -67,10 +67,15 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
 
 
 def write_flags(path: Path, found: Sequence[Flag]) -> None:
-    """Keep the flags as JSON, for programs; a file that says so already stays as it is."""
+    """Keep the flags as JSON, for programs; a file that says so already stays as it is.
+
+    Raises:
+        StoreError: it cannot be written, for example because a folder has its name.
+    """
     text = json.dumps([asdict(flag) for flag in found], indent=1, ensure_ascii=False) + "\n"
-    if not path.exists() or path.read_text() != text:
-        replace_file(path, lambda beside: beside.write_text(text))
+    content = text.encode(errors="backslashreplace")
+    if not path.is_file() or path.read_bytes() != content:
+        keep_file(path, content)
 
 
 def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -15,7 +15,8 @@ from bench.evaluate import Inspector, Measured, attack_served, learn_released
 from bench.grid import Task
 from bench.pipeline import Pipeline
 from bench.provenance import provenance
-from bench.store import Row, Shard, Store
+from bench.shards import Shard
+from bench.store import Row, Store
 
 
 class Reporter(Protocol):

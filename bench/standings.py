@@ -1,9 +1,10 @@
 """Stored rows as standings: who stands after how many queries, under each attack and the worst of them, and ranks."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from statistics import mean, stdev
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -202,11 +203,17 @@ def _ranks(right: dict[str, NDArray[np.bool_]]) -> dict[str, int]:
 def _origin(rows: list[Row]) -> str:
     """Where the rows were measured, and by which code."""
     facts = [shard.provenance for row in rows for shard in row.shards if shard.provenance]
-    hardware = sorted({f"{fact['hardware']}, {fact['device']}" for fact in facts})
-    code = sorted(
-        {f"Parry {fact['parry']} at {fact['commit'][:8]}, torch {fact['libraries']['torch']}" for fact in facts}
-    )
-    days = sorted({fact["finished"][:10] for fact in facts})
+
+    def told(fact: Mapping[str, Any], name: str) -> str:
+        return str(fact.get(name, "unknown"))
+
+    def made_by(fact: Mapping[str, Any]) -> str:
+        torch = told(fact.get("libraries", {}), "torch")
+        return f"Parry {told(fact, 'parry')} at {told(fact, 'commit')[:8]}, torch {torch}"
+
+    hardware = sorted({f"{told(fact, 'hardware')}, {told(fact, 'device')}" for fact in facts})
+    code = sorted({made_by(fact) for fact in facts})
+    days = sorted({told(fact, "finished")[:10] for fact in facts})
     return f"Measured on {'; '.join(hardware)}; {'; '.join(code)}; {' and '.join(days)}." if facts else ""
 
 

@@ -8,7 +8,8 @@ import pandas as pd
 from bench.cell import Cell, Component
 from bench.oracle import NEVER
 from bench.registry import defenses
-from bench.store import Row, Shard
+from bench.shards import Shard
+from bench.store import Row
 from bench.threat import Threat
 
 

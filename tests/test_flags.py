@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.flags import flags
+from bench.errors import StoreError
+from bench.flags import flags, write_flags
 from bench.oracle import NEVER
 from bench.standings import tables
 from bench.store import Row
@@ -283,3 +284,9 @@ def test_a_planted_defense_shows_its_flags_in_the_table_and_in_the_file(tmp_path
     }  # fmt: skip
     for flag in kept:
         assert f"- {mirror}: **{flag['flag']}**. {flag['evidence']}." in ended.out
+
+
+def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path):
+    (tmp_path / "flags.json").mkdir()
+    with pytest.raises(StoreError, match=r"cannot write .*flags\.json"):
+        write_flags(tmp_path / "flags.json", [])

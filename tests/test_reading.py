@@ -8,7 +8,8 @@ import pytest
 
 from bench.cell import Cell, Component
 from bench.oracle import NEVER
-from bench.store import Shard, Store
+from bench.shards import Shard
+from bench.store import Store
 from bench.threat import Threat
 from tests.test_cli import bench
 

@@ -12,7 +12,8 @@ import pytest
 
 from bench.cell import Cell, Component
 from bench.errors import StoreError
-from bench.store import Shard, Store
+from bench.shards import Shard
+from bench.store import Store
 from bench.threat import Threat
 
 
@@ -30,7 +31,12 @@ def cell(attack: str = "square", n: int = 10) -> Cell:
 
 def records(start: int, stop: int, hit: int = -1) -> pd.DataFrame:
     ids = range(100 + start, 100 + stop)
-    return pd.DataFrame({"sample_id": ids, "first_hit": hit, "margin": [0.1 * i for i in ids], "invalid": False})
+    return pd.DataFrame(
+        {
+            "sample_id": ids, "y": 0, "first_hit": hit, "final_pred": 0, "final_margin": [0.1 * i for i in ids],
+            "invalid": False, "seed": 0,
+        }
+    )  # fmt: skip
 
 
 def save(store: Store, start: int, stop: int, hit: int = -1, **fields: Any) -> None:

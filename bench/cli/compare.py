@@ -10,7 +10,7 @@ from bench.compare import Style, duels, render_duels
 from bench.errors import ConfigError, StoreError
 from bench.match import match, render_matches
 from bench.published import load_published, result_folders
-from bench.store import Row, Store
+from bench.store import Row, Store, united
 
 
 def compare(
@@ -50,11 +50,12 @@ def compare(
             raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
         rows += stored
         damaged += broken
+    for error in damaged:
+        complain(error)
+    rows = united(rows)
     if defense:
         print(render_duels(duels(rows, defense[0], defense[1], budget), style))  # type: ignore[arg-type]
     elif known:
         print(render_matches(match(known, rows), known, style, everything))  # type: ignore[arg-type]
-    for error in damaged:
-        complain(error)
     if damaged:
         raise typer.Exit(2)

@@ -81,8 +81,8 @@ def run(
         raise typer.Exit(130) from None
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)
-    write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
     console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
+    write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
     write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(
         f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "
