@@ -21,11 +21,13 @@ class Screen:
         self._last = (0, 1, "")
 
     def __enter__(self) -> "Screen":
+        self.console.file = self.console.file  # what components print may be sent elsewhere; this goes on here
         self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+        self.console._file = None  # whatever standard output is by then
 
     def start(self, task: Task, samples: int) -> None:
         self.count += 1

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar, get_args, get_type_hints
 import pydantic
 
 from bench.errors import ConfigError
+from bench.interrupt import Stopped
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
 from bench.spec import Spec
 from bench.threat import Access
@@ -119,6 +120,10 @@ class Registry(Generic[T]):
             component = factory(**args)
         except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a user's code may raise anything, sys.exit among it
+            raise ConfigError(f"{self.kind} {spec.name!r}: {type(error).__name__}: {error}") from error
         self._check(spec.name, component)
         return component
 
@@ -247,8 +252,10 @@ def _from_file(path: str, name: str, kind: str) -> Callable[..., Any]:
         sys.modules[module_name] = module
         try:
             spec.loader.exec_module(module)
-        except Exception as error:
+        except BaseException as error:  # sys.exit among it
             del sys.modules[module_name]
+            if isinstance(error, Stopped | KeyboardInterrupt):
+                raise
             raise ConfigError(f"{path} does not import: {type(error).__name__}: {error}") from error
     factory = getattr(sys.modules[module_name], name, None)
     if factory is None:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import pandas as pd
 import torch
 
-from bench.errors import BenchError
+from bench.errors import StoreError
 from bench.evaluate import Inspector, Measured, attack_served, learn_released
 from bench.grid import Task
+from bench.interrupt import Stopped, stoppable
 from bench.pipeline import Pipeline
+from bench.process_state import seed_globals, undisturbed
 from bench.provenance import provenance
 from bench.shards import Shard
 from bench.store import Row, Store
@@ -49,11 +51,26 @@ def run(
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
-    An error in a component fails its shard, with the traceback in the store, and the next one goes on.
+    An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
+    other way out that it takes, such as ``sys.exit``.
 
     Raises:
-        BenchError: the store cannot be written or read.
+        StoreError: the store cannot be written or read.
+        Stopped: the process was asked to end.
     """
+    with stoppable() as check:
+        return _run(tasks, store, pipeline, shard_size, batch_size, reporter, check)
+
+
+def _run(
+    tasks: Sequence[Task],
+    store: Store,
+    pipeline: Pipeline,
+    shard_size: int,
+    batch_size: int,
+    reporter: Reporter,
+    check: Callable[[], None],
+) -> Outcome:
     ran = kept = failed = 0
     inspect = Inspector(pipeline.device)
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
@@ -69,6 +86,7 @@ def run(
         for start, stop in stretches(todo, len(task.cell.ids) if task.learns else shard_size):
             count = _Count(reporter, task.cell.threat.query_budget or 0, ended, len(todo))
             fine &= _run_shard(task, start, stop, store, pipeline, inspect, batch_size, count)
+            check()
             ended += stop - start
         ran += fine
         failed += not fine
@@ -106,13 +124,14 @@ def _run_shard(
         store.save(_ended(whole, began, pipeline.device, measured.numerics), measured.records)
 
     try:
-        if task.learns:
-            _learn(task, start, stop, pipeline, count, save)
-        else:
-            save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
-    except BenchError:
+        with undisturbed():
+            if task.learns:
+                _learn(task, start, stop, pipeline, count, save)
+            else:
+                save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
+    except (Stopped, StoreError):
         raise
-    except Exception:  # whatever a component raises becomes a failed row, never a lost grid
+    except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
         store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))
         return False
     return True
@@ -122,6 +141,7 @@ def _learn(
     task: Task, start: int, stop: int, pipeline: Pipeline, count: "_Count", save: Callable[[Measured], None]
 ) -> None:
     released = pipeline.released(task, count.epochs)
+    seed_globals(task.cell.seed)
     with pipeline.learning(task, count.epochs) as job:  # what is trained is safe when it is saved
         save(learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build))
 
@@ -131,6 +151,7 @@ def _attack(
 ) -> Measured:
     ids = list(task.cell.ids[start:stop])
     pipeline.train(task, count.epochs)
+    seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
     target = pipeline.target(task)
     tables = []
     for first in range(0, len(ids), batch_size):

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -374,9 +375,11 @@ def test_a_killed_run_resumes_where_it_was(user, means, tmp_path):
     pd.testing.assert_frame_equal(killed.records, whole.records)
 
 
-def test_an_interrupt_says_what_is_kept(user, means, tmp_path):
-    (user / "interrupt.py").write_text(ATTACKS.replace('RuntimeError("this attack is broken")', "KeyboardInterrupt"))
-    ended = run("--out", tmp_path / "out", model=means, attack=f"{user / 'interrupt.py'}:Raises")
-    assert ended.code == 130
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_run_and_says_what_is_kept(user, means, tmp_path, name, code):
+    sent = f"__import__('os').kill({os.getpid()}, {int(signal.Signals[name])})"
+    (user / f"{name}.py").write_text(ATTACKS.replace('raise RuntimeError("this attack is broken")', sent))
+    ended = run("--out", tmp_path / "out", model=means, attack=f"{user / name}.py:Raises")
+    assert ended.code == code
     assert "finished shards are kept" in ended.err
     assert "Traceback" not in ended.err

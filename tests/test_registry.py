@@ -176,3 +176,14 @@ def test_a_checkout_that_is_not_installed_has_its_plugins(monkeypatch):
     found = plugins.__wrapped__()
     assert {plugin.value for plugin in found} == {"attacks", "defenses", "bench.models", "bench.data"} <= announced
     assert all(plugin.load() for plugin in found)
+
+
+@pytest.mark.parametrize(("code", "complaint"), [
+    ("import sys; sys.exit(0)", "does not import: SystemExit: 0"),
+    ("import sys\ndef Thing(): sys.exit(0)", "Thing': SystemExit: 0"),
+    ("def Thing(): raise RuntimeError('broken')", "Thing': RuntimeError: broken"),
+])
+def test_a_file_that_ends_the_process_is_a_users_mistake(tmp_path, code, complaint):
+    (tmp_path / "leaves.py").write_text(code)
+    with pytest.raises(ConfigError, match=complaint):
+        Registry("attack").create(f"{tmp_path / 'leaves.py'}:Thing")

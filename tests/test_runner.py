@@ -1,5 +1,6 @@
 """Tasks in, shards out: the same figures however the work is cut, and nothing twice."""
 
+import pytest
 import torch
 
 from bench.grid import Loader, expand
@@ -7,6 +8,7 @@ from bench.pipeline import Pipeline
 from bench.runner import run, stretches
 from bench.store import Store
 from bench.suite import load_suite
+from tests.test_cli import MODEL
 
 
 class Silent:
@@ -129,3 +131,65 @@ def test_fast_numbers_leave_a_defense_the_batch_norms_that_it_needs(tmp_path):
     tasks = grid(attack=["noise"], defense=["dent"], queries=3, numerics="fast", n=10)
     outcome, _ = run_in(tmp_path, tasks)
     assert outcome.ran == 1
+
+
+ROGUES = """
+import os, random, sys
+from dataclasses import dataclass
+from typing import ClassVar
+import numpy as np
+import pytest
+import torch
+
+@dataclass(frozen=True, kw_only=True)
+class Rogue:
+    do: str
+    access: ClassVar = "scores"
+    norms: ClassVar = frozenset({"linf"})
+    version: ClassVar = 1
+    paper: ClassVar = ""
+    def __call__(self, oracle, x, y, threat, rng):
+        if self.do == "exit":
+            sys.exit(0)
+        if self.do == "interrupt":
+            raise KeyboardInterrupt
+        if self.do == "close":
+            raise GeneratorExit
+        if self.do == "disturb":
+            os.chdir("/")
+            torch.set_default_dtype(torch.float64)
+            torch.set_grad_enabled(False)
+            torch.set_num_threads(2)
+            torch.manual_seed(0); np.random.seed(0); random.seed(0)
+            print("x" * 1_000_000)
+        if self.do == "draw":
+            return (x + 0.1 * (2 * torch.rand(x.shape) - 1) * np.random.rand() * random.random()).clamp(0, 1)
+        return x
+"""
+
+
+def rogues(folder, *doing, **settings):
+    """Cells of components that do such things, on a network that needs no training."""
+    file = folder / "rogues.py"
+    file.write_text(MODEL + ROGUES)
+    return grid(model=[f"{file}:Means"], attack=[f"{file}:Rogue(do={what})" for what in doing], n=10, **settings)
+
+
+@pytest.mark.parametrize("way", ["exit", "interrupt", "close"])
+def test_whatever_way_a_component_takes_out_is_a_failed_shard(tmp_path, way):
+    tasks = rogues(tmp_path, way, "nothing")
+    outcome, store = run_in(tmp_path, tasks)
+    assert (outcome.ran, outcome.failed) == (1, 1)
+    (error,) = store.row(tasks[0].cell).errors
+    assert {"exit": "SystemExit: 0", "interrupt": "KeyboardInterrupt", "close": "GeneratorExit"}[way] in error
+    assert store.row(tasks[1].cell).complete
+
+
+def test_a_component_that_changes_the_process_changes_no_other_cell(tmp_path, capsys):
+    quiet, loud = rogues(tmp_path, "draw"), rogues(tmp_path, "disturb", "draw")
+    _, alone = run_in(tmp_path / "alone", quiet)
+    torch.rand(5)  # what was drawn before is not to matter either
+    _, after = run_in(tmp_path / "after", loud)
+    assert alone.row(quiet[0].cell).records.equals(after.row(quiet[0].cell).records)
+    assert torch.get_default_dtype() == torch.float32
+    assert len(capsys.readouterr().err) < 20_000

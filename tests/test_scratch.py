@@ -1,5 +1,6 @@
 """Work that was stopped goes on where it was, and ends with the same bits as work that was not."""
 
+import signal
 from dataclasses import replace
 from functools import partial
 
@@ -10,6 +11,7 @@ from attacks.learners.standard import Standard
 from bench import scratch as module
 from bench.errors import StoreError
 from bench.grid import Loader, expand
+from bench.interrupt import Stopped
 from bench.models import resolve
 from bench.pipeline import Pipeline
 from bench.protocols import Job
@@ -19,10 +21,6 @@ from bench.scratch import Scratch, scratch
 from bench.store import Store
 from bench.suite import load_suite
 from tests.test_runner import Silent
-
-
-class Killed(BaseException):
-    """What a kill is to a test: no handler of errors sees it."""
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +41,7 @@ def kill_at(limit):
     def progress(done, total):
         calls.append(done)
         if len(calls) == limit:
-            raise Killed
+            raise Stopped(signal.SIGTERM)
 
     return progress
 
@@ -95,7 +93,7 @@ def test_a_full_disk_is_a_users_error_and_no_traceback(tmp_path):
 def test_a_training_run_goes_on_to_the_same_weights(few, tmp_path):
     learner, place = Standard(epochs=5), partial(Scratch, tmp_path / "job")
     whole = learner(build, few, Job(seed=3)).state_dict()
-    with pytest.raises(Killed):
+    with pytest.raises(Stopped):
         learner(build, few, Job(seed=3, scratch=place(), progress=kill_at(4)))
     reported = []
     gone_on = learner(build, few, Job(seed=3, scratch=place(), progress=lambda done, total: reported.append(done)))
@@ -116,7 +114,7 @@ DEFENSES = [
 def test_a_data_defense_goes_on_to_the_same_images(name, few, tmp_path):
     defense = defenses.create(name)
     whole = defense(few, Job(seed=1)).images
-    with pytest.raises(Killed):
+    with pytest.raises(Stopped):
         defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"), progress=kill_at(3)))
     assert any((tmp_path / "job").iterdir())
     assert torch.equal(defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"))).images, whole)
@@ -131,11 +129,11 @@ def test_images_that_are_moved_already_are_not_moved_again(few, tmp_path, monkey
     def watched(self, direction, levels, target):
         moves.append(len(levels))
         if len(moves) == 3:
-            raise Killed
+            raise Stopped(signal.SIGTERM)
         return move(self, direction, levels, target)
 
     monkeypatch.setattr(type(defense), "move", watched)
-    with pytest.raises(Killed):
+    with pytest.raises(Stopped):
         defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job")))
     assert torch.equal(defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"))).images, whole)
     assert moves == [64, 64, 64, 64, 8]  # the third was cut off
@@ -159,7 +157,7 @@ def test_a_cell_goes_on_and_remembers_its_peak(tmp_path):
         store = Store(tmp_path / name).open()
         pipeline = Pipeline(store.root / "networks", torch.device("cpu"), 256)
         for limit in limits:
-            with pytest.raises(Killed):
+            with pytest.raises(Stopped):
                 run(tasks, store, pipeline, 50, 256, KilledOnce(limit))
             pieces = sorted(file.name.partition("-")[0] for file in store.root.glob("networks/unfinished/*/*"))
             assert pieces == ["history", "training"]

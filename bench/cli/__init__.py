@@ -5,8 +5,9 @@ import sys
 import typer
 
 from bench.cli import compare, leaderboard, ls, protect, run, version
-from bench.cli.console import complain
+from bench.cli.console import complain, say_stopped
 from bench.errors import BenchError
+from bench.interrupt import Stopped, stoppable
 from bench.registry import load_plugins
 
 app = typer.Typer(
@@ -20,8 +21,12 @@ for command in (run.run, leaderboard.leaderboard, compare.compare, protect.prote
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, never a traceback."""
     try:
-        load_plugins()
-        app()
+        with stoppable():
+            load_plugins()
+            app()
     except BenchError as error:
         complain(error)
         sys.exit(2)
+    except Stopped as stop:
+        say_stopped("stopped")
+        sys.exit(stop.exit_code)

@@ -1,5 +1,7 @@
 """What commands share: where they print, what they say of mistakes and of users' code, and the device."""
 
+from contextlib import suppress
+
 import torch
 from rich.console import Console
 
@@ -39,3 +41,9 @@ def device(name: str | None) -> torch.device:
     except (RuntimeError, AssertionError):
         raise ConfigError(f"device {name!r} is not there; use cpu, or cuda where a GPU is installed") from None
     return device
+
+
+def say_stopped(line: str) -> None:
+    """Tell that a signal has ended the command, if there is still someone to tell."""
+    with suppress(OSError):  # the terminal that hung up is gone
+        errors.print(line, soft_wrap=True)

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.console import console, errors
+from bench.cli.console import console, errors, say_stopped
 from bench.cli.console import device as find_device
+from bench.interrupt import Stopped
 from bench.progress import Steps, duration
 from bench.protect import protect as protect_images
 from bench.protect import report
@@ -33,9 +34,9 @@ def protect(
     try:
         with Steps(console) as steps:
             done = protect_images(defense, source, out, seed, where, steps)
-    except KeyboardInterrupt:
-        errors.print(f"stopped; what is done is kept in {out}, the same command goes on", soft_wrap=True)
-        raise typer.Exit(130) from None
+    except Stopped as stop:
+        say_stopped(f"stopped; what is done is kept in {out}, the same command goes on")
+        raise typer.Exit(stop.exit_code) from None
     for line in report(done, out):
         console.print(line, soft_wrap=True)
     console.print(f"took {duration(time.monotonic() - started)}", style="dim")

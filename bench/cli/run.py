@@ -7,12 +7,13 @@ import torch
 import typer
 from rich.table import Table
 
-from bench.cli.console import console, errors, say_whose_code
+from bench.cli.console import console, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.contact_sheet import write_sheets
 from bench.estimate import Estimate, estimate
 from bench.flags import write_flags
 from bench.grid import Loader, expand
+from bench.interrupt import Stopped
 from bench.leaderboard import render
 from bench.pipeline import Pipeline
 from bench.progress import Screen, duration
@@ -66,8 +67,10 @@ def run(
     shard_size = shard_size or (1000 if where.type == "cuda" else 100)
     if model_dir is None and data_dir is not None:
         model_dir = data_dir.resolve().parent / "models"
+    out = out or Path("runs") / plan.name
+    data_dir, model_dir = (path and path.resolve() for path in (data_dir, model_dir))  # wherever a component goes
     say_whose_code(tasks := expand(plan, Loader(data_dir, model_dir), limit))
-    store = Store(out or Path("runs") / plan.name)
+    store = Store(out.resolve())
     if dry_run:
         _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
         return
@@ -76,16 +79,16 @@ def run(
     try:
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
-    except KeyboardInterrupt:
-        errors.print(f"stopped; finished shards are kept in {store.root}, the same command goes on", soft_wrap=True)
-        raise typer.Exit(130) from None
+    except Stopped as stop:
+        say_stopped(f"stopped; finished shards are kept in {out}, the same command goes on")
+        raise typer.Exit(stop.exit_code) from None
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)
     console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
     write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
     write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(
-        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {store.root}; "
+        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {out}; "
         "`bench leaderboard` prints every figure of theirs",
         soft_wrap=True,
     )
