@@ -13,6 +13,7 @@ from bench.dataset import Dataset
 from bench.errors import BenchError, ConfigError
 from bench.models import check_logits, resolve
 from bench.models.weights import state_fingerprint
+from bench.oracle import check_levels
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.registry import attacks, datasets, defenses, describe
 from bench.rng import SampleRng
@@ -127,13 +128,16 @@ def _task(
     _check_training(learns, chain, architecture, model, grid.dataset, data)
     threat = _released_threat(chain) if learns else _served_threat(grid, attack)
     n = min(grid.n, limit or grid.n)
+    ids = sample_ids(data, n)
+    if grid.quantise and not learns:
+        check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
         dataset=data_component,
         model=pin(model, architecture),
         defense=tuple(pin(*named) for named in chain.values()),
         attack=pin(attack_text, attack),
         threat=threat,
-        ids=sample_ids(data, n),
+        ids=ids,
         seed=seed,
         numerics=grid.numerics,
         quantise=grid.quantise,

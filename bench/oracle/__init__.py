@@ -3,5 +3,6 @@
 from bench.oracle.attacker import Oracle
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.referee import Referee
+from bench.oracle.rounding import check_levels
 
-__all__ = ["NEVER", "Ledger", "Oracle", "Referee"]
+__all__ = ["NEVER", "Ledger", "Oracle", "Referee", "check_levels"]

@@ -12,6 +12,7 @@ from bench.norms import lp_norm, per_sample
 from bench.oracle.attacker import Oracle
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.repeats import repeats
+from bench.oracle.rounding import check_levels, eight_bit
 from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Threat
@@ -65,6 +66,8 @@ class Referee:
     ) -> None:
         if threat.query_budget is None:
             raise AccessError(f"{attack}: a threat without a query budget grants no queries")
+        if quantise:
+            check_levels(x, threat)
         x, y = x.detach().clone(), y.clone()
         self.ledger = Ledger.blank(x)
         self.query_budget = threat.query_budget
@@ -164,9 +167,10 @@ class Referee:
                 f"{self._attack} returned {x_adv.dtype} {tuple(x_adv.shape)}; "
                 f"expected x_adv like x, {self._x.dtype} {tuple(self._x.shape)}"
             )
-        final = torch.where(per_sample(self.ledger.first_hit != NEVER), self.ledger.hits, x_adv.detach())
+        x_adv = x_adv.detach()
         if self._quantise:
-            final = self._eight_bit(final, self._x)
+            x_adv = eight_bit(x_adv, self._x, self._threat, self._threat.eps)
+        final = torch.where(per_sample(self.ledger.first_hit != NEVER), self.ledger.hits, x_adv)
         self._legal(final[:, None], self._x, self._all_rows(), self._threat.eps)
         self._complain()
         self._compare_lent()
@@ -190,7 +194,7 @@ class Referee:
         number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=rows.device)  # (n, k)
         images = probes.flatten(0, 1)
         if self._quantise:
-            images = self._eight_bit(images, clean.repeat_interleave(k, dim=0))
+            images = eight_bit(images, clean.repeat_interleave(k, dim=0), self._threat, self._reach)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
         if asked is None:
             logits = self._forward(images, streams, k)
@@ -284,16 +288,6 @@ class Referee:
                 f"{self._attack} left the {self._threat} ball or the box [0, 1] on {int((self._excess > 0).sum())} of "
                 f"{len(self._excess)} samples, by up to {worst:.3g}; project every query"
             )
-
-    def _eight_bit(self, x: Tensor, clean: Tensor) -> Tensor:
-        """The nearest image of whole grey levels that is inside the ball; gradients pass as if nothing had happened."""
-        start = (clean * 255).round()
-        if self._threat.norm == "linf":
-            reach = math.floor(min(self._reach, 1.0) * 255 + 1e-4)
-            levels = torch.minimum(torch.maximum((x * 255).round(), start - reach), start + reach)
-        else:  # rounding can lengthen an l2 step; moving each pixel towards x cannot
-            levels = start + ((x - clean) * 255).trunc()
-        return x + (levels.clamp(0, 255) / 255 - x).detach()
 
 
 def _limit(radius: float) -> float:
