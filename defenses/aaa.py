@@ -55,8 +55,12 @@ class _AAA(ABC):
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
-    version: ClassVar[int] = 1
     paper: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv:2205.12134"
+
+    @property
+    def version(self) -> int:
+        """Of what the solver answers: the released one was 1 while its targets were worked out in float64."""
+        return 2 if self.solver == "as-released" else 1
 
     def __post_init__(self) -> None:
         for name, value in {"interval": self.interval, "temperature": self.temperature}.items():
@@ -86,7 +90,7 @@ class _AAA(ABC):
         if temperature == "tuned":
             logits, labels = calibration_logits(model, calibration)
             temperature = tuned_temperature(logits, labels, target, self.calibration_weight)
-        return PostProcessed(model, target, SOLVERS[self.solver], self.calibration_weight, temperature).eval()
+        return PostProcessed(model, target, self.solver, self.calibration_weight, temperature).eval()
 
 
 @defenses("aaa-linear")
@@ -150,7 +154,7 @@ class PostProcessed(nn.Module):
     """``model`` with its logits edited by ``solver`` towards a target margin and confidence."""
 
     def __init__(
-        self, model: nn.Module, target: Target, solver: Solver, calibration_weight: float, temperature: float
+        self, model: nn.Module, target: Target, solver: SolverName, calibration_weight: float, temperature: float
     ) -> None:
         super().__init__()
         self.model, self.target, self.solver = model, target, solver
@@ -160,8 +164,10 @@ class PostProcessed(nn.Module):
         """The edited logits (B, K) of ``x`` (B, C, H, W), with the gradient of the unedited ones."""
         logits: Tensor = self.model(x)
         plain = logits.detach()
-        margin, confidence = self.target(top_margin(plain)), top_confidence(plain, self.temperature)
-        edited = self.solver(plain, margin, confidence, self.calibration_weight)
+        dtype = PRECISION[self.solver]
+        margin = self.target(top_margin(plain, dtype))
+        confidence = top_confidence(plain, self.temperature, dtype)
+        edited = SOLVERS[self.solver](plain, margin, confidence, self.calibration_weight)
         return straight_through(logits, edited)
 
 
@@ -199,15 +205,15 @@ def secret_offset(seed: int, interval: float) -> float:
     return interval * SampleRng.create(seed, torch.zeros(1, dtype=torch.int64), "aaa offset").uniform().item()
 
 
-def top_margin(logits: Tensor) -> Tensor:
-    """The lead (B,) float64 of the largest logit over the second, whatever the classes."""
-    best, second = logits.double().topk(2, dim=1).values.unbind(1)
+def top_margin(logits: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The lead (B,), worked out in ``dtype``, of the largest logit over the second, whatever the classes."""
+    best, second = logits.to(dtype).topk(2, dim=1).values.unbind(1)
     return best - second
 
 
-def top_confidence(logits: Tensor, temperature: float) -> Tensor:
-    """The probability (B,) float64 of the best class under softmax of ``logits / temperature``."""
-    return (logits.double() / temperature).softmax(dim=1).amax(dim=1)
+def top_confidence(logits: Tensor, temperature: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The probability (B,), worked out in ``dtype``, of the best class under softmax of ``logits / temperature``."""
+    return (logits.to(dtype) / temperature).softmax(dim=1).amax(dim=1)
 
 
 def exact_optimum(
@@ -305,6 +311,9 @@ def adam_logits(
 
 
 SOLVERS: dict[SolverName, Solver] = {"exact": exact_logits, "as-released": adam_logits}
+# In which targets are worked out. At temperature 1 the released solver starts on its target confidence, to the last
+# bit of float32; a target that was rounded otherwise starts it off with a full step of Adam in that direction.
+PRECISION: dict[SolverName, torch.dtype] = {"exact": torch.float64, "as-released": torch.float32}
 
 
 def tuned_temperature(logits: Tensor, labels: Tensor, target: Target, beta: float) -> float:
