@@ -13,6 +13,7 @@ from attacks.square import Rule, Square, Values, lower
 from bench.errors import ConfigError
 from bench.losses import margin, probability
 from bench.oracle import Oracle
+from bench.ranges import Few
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -339,7 +340,7 @@ class EOTSquare(_AdaptiveSquare):
     Source: expectation over transformation (Athalye et al., 2018), carried over to scores.
     """
 
-    draws: int = 5
+    draws: Few = 5
 
     averages: ClassVar[bool] = True
     paper: ClassVar[str] = "Athalye et al., 2018, arXiv:1707.07397"

@@ -10,6 +10,7 @@ from bench.errors import ConfigError
 from bench.losses import margin
 from bench.norms import project
 from bench.oracle import Oracle
+from bench.ranges import Few
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -38,7 +39,7 @@ class CrowdSquare:
     Source: our own, for UniG as released and for DENT online.
     """
 
-    copies: int = 8
+    copies: Few = 8
     jitter: float = 1e-4
     p_init: float | None = None
 

@@ -14,11 +14,10 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-import pydantic
-
 from bench.errors import ConfigError
 from bench.interrupt import Stopped
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
+from bench.ranges import convert
 from bench.spec import Spec
 from bench.threat import Access
 
@@ -223,15 +222,14 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> dict[str, Any]:
-    """``args`` converted to the types of the dataclass's fields (so ``eps=1`` is a float)."""
-    hints = get_type_hints(factory)
+    """``args`` in the ranges and converted to the types of the dataclass's fields (so ``eps=1`` is a float)."""
+    hints = get_type_hints(factory, include_extras=True)
     typed = {}
     for key, value in args.items():
         try:
-            typed[key] = pydantic.TypeAdapter(hints[key]).validate_python(value)
-        except pydantic.ValidationError as error:
-            problem = error.errors()[0]
-            raise ConfigError(f"{who}: {key} is {value!r}; {problem['msg'].lower()}") from None
+            typed[key] = convert(value, hints[key])
+        except ValueError as error:
+            raise ConfigError(f"{who}: {key} is {value!r}; {error}") from None
     return typed
 
 

@@ -10,6 +10,7 @@ from bench.errors import ConfigError
 
 # A name is a word, a library's entry ("torchattacks:PGD") or a file's ("path/to/file.py:Name").
 _CALL = re.compile(r"\s*(?P<name>[^\s()]+)\s*(?:\((?P<args>.*)\))?\s*", re.DOTALL)
+LONGEST = 2000  # characters of a component, a path to a file of one's own among them
 SHORT = 8  # characters of a number that nobody would write as a fraction
 
 
@@ -27,6 +28,8 @@ class Spec:
         Raises:
             ConfigError: anything else, with the text as it came.
         """
+        if len(text) > LONGEST:
+            raise ConfigError(f"{text[:40]!r}... has {len(text):,} characters; a name and its arguments have less")
         call = _CALL.fullmatch(text)
         if call is None:
             raise ConfigError(f"cannot read {text!r}; write name or name(key=value, key=value)")

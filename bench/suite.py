@@ -12,6 +12,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bench.errors import ConfigError
 from bench.numerics import Numerics
+from bench.ranges import Count, Whole
+from bench.spec import LONGEST
 from bench.threat import Norm, parse_eps
 
 
@@ -19,7 +21,7 @@ def _listed(value: object) -> object:
     return value if isinstance(value, list) else [value]
 
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Seed = Annotated[Whole, Field(lt=2**32)]
 Names = Annotated[list[str], BeforeValidator(_listed), Field(min_length=1)]
 
 
@@ -29,13 +31,13 @@ class Grid(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     dataset: str
-    n: Annotated[int, Field(ge=1)]
+    n: Count
     model: Names
     defense: Names = ["none"]
     attack: Names
     norm: Norm = "linf"
     eps: Annotated[float, BeforeValidator(parse_eps), Field(allow_inf_nan=False)] = 8 / 255
-    queries: Annotated[int, Field(ge=1)] = 1000
+    queries: Count = 1000
     seed: Annotated[list[Seed], BeforeValidator(_listed), Field(min_length=1)] = [0]
     numerics: Numerics = "fast"
     quantise: bool = False
@@ -48,7 +50,7 @@ class Suite(BaseModel):
 
     name: str
     title: str = ""
-    budgets: list[Annotated[int, Field(ge=1)]] = []
+    budgets: list[Count] = []
     grid: Annotated[list[Grid], Field(min_length=1)]
 
 
@@ -85,6 +87,8 @@ def suite_names() -> dict[str, str]:
 
 def _read(name: str) -> dict[str, Any]:
     ours = suite_names()
+    if len(name) > LONGEST:
+        raise ConfigError(f"suite {name[:40]!r}... has {len(name):,} characters; name a suite or a file")
     if name in ours:
         content = (resources.files("bench") / "suites" / f"{name}.toml").read_bytes()
     elif Path(name).is_file():
@@ -97,6 +101,8 @@ def _read(name: str) -> dict[str, Any]:
         return tomllib.loads(content.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"suite {name} is not TOML: {error}") from None
+    except RecursionError:
+        raise ConfigError(f"suite {name} nests too deeply; a suite holds keys and [[grid]] tables") from None
 
 
 def _first(error: pydantic.ValidationError) -> str:

@@ -16,6 +16,7 @@ from bench.errors import ConfigError
 from bench.norms import per_sample
 from bench.numerics import tf32
 from bench.protocols import Job
+from bench.ranges import Count, NonNegative, Positive
 from bench.rng import SampleRng
 
 Prepare = Callable[[Tensor], Tensor]
@@ -109,10 +110,10 @@ class Trainer:
     ``None`` stands for the data set's own (:meth:`Recipe.for_dataset`).
     """
 
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
+    epochs: Count | None = None
+    batch_size: Count | None = None
+    lr: Positive | None = None
+    weight_decay: NonNegative | None = None
 
     def train(self, build: Callable[[], nn.Module], data: Dataset, job: Job, **hooks: Any) -> nn.Module:
         """The network from ``build`` after :func:`fit` with ``hooks``, from the weights of ``job.seed``."""

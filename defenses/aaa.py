@@ -20,6 +20,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.metrics import calibration_error
 from bench.protocols import Stage
+from bench.ranges import Positive
 from bench.registry import added, defenses
 from bench.rng import SampleRng
 
@@ -117,7 +118,7 @@ class AAALinear(_AAA):
             interval.
     """
 
-    step: float = 1.0
+    step: Positive = 1.0
 
     def target(self, offset: float) -> Target:
         """:func:`linear_target` with the parameters of this form."""

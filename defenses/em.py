@@ -14,6 +14,7 @@ from bench.errors import ConfigError
 from bench.numerics import tf32
 from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
+from bench.ranges import Count, Positive
 from bench.registry import defenses
 from bench.threat import Norm
 from bench.training import Recipe, TrainingState, frozen, seeded
@@ -60,8 +61,8 @@ class ErrorMinimising:
     rel_step: float = 0.1
     stop_error: float | None = None
     network: str | None = None
-    batch_size: int | None = None
-    lr: float | None = None
+    batch_size: Count | None = None
+    lr: Positive | None = None
     share: float = 1.0
 
     stage: ClassVar[Stage] = "data"

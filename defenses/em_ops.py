@@ -7,6 +7,7 @@ from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.protection import merge, protected_rows
 from bench.protocols import Job, Stage
+from bench.ranges import Count
 from bench.registry import defenses
 from bench.threat import Norm
 from defenses.em import By, ErrorMinimising
@@ -35,7 +36,7 @@ class ErrorMinimisingOnePixel:
     pixels: int = 1
     noise_eps: float = 8 / 255
     by: By = "sample"
-    rounds: int = ErrorMinimising.rounds
+    rounds: Count = ErrorMinimising.rounds
     network: str | None = None
     share: float = 1.0
 

@@ -12,6 +12,7 @@ from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import project, steepest
 from bench.protocols import Job, Stage
+from bench.ranges import Count, Positive, Radius
 from bench.registry import added, defenses
 from bench.rng import SampleRng
 from bench.threat import Threat
@@ -35,9 +36,9 @@ class PGDAdversarialTraining(Trainer):
         Madry et al., 2018, arXiv:1706.06083, equation 2.1 and section 2.1.
     """
 
-    eps: float = 8 / 255
-    steps: int = 10
-    rel_step: float = 0.25
+    eps: Radius = 8 / 255
+    steps: Count = 10
+    rel_step: Positive = 0.25
     start: Literal["uniform", "gaussian"] = added("uniform")
 
     stage: ClassVar[Stage] = "training"

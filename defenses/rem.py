@@ -13,6 +13,7 @@ from bench.errors import ConfigError
 from bench.norms import project
 from bench.protection import check_share, merge, protected_rows
 from bench.protocols import Job, Stage
+from bench.ranges import Count, Positive
 from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm, Threat
@@ -61,8 +62,8 @@ class RobustErrorMinimising:
     adv_steps: int = 10
     adv_rel_step: float = 0.2
     network: str | None = None
-    batch_size: int | None = None
-    lr: float | None = None
+    batch_size: Count | None = None
+    lr: Positive | None = None
     share: float = 1.0
 
     stage: ClassVar[Stage] = "data"

@@ -15,6 +15,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.protection import check_share
 from bench.protocols import Job, Stage
+from bench.ranges import Count, Few
 from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm
@@ -72,10 +73,10 @@ class SelfEnsemble:
 
     eps: float = 2 / 255
     steps: int = 30
-    checkpoints: int = 30
+    checkpoints: Few = 30
     epochs: int | None = None
     network: str | None = None
-    shift: int | None = None
+    shift: Count | None = None
     share: float = 1.0
     variant: Variant = "as-intended"
 

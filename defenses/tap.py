@@ -9,6 +9,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.protection import check_share
 from bench.protocols import Job, Stage
+from bench.ranges import Count
 from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm
@@ -60,7 +61,7 @@ class TargetedPoisons:
     rel_step: float = 0.05
     epochs: int | None = None
     network: str | None = None
-    shift: int = 1
+    shift: Count = 1
     share: float = 1.0
 
     stage: ClassVar[Stage] = "data"

@@ -63,3 +63,9 @@ def test_whole_grey_levels_are_written_as_people_write_them():
     for text in ("sep(eps=2/255)", "sep(eps=0.2)", "rnd(sigma=0.02)", "tap(eps=32/255, rel_step=0.05)"):
         assert str(Spec.parse(text)) == text
         assert Spec.parse(str(Spec.parse(text))) == Spec.parse(text)
+
+
+def test_a_very_long_name_is_refused_in_a_short_line():
+    with pytest.raises(ConfigError, match="100,000 characters") as caught:
+        Spec.parse("a" * 100_000)
+    assert len(str(caught.value)) < 200

@@ -80,6 +80,11 @@ def test_a_radius_may_be_a_number_or_a_fraction(tmp_path, eps, value):
         (GRID + "eps = 'eight'\n", "eps is 'eight'; write a number or a fraction"),
         (GRID + "eps = inf\n", "finite"),
         (GRID + "queries = 0\n", "queries is 0"),
+        (GRID + "queries = true\n", "queries is True"),
+        (GRID + f"queries = {10**25}\n", "less than or equal to 1000000000"),
+        (GRID.replace("20", "true"), "grid 1, n is True; a number is expected"),
+        (GRID + "seed = true\n", "seed is True"),
+        (GRID + "deep = " + "[" * 5000 + "]" * 5000, "nests too deeply"),
         (GRID + "seed = [0, -1]\n", "seed is -1"),
         (GRID.replace('"cnn"', "[]"), "model is []"),
     ],
@@ -107,3 +112,8 @@ def test_without_a_name_the_overrides_are_the_suite():
         load_suite(None, {})
     suite = load_suite(None, {"dataset": "digits", "model": ["cnn"], "attack": ["square"], "n": 3})
     assert suite.grid[0].n == 3
+
+
+def test_a_very_long_suite_is_refused_in_a_short_line():
+    with pytest.raises(ConfigError, match="100,000 characters"):
+        load_suite("a" * 100_000, {})

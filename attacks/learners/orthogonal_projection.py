@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.protocols import Job
+from bench.ranges import Count, Positive
 from bench.registry import attacks
 from bench.threat import Access
 from bench.training import Recipe, Trainer, fit, initialised
@@ -33,8 +34,8 @@ class OrthogonalProjection(Trainer):
         Sandoval-Segura et al., NeurIPS 2023, arXiv:2305.19254.
     """
 
-    linear_epochs: int = 20
-    linear_lr: float = 0.1
+    linear_epochs: Count = 20
+    linear_lr: Positive = 0.1
 
     access: ClassVar[Access] = "training-data"
     version: ClassVar[int] = 1

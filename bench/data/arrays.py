@@ -15,6 +15,7 @@ from torch import Tensor
 from bench.data.holdout import find, hold_out
 from bench.dataset import Dataset, Split
 from bench.errors import DataError
+from bench.ranges import Few, Whole
 from bench.registry import datasets
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
@@ -32,9 +33,9 @@ class Npz:
     """
 
     path: str
-    classes: int | None = None
+    classes: Few | None = None
     flip: bool = False
-    shift: int = 0
+    shift: Whole = 0
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""

@@ -15,6 +15,7 @@ from PIL import Image
 from bench.data.holdout import find, held_out
 from bench.dataset import Dataset, Split
 from bench.errors import DataError
+from bench.ranges import Few
 from bench.registry import datasets
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".webp"})
@@ -33,7 +34,7 @@ class ImageFolder:
     """
 
     path: str
-    size: int = 224
+    size: Few = 224
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
@@ -57,8 +58,8 @@ class ImageNet:
     """
 
     path: str = "imagenet"
-    size: int = 224
-    resize: int = 256
+    size: Few = 224
+    resize: Few = 256
     train: bool = False
 
     version: ClassVar[int] = 1

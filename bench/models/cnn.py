@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import ConfigError
@@ -43,7 +44,7 @@ def _layer(inside: int, outside: int) -> tuple[nn.Module, ...]:
 class Cnn:
     """A small network of ``width`` to ``2 * width`` channels for images of 8 to 64 pixels a side; untrained."""
 
-    width: int = 32
+    width: Annotated[int, Field(ge=1, le=4096)] = 32
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
@@ -53,10 +54,8 @@ class Cnn:
         """Build it, in eval mode; see ``Architecture``.
 
         Raises:
-            ConfigError: no channels at all, or images too small to pool twice.
+            ConfigError: images too small to pool twice.
         """
-        if self.width < 1:
-            raise ConfigError(f"cnn: width is {self.width}; use at least one channel")
         if min(shape[1:]) < 4:
             raise ConfigError(f"cnn: images are {shape[2]}x{shape[1]}; it pools twice and needs at least 4x4")
         return SmallCnn(shape[0], classes, self.width).eval()
