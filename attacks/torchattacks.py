@@ -4,7 +4,6 @@ The library is imported when one of them is named, not before. Its attacks see t
 are counted, checked and stopped like ours.
 """
 
-import importlib
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
+from bench.extras import library
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -104,13 +104,10 @@ def torchattack(name: str, **params: Any) -> TorchAttack:
 
 def _find(name: str) -> Any:
     """The class ``name`` of the library."""
-    try:
-        library = importlib.import_module("torchattacks")
-    except Exception as error:  # a broken install may raise more than ImportError
-        raise ConfigError(f"torchattacks cannot be imported ({error}); reinstall it with pip") from None
-    names = [key for key, value in vars(library).items() if inspect.isclass(value) and not key.endswith("Attack")]
+    foreign = library("torchattacks", "foreign")
+    names = [key for key, value in vars(foreign).items() if inspect.isclass(value) and not key.endswith("Attack")]
     if name not in names:
         near = get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"
         raise ConfigError(f"torchattacks has no attack {name!r}; {hint}")
-    return getattr(library, name)
+    return getattr(foreign, name)

@@ -1,6 +1,7 @@
 """Networks: that they compute what they should, take only weights that fit, and never run code from them."""
 
 import copy
+import importlib
 import importlib.util
 import os
 import pickle
@@ -396,6 +397,7 @@ def test_timm_and_robustbench_are_checked_before_a_download():
     need("timm")
     for shape in ((1, 32, 32), (3, 64, 64)):
         check_logits(build("timm:resnet18(pretrained=false)", 5, shape), 5, shape)
+    assert importlib.import_module("timm.models._hub").has_hf_hub(necessary=True), "published weights can be loaded"
     with pytest.raises(ConfigError, match="no model of timm is named 'resnet81'"):
         build("timm:resnet81")
     with pytest.raises(ConfigError, match="did you mean 'Carmon2019Unlabeled'"):

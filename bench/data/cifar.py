@@ -16,6 +16,7 @@ from PIL import Image
 from bench.data.holdout import hold_out, require_folder
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError
+from bench.extras import library
 from bench.registry import added, datasets
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -146,8 +147,13 @@ def _decode(coded: bytes | None, where: str) -> NDArray[np.uint8]:
 
 def _from_torchvision(name: str, folder: Path, batches: str, train: bool) -> Split:
     """torchvision compares the MD5 sum of every file with the published one before it unpickles any."""
-    from torchvision import datasets as sources  # not above: torchvision does not import beside every torch build
-
+    try:
+        sources = library("torchvision.datasets", "zoo")
+    except ConfigError as error:
+        raise DataError(
+            f"no {name}/{{train,test}}-00000-of-00001.parquet in {folder}, "
+            f"and any other files are torchvision's to read: {error}"
+        ) from error
     source: Any = {"cifar10": sources.CIFAR10, "cifar100": sources.CIFAR100}[name]
     present = (folder / batches).exists()
     try:

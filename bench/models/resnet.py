@@ -166,7 +166,7 @@ class RobustResNet18:
         """
         package = importlib.util.find_spec("pyautoattack")  # found, not imported: only its file is wanted
         if package is None or package.origin is None:
-            raise WeightsError("robust-resnet18 needs the weights in pyautoattack; pip install pyautoattack")
+            raise WeightsError("robust-resnet18 needs the weights in pyautoattack; pip install 'parry-bench[foreign]'")
         network = ResNet(
             ResNet18.blocks, ResNet18.widths, classes, projection=True, normalise=nn.Identity(), channels=shape[0]
         )

@@ -3,13 +3,12 @@
 The libraries are imported in the calls alone: they take seconds, and torchvision does not import beside every torch.
 """
 
-import importlib
 import importlib.util
 import os
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import nn
 
 from bench.errors import BenchError, ConfigError, WeightsError
+from bench.extras import library
 from bench.models.normalise import Normalise, usual
 from bench.models.weights import load_weights
 from bench.registry import models
@@ -46,16 +46,16 @@ class RobustBench:
             WeightsError: the weights cannot be downloaded or read.
         """
         who = f"robustbench:{self.name}"
-        library = import_robustbench()
+        utils = import_robustbench()
         zoo = {data.value: {threat.value: group for threat, group in threats.items()}
-               for data, threats in library.all_models.items()}  # fmt: skip
+               for data, threats in utils.all_models.items()}  # fmt: skip
         _known(self.dataset, zoo, f"{who}: no data set")
         _known(self.threat, zoo[self.dataset], f"{who}: no threat")
         _known(self.name, zoo[self.dataset][self.threat], f"no {self.dataset} {self.threat} model of robustbench")
         _same_classes(who, {"cifar10": 10, "cifar100": 100, "imagenet": 1000}[self.dataset], classes)
         folder = model_dir or Path(torch.hub.get_dir()) / "robustbench"
-        with _loading(who, f"a download into {folder}"):
-            network: nn.Module = library.load_model(self.name, str(folder), self.dataset, self.threat)
+        with _loading(who, f"a download into {folder}"), _no_empty_folders(folder / self.dataset / self.threat):
+            network: nn.Module = utils.load_model(self.name, str(folder), self.dataset, self.threat)
         return network.eval()
 
 
@@ -87,7 +87,7 @@ class Timm:
         """
         who = f"timm:{self.name}"
         with _quiet_imports():
-            timm: Any = importlib.import_module("timm")
+            timm = library("timm", "zoo")
         if not timm.is_model(self.name):
             _known(self.name.partition(".")[0], timm.list_models(), "no model of timm")
         if self.pretrained and self.weights is None:
@@ -137,7 +137,7 @@ class Torchvision:
             WeightsError: the weights cannot be downloaded or read, or do not fit.
         """
         who = f"torchvision:{self.name}"
-        zoo: Any = importlib.import_module("torchvision.models")
+        zoo = library("torchvision.models", "zoo")
         _known(self.name, zoo.list_models(module=zoo), "no classifier of torchvision")
         _colour(who, shape)
         if self.pretrained and self.weights is None:
@@ -171,13 +171,11 @@ def import_robustbench() -> Any:
     try:
         with _quiet_imports():
             if "autoattack" not in sys.modules and importlib.util.find_spec("autoattack") is None:
-                sys.modules["autoattack"] = importlib.import_module("pyautoattack")
-                sys.modules["autoattack.state"] = importlib.import_module("pyautoattack.state")
+                sys.modules["autoattack"] = library("pyautoattack", "foreign")
+                sys.modules["autoattack.state"] = library("pyautoattack.state", "foreign")
             if "pkg_resources" not in sys.modules and importlib.util.find_spec("pkg_resources") is None:
                 borrowed = sys.modules["pkg_resources"] = _PkgResources("pkg_resources")
-            return importlib.import_module("robustbench.utils")
-    except ImportError as error:
-        raise ConfigError(f"robustbench does not import ({error}); pip install robustbench pyautoattack") from error
+            return library("robustbench.utils", "foreign")
     finally:
         if borrowed is not None:  # nobody else should take it for the real one
             del sys.modules["pkg_resources"]
@@ -222,6 +220,18 @@ def _loading(who: str, tried: str) -> Iterator[None]:
     finally:
         os.environ.pop(names[0])
         os.environ.update({name: value for name, value in before.items() if value is not None})
+
+
+@contextmanager
+def _no_empty_folders(folder: Path) -> Iterator[None]:
+    """Whatever is made of ``folder`` and of the folders above it goes again if nothing has come to lie there."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # not made, or no longer empty
+            for path in made:
+                path.rmdir()
 
 
 @contextmanager
