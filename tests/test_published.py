@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from bench.errors import ConfigError
+from bench.match import match
 from bench.published import LEADERBOARDS, MEASURES, Figure, load_published
 from bench.registry import attacks, defenses, load_plugins, models
 from bench.spec import parse_chain
@@ -87,6 +88,16 @@ class TestCommittedFigures:
                 defenses.create(part)
             if spec.model:
                 models.create(spec.model)
+
+    def test_the_headline_of_aaa_was_attacked_with_smaller_windows_than_ours_and_at_temperature_1(self):
+        """AAA's code takes p_init 0.05 for its base network on CIFAR-10 and 0.3 for all others."""
+        (headline,) = figures(defense="AAA", value=80.59)
+        rows, _ = Store(LEADERBOARDS / "query-cifar10").rows()
+        ours = [row for row in rows if row.cell.attack.spec == "square(preset=aaa)" and row.cell.defense]
+        released = [row for row in ours if row.cell.defense[0].params.get("solver") == "as-released"]
+        (pair, *_) = match(PUBLISHED._replace(figures=[headline]), released).found
+        named = {str(difference) for difference in pair.differences}
+        assert {"preset aaa-standard ≠ aaa", "p_init 0.05 ≠ 0.3", "temperature 1 ≠ tuned"} <= named
 
     def test_our_copy_of_cifar10_is_named(self):
         rows, _ = Store(LEADERBOARDS / "query-cifar10").rows()

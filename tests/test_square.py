@@ -70,6 +70,7 @@ def test_bumps_have_unit_norm_and_two_lobes(side):
 def test_the_presets_are_what_they_say_and_arguments_win():
     assert Square(preset="autoattack").p_init == 0.8
     assert Square(preset="aaa").p_init == 0.3
+    assert Square(preset="aaa-standard").p_init == 0.05  # what the authors' code takes for their base network
     assert Square(preset="aaa", p_init=0.05).p_init == 0.05
     assert P_INIT == {"linf": 0.05, "l2": 0.1}
     with pytest.raises(ConfigError, match="share of the pixels"):
@@ -81,7 +82,7 @@ def run(square, x, y, model, **settings):
     return attack_with(square, oracle, x, y), oracle.ledger
 
 
-@pytest.mark.parametrize("preset", [None, "eccv2020", "autoattack", "aaa"])
+@pytest.mark.parametrize("preset", [None, "eccv2020", "autoattack", "aaa", "aaa-standard"])
 def test_every_linf_pixel_sits_at_an_end_of_its_range(preset):
     x = images(6, (3, 16, 16))
     x_adv, _ = run(Square(preset=preset), x, torch.zeros(6, dtype=torch.int64), Scripted(math.inf), budget=60)
