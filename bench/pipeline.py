@@ -22,6 +22,7 @@ from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch
 from bench.served import ServedModel, Target
+from bench.threads import training_threads
 
 Progress = Callable[[int, int], None]
 
@@ -93,7 +94,7 @@ class Pipeline:
 
     @contextmanager
     def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
-        with scratch(self.folder / "unfinished" / key, self._code) as kept:
+        with scratch(self.folder / "unfinished" / key, self._code) as kept, training_threads():
             yield Job(task.cell.seed, self.device, progress, scratch=kept)
             kept.clear()
 

@@ -30,6 +30,7 @@ from bench.registry import code_hash, defenses
 from bench.scratch import scratch
 from bench.spec import Spec, parse_chain
 from bench.store import Store
+from bench.threads import training_threads
 
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
@@ -87,7 +88,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
         Store(out).open()
         bar.step(f"running {spec.name}", unit="steps")
         same = sha256((code + json.dumps(job)).encode()).hexdigest()
-        with scratch(out / STATE / UNFINISHED, same) as unfinished:
+        with scratch(out / STATE / UNFINISHED, same) as unfinished, training_threads():
             images = _released(component, source.data, Job(seed, device, bar.work, scratch=unfinished), str(spec))
             keep_file(out / STATE / JOB, json.dumps(job).encode())
             keep_file(kept, _npy(images))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import bench
+from bench.threads import TRAINING
 
 
 def provenance(device: torch.device) -> dict[str, Any]:
@@ -25,6 +26,7 @@ def provenance(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
+        "training_threads": TRAINING,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

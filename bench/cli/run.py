@@ -21,6 +21,7 @@ from bench.runner import run as run_tasks
 from bench.standings import tables
 from bench.store import Store
 from bench.suite import load_suite
+from bench.threads import TRAINING, use_spare_threads
 
 
 def run(
@@ -63,6 +64,7 @@ def run(
     }  # fmt: skip
     plan = load_suite(suite, overrides)
     where = find_device(device)
+    threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     shard_size = shard_size or (1000 if where.type == "cuda" else 100)
     if model_dir is None and data_dir is not None:
@@ -75,6 +77,8 @@ def run(
         _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
         return
     store.open()
+    if where.type == "cpu":
+        console.print(f"threads: {threads}, in trainings {TRAINING}", style="dim")
     pipeline = Pipeline(store.root / "networks", where, batch_size)
     try:
         with Screen(console, len(tasks)) as screen:

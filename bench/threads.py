@@ -1,0 +1,64 @@
+"""How many threads compute: a fixed number where weights come of it, elsewhere what the machine has to spare.
+
+Sums are split over threads, so a network that was trained with two differs from one that was trained with one (by up to
+half a unit of margin), on any machine. Two waiting threads that sleep cost no more than one; spinning, as OpenMP has it
+by default, cost six times as much on a busy machine. So they sleep (``bench/__init__.py``).
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+TRAINING = 2  # of every training and data defense; other numbers train other networks under the same keys
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+
+@contextmanager
+def training_threads() -> Iterator[None]:
+    """Compute with ``TRAINING`` threads inside, whatever the machine has, and afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(TRAINING)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def use_spare_threads() -> int:
+    """Compute with as many threads as there are idle processors for this process, and say how many.
+
+    Somebody who sets ``OMP_NUM_THREADS`` is obeyed.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(spare(processors(), torch.get_num_threads(), os.cpu_count() or 1, _load()))
+    return torch.get_num_threads()
+
+
+def spare(allowed: float, cores: int, machine: int, load: float) -> int:
+    """How many threads find a processor: at most those ``allowed`` and one for each of ``cores``, and at least one.
+
+    Args:
+        allowed: processors that this process may use, in parts where it has a share of their time.
+        machine: processors of the whole machine, of which ``load`` are busy.
+    """
+    return max(1, round(min(allowed, cores, machine - load)))
+
+
+def processors() -> float:
+    """The processors that this process may use, by its affinity and the quota of its container."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return min(affinity, float(quota) / float(period))
+    except (OSError, ValueError):  # no container, or no quota ("max")
+        return affinity
+
+
+def _load() -> float:
+    try:
+        return os.getloadavg()[0]
+    except OSError:  # not known here
+        return 0.0
