@@ -16,9 +16,17 @@ from torch.overrides import TorchFunctionMode
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
-from bench.registry import defenses
+from bench.registry import added, defenses
+from defenses.adamod import AdaMod
 
 Variant = Literal["per-sample", "as-released", "online"]
+
+FLOOR = 1e-5  # added to probabilities under the logarithm, as in DENT's own code
+# Whose settings: those in AAA's code, which AAA was compared with, or those that DENT's own code was published with.
+PRESETS: dict[str, dict[str, Any]] = {
+    "aaa": {"variant": "per-sample", "lr": 1e-3},
+    "paper": {"variant": "as-released", "lr": 6e-3},
+}
 
 
 @defenses("dent")
@@ -26,8 +34,13 @@ Variant = Literal["per-sample", "as-released", "online"]
 class DENT:
     """Give each row its own copy of all batch-norm scales and shifts, and lower the entropy of its answer with them.
 
-    ``steps`` steps of Adam of size ``lr``, from the trained values at every call. Costs ``steps`` forward and backward
-    passes beside the forward pass that answers.
+    ``steps`` steps of size ``lr``, from the trained values at every call. Costs ``steps`` forward and backward passes
+    beside the forward pass that answers.
+
+    The preset ``aaa`` has the settings of AAA's code, which figures beside AAA belong to: Adam, lr 0.001, the entropy
+    alone. ``paper`` has those of DENT's own ``dent.yaml``: AdaMod (betas 0.99 and 0.999, beta3 0.6), lr 0.006, and the
+    entropy less that of the mean prediction of the batch, which keeps the rows from all becoming sure of one class; in
+    a batch of one that difference is 0, and nothing is adapted. Its authors serve batches of 128.
 
     - ``per-sample``: running statistics; each row lowers its own entropy, which is the released defense asked about
       one image at a time.
@@ -44,15 +57,17 @@ class DENT:
     out (BPDA).
 
     Source:
-        arXiv:2105.08714; settings and variants as in the public codes of AAA (``dent.py``) and UniG.
+        arXiv:2105.08714 and its public code (``dent.yaml``, ``dent.py``); settings and variants also as in the public
+        codes of AAA (``dent.py``) and UniG.
 
     Raises:
-        ConfigError: a negative number of steps or lr.
+        ConfigError: a negative number of steps or lr, or the preset ``paper`` for rows by themselves.
     """
 
-    variant: Variant = "per-sample"
+    variant: Variant | None = None
     steps: int = 6
-    lr: float = 1e-3
+    lr: float | None = None
+    preset: Literal["aaa", "paper"] = added("aaa")
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
@@ -61,9 +76,14 @@ class DENT:
     paper: ClassVar[str] = "Wang et al., 2021, arXiv:2105.08714"
 
     def __post_init__(self) -> None:
+        for name, value in PRESETS[self.preset].items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for name, value in {"steps": self.steps, "lr": self.lr}.items():
-            if not 0 <= value < float("inf"):
+            if value is not None and not 0 <= value < float("inf"):
                 raise ConfigError(f"{name} is {value}; it is zero or more, and finite")
+        if self.preset == "paper" and self.variant == "per-sample":
+            raise ConfigError("preset=paper adapts nothing in a batch of one; use variant=as-released or preset=aaa")
 
     @property
     def batch_dependent(self) -> bool:
@@ -104,10 +124,15 @@ class Adapted(nn.Module):
         """The scale and the shift (B, C) of each layer in turn, fitted to ``x``."""
         trained = (part for norm in self._norms for part in (norm.weight, norm.bias))
         affine = [part.detach().expand(len(x), -1).clone().requires_grad_(True) for part in trained]
-        optimizer = torch.optim.Adam(affine, lr=self.settings.lr)
+        assert self.settings.lr is not None
+        paper = self.settings.preset == "paper"
+        optimizer: torch.optim.Optimizer = torch.optim.Adam(affine, lr=self.settings.lr)
+        if paper:
+            optimizer = AdaMod(affine, lr=self.settings.lr, betas=(0.99, 0.999), beta3=0.6)
         share = 1 / len(x) if self.settings.batch_dependent else 1.0
         for _ in range(self.settings.steps):
-            loss = share * entropy(self._answer(x, affine)).sum()
+            logits = self._answer(x, affine)
+            loss = doubt(logits) if paper else share * entropy(logits).sum()
             gradients = torch.autograd.grad(loss, affine, allow_unused=True)  # a layer may be there for training only
             for values, gradient in zip(affine, gradients, strict=True):
                 values.grad = gradient
@@ -161,6 +186,13 @@ class _RowWise(TorchFunctionMode):
 def _spread(values: Tensor, x: Tensor) -> Tensor:
     """``values`` (C,) or (B, C), to broadcast over ``x`` (B, C, ...)."""
     return values.reshape(-1, x.shape[1], *(1,) * (x.ndim - 2))
+
+
+def doubt(logits: Tensor) -> Tensor:
+    """The mean entropy (), in nats, of the predictions ``logits`` (B, K), less the entropy of their mean."""
+    p = logits.softmax(dim=1)
+    mean = p.mean(dim=0)
+    return (mean * (mean + FLOOR).log()).sum() - (p * (p + FLOOR).log()).sum(dim=1).mean()
 
 
 def entropy(logits: Tensor) -> Tensor:

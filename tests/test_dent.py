@@ -11,7 +11,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.grid import pin
 from bench.models.resnet import ResNet20
-from bench.registry import defenses
+from bench.registry import defenses, describe
 from defenses.dent import Adapted, entropy
 
 NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
@@ -61,6 +61,41 @@ def plain_entropy(logits: Tensor) -> Tensor:
 
 
 # --- the adaptation
+
+
+def test_the_papers_preset_is_dents_own_configuration():
+    """AdaMod by its book, on the mean entropy less that of the mean prediction, for a network of copies."""
+    x, model, rows = images(6), network(), torch.arange(6)
+    names = ("norm.weight", "norm.bias", "vector.weight", "vector.bias")
+    values = [[model.get_parameter(name).detach().clone() for name in names] for _ in rows]
+    state = [[[torch.zeros_like(value) for _ in range(3)] for value in row] for row in values]
+
+    def answer(values: list[list[Tensor]]) -> Tensor:
+        return torch.cat([
+            torch.func.functional_call(model, dict(zip(names, values[row], strict=True)), (x[row : row + 1],))
+            for row in rows
+        ])  # fmt: skip
+
+    for step in range(1, 7):
+        for row in values:
+            for value in row:
+                value.requires_grad_(True)
+        p = answer(values).softmax(1)
+        mean = p.mean(0)
+        loss = -(p * (p + 1e-5).log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+        slopes = iter(torch.autograd.grad(loss, [value for row in values for value in row]))
+        for row in rows:
+            for place, (m, v, s) in enumerate(state[row]):
+                g = next(slopes)
+                m.copy_(0.99 * m + 0.01 * g)
+                v.copy_(0.999 * v + 0.001 * g * g)
+                size = 6e-3 * (1 - 0.999**step) ** 0.5 / (1 - 0.99**step) / (v.sqrt() + 1e-8)
+                s.copy_(0.6 * s + 0.4 * size)
+                values[row][place] = values[row][place].detach() - torch.minimum(size, s) * m
+    torch.testing.assert_close(serve("dent(preset=paper)")(x), answer(values), rtol=1e-7, atol=1e-9)
+    defense = defenses.create("dent(preset=paper)")
+    assert (defense.variant, defense.lr, defense.batch_dependent) == ("as-released", 6e-3, True)
+
 
 
 @pytest.mark.parametrize("variant", ["per-sample", "as-released"])
@@ -218,6 +253,17 @@ def test_networks_without_anything_to_adapt_are_refused(norm):
     model = nn.Sequential(nn.Conv2d(3, 4, 8), norm, nn.Flatten())
     with pytest.raises(ConfigError, match="BatchNorm layers, and this network has none"):
         serve("dent", model)
+
+
+def test_the_papers_preset_has_nothing_to_say_about_one_row():
+    x = images(1)
+    torch.testing.assert_close(serve("dent(preset=paper)")(x), network()(x))
+    with pytest.raises(ConfigError, match="batch of one"):
+        defenses.create("dent(preset=paper, variant=per-sample)")
+
+
+def test_the_settings_of_a_stored_row_still_name_it():
+    assert describe(defenses.create("dent")) == {"variant": "per-sample", "steps": 6, "lr": 1e-3}
 
 
 def test_settings_that_cannot_be_meant_are_refused():
