@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test tables
+.PHONY: install demo test fuzz tables
 
 install: $(VENV)/installed
 
@@ -19,6 +19,11 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# An hour of new input of every kind; FUZZ_EXAMPLES=200 takes a minute or two.
+FUZZ_EXAMPLES ?= 10000
+fuzz: install
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest -m fuzz
 
 # The committed tables, from the committed rows.
 tables: install
