@@ -104,8 +104,8 @@ def _probed(rows: Sequence[Row]) -> list[Sign]:
 def _alone(rows: Sequence[Row]) -> list[Sign]:
     """Flags of a served model by itself."""
     checks = (
-        _invalid_answers, _constraint_violation, _hits_do_not_hold, _labels_beat_scores, _transfer_beats_queries,
-        _noise_beats_attacks, _survives_any_radius,
+        _invalid_answers, _constraint_violation, _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
+        _transfer_beats_queries, _noise_beats_attacks, _survives_any_radius,
     )  # fmt: skip
     return [sign for check in checks if (sign := check(rows))]
 
@@ -137,6 +137,24 @@ def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
                 f"examples are judged afresh (n={both.n})"
             )
             found.append((both.gap, Sign("hits-do-not-hold", evidence)))
+    return _widest(found)
+
+
+def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
+    """The final examples take over 1 point more than the queries did: the search was answered by other numbers.
+
+    A defense that acts in the numbers of the search alone shows so. Minimum-norm attacks return, projected into the
+    ball, what they have not asked about, and say nothing here.
+    """
+    found = []
+    for row in rows:
+        both = _Comparison(final(row).right, robust(row, query_budget(row)).right)
+        if both.exceeds(0.01) and not np.isfinite(column(row, "best_distance")).any():
+            evidence = (
+                f"{row.cell.attack.spec}: {_percent(both.beside)} by first hit, but {_percent(both.left)} when the "
+                f"final examples are judged afresh (n={both.n})"
+            )
+            found.append((both.gap, Sign("search-is-blind", evidence)))
     return _widest(found)
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from bench.marks import MARKS
-from bench.outcomes import clean, query_budget, robust, tested
+from bench.outcomes import clean, failure, query_budget, robust, tested
 from bench.standings import Table
 from bench.store import Row
 
@@ -56,7 +56,10 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
 
 def _markdown(table: Table, details: bool) -> str:
     parts = [f"### {table.title}", *(f"{title}\n\n{_text(frame)}" for title, frame in _frames(table, details))]
-    parts.insert(2, "  \n".join(filter(None, (_legend(table), table.origin))))
+    parts.insert(2, "  \n".join(filter(None, (_legend(table), *table.notes, table.origin))))
+    failed = dict.fromkeys(f"- {line.defense} × {line.attack}: {line.error}" for line in table.lines if line.error)
+    if failed:
+        parts.insert(3, "\n".join(["Failed (the last line of each error):\n", *failed]))
     if table.flags:
         signs = [f"- {flag.defense}: **{flag.flag}**. {flag.evidence}." for flag in table.flags]
         parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *signs]))
@@ -70,7 +73,7 @@ def _text(frame: pd.DataFrame) -> str:
 def _latex(table: Table, details: bool) -> str:
     parts = []
     for title, frame in _frames(table, details):
-        notes = (_legend(table, latex=True), table.origin) if not title else ()
+        notes = (_legend(table, latex=True), *(f"{note}." for note in table.notes), table.origin) if not title else ()
         caption = _latex_text(" ".join((f"{table.title}.", title, *notes)).strip())
         frame = frame.map(lambda text: _latex_text(str(text)))
         frame.columns = [_latex_text(name) for name in frame.columns]
@@ -81,7 +84,7 @@ def _latex(table: Table, details: bool) -> str:
 def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
-        return "failed: " + row.errors[-1].strip().splitlines()[-1]
+        return f"failed: {failure(row)}"
     if row.cell.learns:
         return f"test accuracy {tested(row)} %"
     budget = query_budget(row)
@@ -215,16 +218,18 @@ def _records(table: Table) -> list[dict[str, Any]]:
             low, high = share.interval if share.n else (None, None)
             value = share.value if share.n else None
             record |= {name: value, f"{name} low": low, f"{name} high": high}
+            if share.networks > 1:
+                record |= {f"{name} SD": share.spread, "networks": share.networks}
         record |= {f"{name} afresh": share.value for name, share in line.lasting.items() if share.n}
         finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
-        records.append({**record, **line.extra, **finite})
+        records.append({**record, **line.extra, **finite, **({"error": line.error} if line.error else {})})
     return records
 
 
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
-    "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$",
+    "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
     "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
     "Δ": r"$\Delta$", "→": r"$\to$",

@@ -9,6 +9,9 @@ MARKS = {
     "failed": ("✗", "failed; run again, or read the traceback in its .failed.json; never ranked"),
     "invalid": ("!", "the model answered NaN or infinity; never ranked"),
     "spared": ("⊂", "not met by every attack that the undefended model has met; never ranked"),
+    "short": ("<", "fewer queries, samples or seeds than the undefended model has met; never ranked"),
+    "older": ("∘", "made with an older version of a component; never ranked"),
+    "cut": ("∩", "ranked by the queries, samples and seeds that all have in common; its own figures are of more"),
     "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
     "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
     "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
@@ -19,7 +22,7 @@ MARKS = {
         "lucky or not; final, the majority of 16 repeats, flatters the defense where it was lucky",
     ),
 }
-UNRANKED = {"limited", "incomplete", "failed", "invalid", "spared"}
+UNRANKED = {"limited", "incomplete", "failed", "invalid", "spared", "short", "older"}
 
 
 def marks_of(row: Row) -> frozenset[str]:

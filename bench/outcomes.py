@@ -22,28 +22,47 @@ from bench.store import Row
 
 @dataclass(frozen=True)
 class Share:
-    """A share of samples with its 95 % Wilson interval; nothing when there are no samples."""
+    """A share of samples, of one network or on average over several, each with its own outcome on every sample.
 
-    right: NDArray[np.bool_]
+    The interval, 95 % Wilson, is that of the images; how far networks are apart is their standard deviation. Nothing
+    when there are no samples.
+    """
+
+    right: NDArray[np.bool_]  # (n,), or (networks, n)
 
     @property
     def n(self) -> int:
-        return len(self.right)
+        return int(self.right.shape[-1])
+
+    @property
+    def networks(self) -> int:
+        return 1 if self.right.ndim == 1 else len(self.right)
 
     @property
     def value(self) -> float:
         return float(self.right.mean()) if self.n else float("nan")
 
     @property
+    def spread(self) -> float:
+        """The standard deviation over networks."""
+        return float(self.right.mean(axis=1).std(ddof=1)) if self.networks > 1 and self.n else 0.0
+
+    @property
+    def by_sample(self) -> NDArray[Any]:
+        """(n,) whether it is right on each sample; of several networks, the share of them."""
+        return self.right if self.right.ndim == 1 else self.right.mean(axis=0)
+
+    @property
     def interval(self) -> tuple[float, float]:
-        return wilson(int(self.right.sum()), self.n)
+        return wilson(round(self.value * self.n) if self.n else 0, self.n)
 
     def __str__(self) -> str:
         if not self.n:
             return ""
         low, high = self.interval
         digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
-        return f"{100 * self.value:.1f} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+        spread = f" ± {100 * self.spread:.1f}" if self.networks > 1 else ""
+        return f"{100 * self.value:.1f}{spread} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
 
 
 def column(row: Row, name: str) -> NDArray[Any]:
@@ -74,6 +93,17 @@ def final(row: Row) -> Share:
     return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
 
 
+def standing(row: Row, queries: int) -> Share:
+    """Not beaten by any of the first ``queries``, by :func:`robust`, nor by a final example that came of no hit.
+
+    Where no query was a hit and the final example is wrong all the same, the search was answered by other numbers than
+    those that count: the sample has fallen, and the search has not seen it.
+    """
+    held = robust(row, queries).right
+    unseen = (column(row, "first_hit") == NEVER) & (column(row, "final_pred") != column(row, "y"))
+    return Share(held & ~unseen if len(held) else held)
+
+
 def lasting(row: Row, queries: int) -> Share:
     """Like :func:`robust`, but a sample counts as beaten only where its example is wrong when judged afresh, too.
 
@@ -96,8 +126,23 @@ def is_control(row: Row) -> bool:
 
 
 def restricted(row: Row, ids: Collection[int]) -> Row:
-    """``row`` with the records of the samples ``ids`` alone."""
-    return Row(row.cell, row.records[np.isin(column(row, "sample_id"), list(ids))], row.shards)
+    """``row`` with the records of the samples ``ids`` alone, in the order of their numbers."""
+    if not len(row.records):
+        return row
+    kept = row.records[np.isin(column(row, "sample_id"), list(ids))]
+    return Row(row.cell, kept.sort_values("sample_id", ignore_index=True), row.shards)
+
+
+def network(row: Row) -> int | None:
+    """Which of several networks its figures belong to: each seed trains one; weights that are given are one for all."""
+    trains = row.cell.learns or any(part.stage in ("data", "training") for part in row.cell.defense)
+    return row.cell.seed if trains or not row.cell.weights_hash else None
+
+
+def failure(row: Row) -> str:
+    """The last line of its last error; empty where none of its shards has failed."""
+    lines = row.errors[-1].strip().splitlines() if row.errors else [""]
+    return lines[-1].strip() if lines else "an error without a message"
 
 
 def figures(row: Row) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Intervals and paired tests for shares of samples."""
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -16,34 +18,37 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return float(interval.low), float(interval.high)
 
 
-def mcnemar(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+def mcnemar(a: NDArray[Any], b: NDArray[Any]) -> float:
     """Two-sided exact p-value that ``a`` and ``b`` (n,), outcomes on the same samples, are right equally often.
+
+    Where they are shares of several networks that are right on a sample, it is the sign test over samples: networks
+    that see one image are no independent draws.
 
     Source: McNemar, 1947, with the binomial distribution of the discordant pairs; 1 when there are none.
     """
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    if only_a + only_b == 0:
+    more_a, more_b = int((a > b).sum()), int((a < b).sum())
+    if more_a + more_b == 0:
         return 1.0
-    return float(stats.binomtest(only_a, only_a + only_b).pvalue)
+    return float(stats.binomtest(more_a, more_a + more_b).pvalue)
 
 
 def paired_bootstrap(
-    a: NDArray[np.bool_], b: NDArray[np.bool_], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+    a: NDArray[Any], b: NDArray[Any], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """The interval in [-1, 1] for the share of ``a`` minus that of ``b`` (n,), outcomes on the same samples.
+    """The interval in [-1, 1] for the mean of ``a`` minus that of ``b`` (n,), outcomes on the same samples.
 
     The percentiles of the difference over ``resamples`` draws of n samples with replacement. A draw matters only by
-    how many samples it holds that ``a`` alone or ``b`` alone has right, and these counts are multinomial.
+    how many samples it holds of each difference, of which there are three where outcomes are right or wrong, and these
+    counts are multinomial.
 
     Source: Efron, 1979, Annals of Statistics 7(1).
     """
     n = len(a)
     if n == 0:
         return -1.0, 1.0
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    shares = np.array([only_a, only_b, n - only_a - only_b]) / n
-    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamples)  # (resamples, 3)
-    low, high = np.quantile((drawn[:, 0] - drawn[:, 1]) / n, [(1 - confidence) / 2, (1 + confidence) / 2])
+    differences, counts = np.unique(a.astype(float) - b.astype(float), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(n, counts / n, size=resamples)  # (resamples, differences)
+    low, high = np.quantile(drawn @ differences / n, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
 
 

@@ -87,6 +87,7 @@ PLANTED = {
     "invalid-answers": [met("square", 90, invalid=True)],
     "constraint-violation": [recorded(met("square", 90), ball_violation=2e-5)],
     "hits-do-not-hold": [unlasting(8, 80)],
+    "search-is-blind": [met("square", 90, final_wrong=range(92, 100))],
     "labels-beat-scores": [met("square", 90), labels("rays", 82)],
     "transfer-beats-queries": [met("square", 90), labels("rays", 91), labels("transfer", 82, at=1)],
     "noise-beats-attacks": [met("square", 90), labels("noise", 89)],
@@ -109,6 +110,9 @@ NEAR_MISSES = {
     "valid": [met("square", 90, invalid=False)],
     "rounding": [recorded(met("square", 90), ball_violation=1e-5, box_violation=9e-6)],
     "7 hits do not hold": [unlasting(7, 80)],
+    "7 fall unseen": [met("square", 90, final_wrong=range(93, 100))],
+    "1 point falls unseen": [met("square", 900, n=1000, final_wrong=range(990, 1000))],
+    "minimum-norm examples fall unseen": [recorded(labels("rays", 90, final_wrong=range(100)), best_distance=0.1)],
     "hits of 2 points do not hold": [unlasting(20, 800, n=1000)],
     "8 hits do not hold, and 8 others fall": [recorded(met("square", 50), final_pred=[0] * 8 + [1] * 50 + [0] * 42)],
     "labels lead by 7": [met("square", 90), labels("rays", 83)],
@@ -218,7 +222,7 @@ class TestWhoIsCompared:
         assert fired([late(100, 0, "gone.py:D"), late(100, 50, "none")]) == [("gone.py:D", "budget-does-not-help")]
 
     def test_a_twin_with_another_budget_counts_up_to_the_smaller(self):
-        defended, twin = late(100, 0, "d"), met("square", 0, "none", at=50, budget=40)
+        defended, twin = late(100, 0, "d"), met("square", 100, "none", budget=40)
         assert fired([defended, twin]) == [], "nothing has happened by query 40"
         later = met("square", 0, "none", at=50, budget=1000)
         assert fired([defended, twin, later]) == [("d", "budget-does-not-help")], "of two twins, the larger"

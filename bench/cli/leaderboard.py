@@ -18,6 +18,9 @@ def leaderboard(
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated; 100 and 1000 by default.")
     ] = None,
+    all_versions: Annotated[
+        bool, typer.Option("--all-versions", help="Show rows of older versions of a component, too; never ranked.")
+    ] = False,
 ) -> None:
     """Print the tables of the rows in a folder."""
     if style not in get_args(Format):
@@ -25,7 +28,7 @@ def leaderboard(
     rows, damaged = Store(folder).rows()
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    print(render(tables(rows, budget or (100, 1000)), style))  # type: ignore[arg-type]
+    print(render(tables(rows, budget or (100, 1000), all_versions), style))  # type: ignore[arg-type]
     for error in damaged:
         complain(error)
     if damaged:
