@@ -17,11 +17,26 @@ from bench.norms import per_sample
 from bench.numerics import tf32
 from bench.protocols import Job
 from bench.ranges import Count, NonNegative, Positive
+from bench.registry import added
 from bench.rng import SampleRng
 
 Prepare = Callable[[Tensor], Tensor]
 Perturb = Callable[[nn.Module, Tensor, Tensor, SampleRng], Tensor]
 Mix = Callable[[Tensor, Tensor, SampleRng], tuple[Tensor, Tensor]]
+
+RecipeName = Literal["sep", "ops"]
+
+# Recipes as papers' codes have them; both train on pixels as they are, with flips and crops.
+PUBLISHED: dict[RecipeName, dict[str, Any]] = {
+    "sep": {  # Chen et al., 2023, ``vanilla.py``: the rate rises for one epoch, and falls after 75 and 90
+        "epochs": 120, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (75 / 120, 90 / 120), "warm_up": 1 / 120,
+    },
+    "ops": {  # Wu et al., 2023, ``main.py``: the rate falls after 100 and 150
+        "epochs": 200, "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (1 / 2, 3 / 4),
+    },
+}  # fmt: skip
 
 WARM_UP = 0.2  # share of a one-cycle schedule in which the learning rate rises
 SMALL = 16  # pixels a side below which images are trained on as digits are
@@ -61,13 +76,15 @@ class Recipe:
             raise ConfigError(f"shift is {self.shift}; it is a number of pixels, zero or more")
 
     @classmethod
-    def for_dataset(cls, data: Dataset, **changes: Any) -> "Recipe":
-        """What suits the data set, with ``changes`` to single fields; a change to ``None`` is none.
+    def for_dataset(cls, data: Dataset, published: RecipeName | None = None, **changes: Any) -> "Recipe":
+        """What suits the data set, or a recipe of :data:`PUBLISHED`, with ``changes``; a change to ``None`` is none.
 
         Images below 16 pixels (digits) are trained with Adam, larger ones with SGD and weight decay, both under one
         cycle of the learning rate. The augmentation is what the data set says its images bear.
         """
-        if small_images(data):
+        if published is not None:
+            recipe = cls(**PUBLISHED[published])
+        elif small_images(data):
             recipe = cls(epochs=30, batch_size=64, optimizer="adam", lr=3e-3, schedule="one-cycle")
         else:
             recipe = cls(
@@ -107,19 +124,22 @@ def small_images(data: Dataset) -> bool:
 class Trainer:
     """What learners and training defenses share: the numbers of their recipe, as arguments.
 
-    ``None`` stands for the data set's own (:meth:`Recipe.for_dataset`).
+    ``None`` stands for those of the ``recipe``, and where none is named, for the data set's own
+    (:meth:`Recipe.for_dataset`).
     """
 
     epochs: Count | None = None
     batch_size: Count | None = None
     lr: Positive | None = None
     weight_decay: NonNegative | None = None
+    recipe: RecipeName | None = added(None)
 
     def train(self, build: Callable[[], nn.Module], data: Dataset, job: Job, **hooks: Any) -> nn.Module:
         """The network from ``build`` after :func:`fit` with ``hooks``, from the weights of ``job.seed``."""
         recipe = Recipe.for_dataset(
-            data, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr, weight_decay=self.weight_decay
-        )
+            data, self.recipe, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr,
+            weight_decay=self.weight_decay,
+        )  # fmt: skip
         return fit(initialised(build, job), data, recipe, job, **hooks)
 
 

@@ -1,6 +1,6 @@
 """What defenses share that move training images along the gradients of one training run's own checkpoints."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,14 +45,14 @@ def check_training(network: str | None, epochs: int | None) -> None:
         raise ConfigError(f"epochs is {epochs}; the protecting network is trained for at least one")
 
 
-def stepwise(data: Dataset, epochs: int | None, published: int, **changes: Any) -> Recipe:
-    """A published recipe with a stepwise schedule, stretched over ``epochs``; ``None`` stands for the published number.
+def stepwise(data: Dataset, epochs: int | None, published: Mapping[str, Any]) -> Recipe:
+    """A recipe with the ``published`` fields, stretched over ``epochs``; ``None`` stands for the published number.
 
     Images below 16 pixels are trained on as the data set suggests, since no published recipe suits them.
     """
     if small_images(data):
         return Recipe.for_dataset(data, epochs=epochs)
-    return Recipe.for_dataset(data, epochs=epochs or published, schedule="steps", **changes)
+    return Recipe.for_dataset(data, **{**published, "epochs": epochs or published["epochs"]})
 
 
 def train_checkpoints(

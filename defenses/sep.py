@@ -19,6 +19,7 @@ from bench.ranges import Count, Few
 from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm
+from bench.training import PUBLISHED
 from defenses.checkpoints import (
     ImageLoss,
     LevelBox,
@@ -37,9 +38,6 @@ from defenses.checkpoints import (
 from defenses.unig import last_linear
 
 Variant = Literal["as-intended", "as-released"]
-
-EPOCHS = 120  # of the published run
-MILESTONES = (75 / 120, 90 / 120)
 
 Direction = Callable[[Tensor, Tensor, LevelBox, int], Tensor]  # of levels, targets, what is allowed, and the step
 
@@ -114,7 +112,7 @@ class SelfEnsemble:
 
     def ensemble(self, data: Dataset, job: Job) -> list[nn.Module]:
         """The checkpoints of a training run on clean data, oldest first, frozen and in fast numbers."""
-        recipe = stepwise(data, self.epochs, EPOCHS, milestones=MILESTONES, warm_up=1 / EPOCHS, nesterov=False)
+        recipe = stepwise(data, self.epochs, PUBLISHED["sep"])
         if self.variant == "as-intended":
             wanted = set(select(recipe.epochs, self.checkpoints))
             found = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch in wanted)

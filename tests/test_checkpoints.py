@@ -12,7 +12,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.models import resolve
 from bench.protocols import Job
-from bench.training import Recipe
+from bench.training import PUBLISHED, Recipe
 from defenses.checkpoints import (
     LevelBox,
     class_means,
@@ -74,12 +74,12 @@ def test_more_checkpoints_than_there_are_is_an_error():
 
 
 def test_the_stepwise_rate_is_the_published_one():
-    recipe = stepwise(colour(), None, 120, milestones=(75 / 120, 90 / 120), warm_up=1 / 120, nesterov=False)
+    recipe = stepwise(colour(), None, PUBLISHED["sep"])
     assert recipe.epochs == 120
     epochs = {0: 0.01, 0.5: 0.5, 1: 1, 74.9: 1, 75: 0.1, 89.9: 0.1, 90: 0.01, 119.9: 0.01}
     for epoch, share in epochs.items():
         assert recipe.rate(epoch / 120) == pytest.approx(share)
-    shorter = stepwise(colour(), 12, 120, milestones=(75 / 120, 90 / 120))
+    shorter = stepwise(colour(), 12, {"epochs": 40, "schedule": "steps"})
     assert (shorter.epochs, shorter.rate(0)) == (12, 1)  # no warm-up where none is asked for
     (group,) = recipe.build_optimizer(nn.Linear(2, 2).parameters()).param_groups
     assert (group["lr"], group["momentum"], group["weight_decay"], group["nesterov"]) == (0.1, 0.9, 5e-4, False)
@@ -87,7 +87,7 @@ def test_the_stepwise_rate_is_the_published_one():
 
 
 def test_small_images_are_trained_on_as_their_data_set_suggests(digits):
-    assert stepwise(digits, None, 120, milestones=(0.5,)) == Recipe.for_dataset(digits)
+    assert stepwise(digits, None, PUBLISHED["sep"]) == Recipe.for_dataset(digits)
 
 
 def test_checkpoints_are_frozen_copies_in_the_order_of_training(digits):

@@ -64,6 +64,9 @@ def test_parquet_images_come_back_pixel_for_pixel(tmp_path, name, label):
     both = torch.cat((data.train.images, data.calibration.images))
     assert torch.equal(both, torch.from_numpy(train).permute(0, 3, 1, 2))
     assert len(data.calibration) == 3
+    whole = load(f"{name}(calibrate=false)", tmp_path)
+    assert torch.equal(whole.train.images, both)
+    assert len(whole.calibration) == 0
 
 
 def test_a_grey_image_in_a_colour_set_is_read_as_colour(tmp_path):

@@ -16,7 +16,7 @@ from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.training import augment
 from defenses.checkpoints import recognised, stepwise, train_checkpoints
-from defenses.tap import EPOCHS, MILESTONES, TargetedPoisons
+from defenses.tap import RELEASED, TargetedPoisons
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def test_images_are_those_of_a_loop_over_single_images(shift, digits):
     defense, job = TargetedPoisons(steps=6, rel_step=0.3, epochs=2, network="cnn(width=4)", shift=3), Job(seed=5)
     released = defense(few, job)
 
-    recipe = stepwise(few, 2, EPOCHS, milestones=MILESTONES)
+    recipe = stepwise(few, 2, RELEASED)
     (network,) = train_checkpoints(few, "cnn(width=4)", recipe, job, lambda epoch, _: epoch == 1)
     eps, differing = 8 / 255, 0
     for row in range(12):
@@ -55,7 +55,7 @@ def test_the_poison_reaches_its_target_inside_the_ball(digits):
     change = released.images.int() - digits.train.images.int()
     assert change.abs().max() == 64
     assert torch.equal(released.labels, digits.train.labels)
-    recipe = stepwise(digits, 10, EPOCHS)
+    recipe = stepwise(digits, 10, RELEASED)
     (network,) = train_checkpoints(digits, "cnn(width=8)", recipe, Job(), lambda epoch, _: epoch == 9)
     target = (digits.train.labels + 4) % 10
     assert recognised([network], released.images.float(), target).float().mean() > 0.8

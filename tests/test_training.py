@@ -14,6 +14,7 @@ from bench.evaluate import learn_released
 from bench.grid import Loader, expand
 from bench.norms import lp_norm
 from bench.protocols import Job, Learner
+from bench.registry import describe
 from bench.rng import SampleRng
 from bench.suite import load_suite
 from bench.training import Recipe, augment, fit, frozen, initialised
@@ -117,6 +118,32 @@ def test_the_default_recipe_follows_the_data_set(digits):
     colour = replace(digits, train=replace(digits.train, images=torch.zeros(1000, 3, 32, 32)), flip=True, shift=4)
     recipe = Recipe.for_dataset(colour, epochs=None, lr=0.2)
     assert (recipe.optimizer, recipe.flip, recipe.shift, recipe.lr) == ("sgd", True, 4, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "batch_size", "falls"), [("sep", 120, 128, (75, 90)), ("ops", 200, 256, (100, 150))]
+)
+def test_a_published_recipe_has_plain_momentum_and_a_tenth_of_the_rate_at_two_epochs(
+    digits, name, epochs, batch_size, falls
+):
+    colour = replace(digits, train=replace(digits.train, images=torch.zeros(1000, 3, 32, 32)), flip=True, shift=4)
+    recipe = Recipe.for_dataset(colour, name, epochs=None)
+    assert (recipe.epochs, recipe.batch_size, recipe.lr, recipe.weight_decay) == (epochs, batch_size, 0.1, 5e-4)
+    assert (recipe.momentum, recipe.nesterov, recipe.flip, recipe.shift) == (0.9, False, True, 4)
+    rates = [recipe.rate(epoch / epochs) for epoch in range(1, epochs)]
+    assert [epoch + 1 for epoch in range(1, epochs - 1) if rates[epoch] < rates[epoch - 1]] == list(falls)
+    assert rates[-1] == pytest.approx(0.01)
+
+
+def test_a_learner_takes_the_recipe_that_is_named_and_arguments_win(digits):
+    few = replace(digits, train=digits.train.subset(slice(64)))
+    named = Standard(recipe="ops", epochs=1, batch_size=32, lr=0.01)(small_cnn, few, Job())
+    by_hand = fit(
+        initialised(small_cnn, Job()), few, Recipe.for_dataset(few, "ops", epochs=1, batch_size=32, lr=0.01), Job()
+    )
+    for ours, theirs in zip(named.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert "recipe" not in describe(Standard())  # keys of stored rows hold
 
 
 def test_schedules_end_low_and_never_exceed_the_highest_rate(digits):

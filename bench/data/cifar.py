@@ -42,6 +42,7 @@ class _Cifar:
     """What both have in common."""
 
     train: int | None = added(None)
+    calibrate: bool = added(True)
 
     def __post_init__(self) -> None:
         if self.train is not None and self.train < 1:
@@ -63,6 +64,7 @@ class Cifar10(_Cifar):
 
     Args:
         train: so many of the training images, the first; all by default.
+        calibrate: off to train on all 50,000, as papers on training data do; then nothing is there to tune on.
     """
 
     version: ClassVar[int] = 1
@@ -74,7 +76,8 @@ class Cifar10(_Cifar):
         Raises:
             DataError: no such files and no way to download them, or files that are broken.
         """
-        return self.limited(_load("cifar10", CIFAR10_CLASSES, "label", "cifar-10-batches-py", data_dir))
+        files = "cifar10", CIFAR10_CLASSES, "label", "cifar-10-batches-py"
+        return self.limited(_load(*files, data_dir, self.calibrate))
 
 
 @datasets("cifar100")
@@ -91,17 +94,20 @@ class Cifar100(_Cifar):
         Raises:
             DataError: no such files and no way to download them, or files that are broken.
         """
-        return self.limited(_load("cifar100", CIFAR100_CLASSES, "fine_label", "cifar-100-python", data_dir))
+        files = "cifar100", CIFAR100_CLASSES, "fine_label", "cifar-100-python"
+        return self.limited(_load(*files, data_dir, self.calibrate))
 
 
-def _load(name: str, classes: tuple[str, ...], label: str, batches: str, data_dir: Path | None) -> Dataset:
+def _load(
+    name: str, classes: tuple[str, ...], label: str, batches: str, data_dir: Path | None, calibrate: bool
+) -> Dataset:
     folder = require_folder(data_dir, name)
     files = {part: folder / name / f"{part}-00000-of-00001.parquet" for part in ("train", "test")}
     if any(file.exists() for file in files.values()):
         train, test = (_from_parquet(files[part], label) for part in ("train", "test"))
     else:
         train, test = (_from_torchvision(name, folder, batches, part == "train") for part in ("train", "test"))
-    train, calibration = hold_out(train)
+    train, calibration = hold_out(train) if calibrate else (train, train.subset(slice(0)))
     return Dataset(name, classes, train, calibration, test, flip=True, shift=4)
 
 

@@ -9,16 +9,19 @@ from torch import nn
 
 from bench.errors import ConfigError
 from bench.models.weights import load_weights
+from bench.registry import added
 
 
 @dataclass(frozen=True)
 class SmallImageNetwork(ABC):
     """A network for images of at least ``smallest`` pixels a side.
 
-    With ``weights`` (a file) it comes trained, without it does not.
+    With ``weights`` (a file) it comes trained, without it does not. ``normalise`` is off for networks that take pixels
+    as they are, as many published ones do.
     """
 
     weights: str | None = None
+    normalise: bool = added(True)
 
     smallest: ClassVar[int] = 1
     version: ClassVar[int] = 1
@@ -46,6 +49,8 @@ class SmallImageNetwork(ABC):
                 f"{self.smallest}x{self.smallest}, choose a smaller network"
             )
         network = self.network(classes, shape[0])
+        if not self.normalise:
+            network.normalise = nn.Identity()
         if self.weights is not None:
             load_weights(network, self.weights, model_dir, f"{name} with {classes} classes and {shape[0]} channels")
         return network.eval()
