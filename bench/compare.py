@@ -1,12 +1,9 @@
 """Two defenses on the same samples: paired differences at every budget, under each attack and the worst of them."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, Literal
-
-import pandas as pd
 
 from bench.errors import ConfigError
 from bench.marks import MARKS
@@ -15,6 +12,7 @@ from bench.spec import parse_chain
 from bench.standings import tables
 from bench.stats import mcnemar, paired_bootstrap
 from bench.store import Row
+from bench.text import in_markdown, markdown_table, text_frame, tidy
 
 Style = Literal["md", "csv", "json"]
 
@@ -102,25 +100,16 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
             )
             previous = line.attack
         notes = [f"{MARKS[name][0]} {MARKS[name][1]}" for name in MARKS if any(name in x.marks for x in duel.lines)]
-        notes += [f"only {name} has met {_listed(specs)}" for name, specs in duel.unshared.items() if specs]
+        notes += [
+            in_markdown(f"only {name} has met {_listed(specs)}") for name, specs in duel.unshared.items() if specs
+        ]
         notes.append(
             "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; p: exact McNemar, each line by itself."
         )
-        head = f"### A = {duel.a}, B = {duel.b}\n\n{duel.setting} · {duel.n} samples in common"
-        parts.append("\n\n".join((head, markdown(cells), "  \n".join(notes))))
+        head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
+        setting = f"{in_markdown(duel.setting)} · {duel.n} samples in common"
+        parts.append("\n\n".join((head, setting, markdown_table(text_frame(cells)), "  \n".join(notes))))
     return "\n\n".join(parts)
-
-
-def markdown(cells: list[dict[str, str]]) -> str:
-    """Records as people read them; a missing value is an empty cell."""
-    return str(pd.DataFrame(cells).to_markdown(index=False, disable_numparse=True))
-
-
-def tidy(records: list[dict[str, Any]], style: Style) -> str:
-    """Records as programs read them."""
-    if style == "json":
-        return json.dumps(records, indent=1)
-    return pd.DataFrame(records).to_csv(index=False)
 
 
 def _present(name: str, rows: Iterable[Row]) -> str:

@@ -17,6 +17,7 @@ from bench.files import keep_file, slug
 from bench.grid import Task
 from bench.perturbation import in_words, perturbation
 from bench.pipeline import Pipeline, data_defense, release_key
+from bench.text import in_terminal
 
 ROWS, EXAMPLES = 8, 3  # classes shown, and images of each
 TILE, LARGEST = 128, 256  # pixels on the sheet: smaller images are magnified, larger ones reduced
@@ -120,7 +121,7 @@ def _write(
     draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, colour: tuple[int, int, int], room: int
 ) -> None:
     """One line of text, cut short where it needs more than ``room`` pixels; Pillow's own font has ASCII alone."""
-    base = (char for char in unicodedata.normalize("NFKD", text) if not unicodedata.combining(char))
+    base = (char for char in unicodedata.normalize("NFKD", in_terminal(text)) if not unicodedata.combining(char))
     text = "".join(base).encode("ascii", "replace").decode()
     font = ImageFont.load_default(size)
     if draw.textlength(text, font) > room:

@@ -1,6 +1,5 @@
 """Standings as tables that people and programs read: Markdown, LaTeX, CSV and JSON."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from bench.marks import MARKS
 from bench.outcomes import clean, failure, query_budget, robust, tested
 from bench.standings import Table
 from bench.store import Row
+from bench.text import in_markdown, latex_table, markdown_table, text_frame, tidy
 
 Format = Literal["md", "csv", "latex", "json"]
 
@@ -47,37 +47,32 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
     a censored median is empty there where fewer than half of the samples fell.
     """
     if style in ("csv", "json"):
-        records = [record for table in tables for record in _records(table)]
-        if style == "json":
-            return json.dumps(records, indent=1)
-        return pd.DataFrame(records).to_csv(index=False)
+        return tidy([record for table in tables for record in _records(table)], style)
     return "\n".join((_latex if style == "latex" else _markdown)(table, details) for table in tables)
 
 
 def _markdown(table: Table, details: bool) -> str:
-    parts = [f"### {table.title}", *(f"{title}\n\n{_text(frame)}" for title, frame in _frames(table, details))]
-    parts.insert(2, "  \n".join(filter(None, (_legend(table), *table.notes, table.origin))))
-    failed = dict.fromkeys(f"- {line.defense} × {line.attack}: {line.error}" for line in table.lines if line.error)
+    frames = [f"{title}\n\n{markdown_table(frame)}" for title, frame in _frames(table, details)]
+    parts = [f"### {in_markdown(table.title)}", *frames]
+    told = map(in_markdown, (*table.notes, table.origin))
+    parts.insert(2, "  \n".join(filter(None, (_legend(table), *told))))
+    failed = dict.fromkeys(
+        f"- {in_markdown(f'{line.defense} × {line.attack}: {line.error}')}" for line in table.lines if line.error
+    )
     if failed:
         parts.insert(3, "\n".join(["Failed (the last line of each error):\n", *failed]))
     if table.flags:
-        signs = [f"- {flag.defense}: **{flag.flag}**. {flag.evidence}." for flag in table.flags]
+        told = [[in_markdown(part) for part in (flag.defense, flag.flag, flag.evidence)] for flag in table.flags]
+        signs = [f"- {defense}: **{flag}**. {evidence}." for defense, flag, evidence in told]
         parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *signs]))
     return "\n\n".join(parts).replace("\n\n\n", "\n") + "\n"
-
-
-def _text(frame: pd.DataFrame) -> str:
-    return frame.to_markdown(index=False, disable_numparse=True)
 
 
 def _latex(table: Table, details: bool) -> str:
     parts = []
     for title, frame in _frames(table, details):
         notes = (_legend(table, latex=True), *(f"{note}." for note in table.notes), table.origin) if not title else ()
-        caption = _latex_text(" ".join((f"{table.title}.", title, *notes)).strip())
-        frame = frame.map(lambda text: _latex_text(str(text)))
-        frame.columns = [_latex_text(name) for name in frame.columns]
-        parts.append(frame.to_latex(index=False, escape=False, caption=caption, position="ht"))
+        parts.append(latex_table(frame, " ".join((f"{table.title}.", title, *notes))))
     return "\n".join(parts)
 
 
@@ -133,7 +128,7 @@ def _glance(table: Table) -> pd.DataFrame:
             shown[name] = f"{100 * line.shares[measured[-1]].value:.1f}"
     if all(len(shown) <= 2 for shown in lines.values()):
         return pd.DataFrame()
-    frame = pd.DataFrame(list(lines.values())).fillna("")
+    frame = text_frame(list(lines.values()))
     if len(frame.columns) - 1 > len(frame):
         frame = frame.set_index("defense").T.reset_index(names="attack").rename_axis(columns=None)
     return frame
@@ -172,7 +167,7 @@ def _scores(table: Table) -> pd.DataFrame:
                 "under": line.attack,
             }
         )
-    return pd.DataFrame(lines)
+    return text_frame(lines)
 
 
 def _before_after(found: dict[str, float], key: str, form: str) -> str:
@@ -194,7 +189,7 @@ def _queries(table: Table) -> pd.DataFrame:
 
 def _once(lines: list[dict[str, str]]) -> pd.DataFrame:
     """The lines, each defense named in its first one alone."""
-    frame = pd.DataFrame(lines).fillna("")
+    frame = text_frame(lines)
     if len(frame):
         frame["defense"] = frame["defense"].where(frame["defense"] != frame["defense"].shift(), "")
     return frame
@@ -224,17 +219,3 @@ def _records(table: Table) -> list[dict[str, Any]]:
         finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
         records.append({**record, **line.extra, **finite, **({"error": line.error} if line.error else {})})
     return records
-
-
-_LATEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
-    "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
-    "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
-    "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
-    "Δ": r"$\Delta$", "→": r"$\to$",
-}  # fmt: skip
-
-
-def _latex_text(text: str) -> str:
-    return "".join(_LATEX.get(char, char) for char in text)

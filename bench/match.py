@@ -7,7 +7,7 @@ from itertools import chain, groupby
 from typing import Any
 
 from bench.cell import Cell, Component
-from bench.compare import Style, markdown, tidy
+from bench.compare import Style
 from bench.marks import UNRANKED
 from bench.metrics import query_statistics
 from bench.oracle import NEVER
@@ -16,6 +16,7 @@ from bench.published import Figure, Published
 from bench.spec import Spec, parse_chain
 from bench.standings import tables
 from bench.store import Row
+from bench.text import in_markdown, markdown_table, text_frame, tidy
 from bench.threat import format_eps
 
 UNATTACKED = ("clean accuracy", "logit difference")
@@ -107,7 +108,7 @@ def render_matches(matches: Matches, published: Published, style: Style, show_mi
     for _, group in groupby(ordered, key=lambda each: each.cell.key):
         parts.append(_section(list(group), sources, published.copies))
     if sources:
-        parts.append("  \n".join(f"[{number}] {source}" for source, number in sources.items()))
+        parts.append("  \n".join(f"[{number}] {in_markdown(source)}" for source, number in sources.items()))
         parts.append("diff: ours minus the value there; in: whether our 95 % Wilson interval holds the value there")
     if missing:
         parts.append(_missing_section(missing))
@@ -253,12 +254,13 @@ def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str,
         for each in matches
     ]
     seed = f", seed {cell.seed}" if cell.seed else ""
-    head = f"### {cell.defense_name} · {cell.attack.spec}{seed}\n\n{cell.setting} · {n} samples, {_copy(cell, copies)}"
+    head = f"### {in_markdown(f'{cell.defense_name} · {cell.attack.spec}{seed}')}"
+    setting = in_markdown(f"{cell.setting} · {n} samples, {_copy(cell, copies)}")
     by_kind: dict[tuple[str, str], dict[str, None]] = {}
     for difference in chain.from_iterable(each.differences for each in matches):
         by_kind.setdefault((difference.what, difference.ours), {})[difference.published] = None
-    notes = [f"{what}: {' or '.join(there)} ≠ {ours}" for (what, ours), there in by_kind.items()]
-    return "\n\n".join(filter(None, (head, markdown(cells), "  \n".join(notes))))
+    notes = [in_markdown(f"{what}: {' or '.join(there)} ≠ {ours}") for (what, ours), there in by_kind.items()]
+    return "\n\n".join(filter(None, (head, setting, markdown_table(text_frame(cells)), "  \n".join(notes))))
 
 
 def _missing_section(missing: Sequence[Figure]) -> str:
@@ -273,7 +275,10 @@ def _missing_section(missing: Sequence[Figure]) -> str:
         of_it = by_source.setdefault(_source(figure), {}).setdefault(setting, [])
         of_it.append(f"{_short(figure)} {_number(figure.value)}")
     lists = [
-        "\n".join((f"{source}:\n", *(f"- {setting}: {', '.join(values)}" for setting, values in settings.items())))
+        "\n".join((
+            f"{in_markdown(source)}:\n",
+            *(f"- {in_markdown(setting)}: {', '.join(values)}" for setting, values in settings.items()),
+        ))
         for source, settings in by_source.items()
     ]
     return "\n\n".join(("### Not run", *lists))

@@ -8,6 +8,7 @@ from rich.text import Text
 from bench.grid import Task
 from bench.leaderboard import summary
 from bench.store import Row
+from bench.text import in_terminal
 
 
 class Screen:
@@ -32,7 +33,7 @@ class Screen:
     def start(self, task: Task, samples: int) -> None:
         self.count += 1
         label = f"{task.cell.defense_name} × {task.cell.attack.spec}, {samples} samples"
-        self._bar = self._progress.add_task(f"[{self.count}/{self.cells}] {label}", total=None)
+        self._bar = self._progress.add_task(in_terminal(f"[{self.count}/{self.cells}] {label}"), total=None)
 
     def work(self, done: int, total: int, unit: str) -> None:
         assert self._bar is not None
@@ -46,7 +47,8 @@ class Screen:
         self._progress.remove_task(self._bar)
         style = "red" if row.errors else "default"
         place = f"[{self.count}/{self.cells}]"
-        line = Text(f"{place} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}", style=style)
+        told = f"{place} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
+        line = Text(in_terminal(told), style=style)
         line.append(f"  ({duration(seconds)})", style="dim")
         self.console.print(line, soft_wrap=True)
 

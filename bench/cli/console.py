@@ -3,14 +3,13 @@
 from contextlib import suppress
 
 import torch
-from rich.console import Console
 
 from bench.errors import BenchError, ConfigError
 from bench.grid import Task
+from bench.terminal import Terminal
 
-# What users write may look like markup or, as in "file.py:x:", like an emoji.
-console = Console(markup=False, emoji=False, highlight=False)
-errors = Console(markup=False, emoji=False, highlight=False, stderr=True)
+console = Terminal()
+errors = Terminal(stderr=True)
 
 
 def complain(error: BenchError) -> None:

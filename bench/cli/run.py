@@ -6,6 +6,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from bench.cli.console import console, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
@@ -88,7 +89,7 @@ def run(
         raise typer.Exit(stop.exit_code) from None
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)
-    console.print(f"\n{render(shown, 'md', details=False)}", soft_wrap=True)
+    console.print(Text(f"\n{render(shown, 'md', details=False)}"), soft_wrap=True)
     write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
     write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(
