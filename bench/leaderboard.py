@@ -54,8 +54,8 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
 def _markdown(table: Table, details: bool) -> str:
     frames = [f"{title}\n\n{markdown_table(frame)}" for title, frame in _frames(table, details)]
     parts = [f"### {in_markdown(table.title)}", *frames]
-    told = map(in_markdown, (*table.notes, table.origin))
-    parts.insert(2, "  \n".join(filter(None, (_legend(table), *told))))
+    notes = [in_markdown(note) for note in (*table.notes, table.origin)]
+    parts.insert(2, "  \n".join(filter(None, (_legend(table), *notes))))
     failed = dict.fromkeys(
         f"- {in_markdown(f'{line.defense} × {line.attack}: {line.error}')}" for line in table.lines if line.error
     )

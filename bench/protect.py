@@ -275,7 +275,7 @@ def _renamed(names: Mapping[str, str]) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         content["defense"]["spec"]
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"{file} was not written by bench protect; choose a new or empty folder as --out") from None

@@ -58,7 +58,7 @@ def _version(package: str) -> str | None:
 def _processor() -> str:
     cores = f"{os.cpu_count()} cores"
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return f"{platform.processor() or platform.machine()}, {cores}"
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

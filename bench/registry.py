@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import importlib.util
 import pkgutil
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -26,6 +27,10 @@ GROUP = "bench.plugins"  # of entry points
 T = TypeVar("T")
 Factory = TypeVar("Factory", bound=Callable[..., Any])
 Value = TypeVar("Value")
+Names = tuple[dict[str, Callable[..., T]], dict[str, Callable[..., T]]]  # components, families
+
+NAME = re.compile(r"[\w.-]+:?")
+OURS = ("attacks", "defenses", "bench.models", "bench.data")  # plug-ins whose names no other can take
 
 
 class Registry(Generic[T]):
@@ -47,17 +52,33 @@ class Registry(Generic[T]):
         A family is called with what follows the colon as its first argument: ``torchattacks:PGD``.
 
         Raises:
-            ConfigError: the name is taken.
+            ConfigError: the name is taken or cannot be written in a suite, or the class does not declare what it must.
         """
-        table = self._families if name.endswith(":") else self._factories
 
         def add(factory: Factory) -> Factory:
+            table = self._families if name.endswith(":") else self._factories
+            home = getattr(sys.modules.get(factory.__module__), "__file__", None) or factory.__module__
+            if not NAME.fullmatch(name) or name == "none":
+                raise ConfigError(f"a {self.kind} cannot be named {name!r}; use letters, digits, _, . and - in {home}")
             if name in table:
-                raise ConfigError(f"two {self.kind}s are named {name!r}; rename the one in {factory.__module__}")
+                raise ConfigError(f"two {self.kind}s are named {name!r}; rename the one in {home}")
+            for attribute, values in self.declares.items():
+                if isinstance(factory, type) and not hasattr(factory, attribute):
+                    raise ConfigError(
+                        f"{self.kind} {name!r} does not declare {attribute}; add one of {', '.join(values)} in {home}"
+                    )
             table[name] = factory
             return factory
 
         return add
+
+    def snapshot(self) -> "Names[T]":
+        """What is registered now."""
+        return dict(self._factories), dict(self._families)
+
+    def restore(self, names: "Names[T]") -> None:
+        """Make ``names`` all that is registered."""
+        self._factories, self._families = names
 
     def names(self) -> list[str]:
         """The registered names, families last."""
@@ -183,15 +204,30 @@ def plugins() -> tuple[EntryPoint, ...]:
     project = Path(__file__).parents[1] / "pyproject.toml"
     if announced or not project.is_file():
         return announced
-    modules = tomllib.loads(project.read_text()).get("project", {}).get("entry-points", {}).get(GROUP, {})
+    content = tomllib.loads(project.read_text(encoding="utf-8"))
+    modules = content.get("project", {}).get("entry-points", {}).get(GROUP, {})
     return tuple(EntryPoint(name, module, GROUP) for name, module in modules.items())
 
 
 @lru_cache
-def load_plugins() -> None:
-    """Import every plug-in; ours come in by the same door."""
-    for plugin in plugins():
-        plugin.load()  # importing runs the decorators; a broken plug-in fails here, not later
+def load_plugins() -> tuple[str, ...]:
+    """Import every plug-in; ours come in by the same door, and first.
+
+    Returns:
+        What is wrong with each that does not import; nothing of it is registered.
+    """
+    registries: tuple[Registry[Any], ...] = (attacks, defenses, models, datasets)
+    problems = []
+    for plugin in sorted(plugins(), key=lambda plugin: plugin.value not in OURS):
+        before = [registry.snapshot() for registry in registries]
+        try:
+            plugin.load()  # importing runs the decorators
+        except (Exception, SystemExit) as error:
+            for registry, names in zip(registries, before, strict=True):
+                registry.restore(names)
+            cause = str(error) or type(error).__name__
+            problems.append(f"plug-in {plugin.name} ({plugin.value}) does not load and is left out: {cause}")
+    return tuple(problems)
 
 
 @lru_cache

@@ -82,7 +82,8 @@ def suite_names() -> dict[str, str]:
     """The suites that come with the package, and their titles."""
     folder = resources.files("bench") / "suites"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".toml")), key=lambda file: file.name)
-    return {file.name.removesuffix(".toml"): tomllib.loads(file.read_text()).get("title", "") for file in files}
+    content = {file.name.removesuffix(".toml"): tomllib.loads(file.read_text(encoding="utf-8")) for file in files}
+    return {name: suite.get("title", "") for name, suite in content.items()}
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """Where people read: a console on which texts of others stay text, and streams that can say everything."""
 
 import codecs
+import errno
 import io
+import os
 import sys
 from typing import Any
 
@@ -11,7 +13,7 @@ from rich.text import Text
 from bench.text import in_terminal
 
 ASCII = {
-    "…": "...", "×": "x", "✗": "x", "†": "+", "‡": "++", "⊂": "c", "↔": "<->", "⇄": "<=>", "∥": "//", "·": "-",
+    "…": "...", "×": "x", "✗": "x", "†": "+", "‡": "++", "⊂": "c", "∘": "o", "∩": "n", "±": "+-", "↔": "<->", "⇄": "<=>", "∥": "//", "·": "-",
     "−": "-", "→": "->", "≤": "<=", "≥": ">=", "≠": "!=", "Δ": "d", "–": "-", "—": "-", "█": "#", "│": "|", "─": "-",
 }  # fmt: skip
 
@@ -34,6 +36,17 @@ def speak_plainly() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # not where a test or a notebook has put something else
             stream.reconfigure(errors="ascii-signs")
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether ``error`` came of printing: a stream has no file name."""
+    return error.filename is None and error.errno in (errno.EPIPE, errno.ENOSPC, errno.EIO, errno.EBADF)
+
+
+def abandon_output() -> None:
+    """Let what is not printed yet go nowhere, so that the end of the process does not fail over it again."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _in_ascii(error: UnicodeError) -> tuple[str, int]:

@@ -1,32 +1,64 @@
 """The command line: one file for each command, arguments in, tables out."""
 
 import sys
+from typing import Annotated
 
 import typer
 
 from bench.cli import compare, leaderboard, ls, protect, run, version
-from bench.cli.console import complain, say_stopped
-from bench.errors import BenchError
+from bench.cli.console import complain, say_stopped, warn
+from bench.errors import BenchError, ConfigError
 from bench.interrupt import Stopped, stoppable
 from bench.registry import load_plugins
+from bench.terminal import abandon_output, is_of_output, speak_plainly
+
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the name under which typer has it differs by version
 
 app = typer.Typer(
     help="Parry: robustness evaluation for models, data and services that defend themselves.",
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown",
+    pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
 for command in (run.run, leaderboard.leaderboard, compare.compare, protect.protect, ls.ls, version.version):
     app.command()(command)
 
 
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    show_version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if show_version:
+        version.version()
+    elif context.invoked_subcommand is None:
+        print(context.get_help(), end="")
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line and exit code 2, never a traceback."""
+    speak_plainly()
     try:
         with stoppable():
-            load_plugins()
-            app()
+            for problem in load_plugins():
+                warn(problem)
+            code = app(prog_name="bench", standalone_mode=False)
+            sys.stdout.flush()
     except BenchError as error:
         complain(error)
+        sys.exit(2)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        where = f"; see {context.command_path} --help" if context else ""
+        complain(ConfigError(f"{error.format_message().rstrip('.')}{where}"))  # type: ignore[attr-defined]
         sys.exit(2)
     except Stopped as stop:
         say_stopped("stopped")
         sys.exit(stop.exit_code)
+    except OSError as error:
+        if not is_of_output(error):
+            raise
+        abandon_output()
+        if not isinstance(error, BrokenPipeError):  # whoever read it may stop reading
+            complain(BenchError(f"cannot write the output: {error.strerror}; free some space or write it elsewhere"))
+        sys.exit(1)
+    if code:
+        sys.exit(code)

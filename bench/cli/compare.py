@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from bench.cli.console import complain
+from bench.cli.console import complain, path
 from bench.compare import Style, duels, render_duels
 from bench.errors import ConfigError, StoreError
 from bench.match import match, render_matches
@@ -15,7 +15,7 @@ from bench.store import Row, Store, united
 
 def compare(
     folders: Annotated[
-        list[Path] | None, typer.Argument(help="Results folders; all of leaderboards/ with --published.")
+        list[Path] | None, typer.Argument(parser=path, help="Results folders; all of leaderboards/ with --published.")
     ] = None,
     published: Annotated[bool, typer.Option("--published", help="Hold the rows against published figures.")] = False,
     defense: Annotated[
@@ -26,7 +26,8 @@ def compare(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="With --published, list what has not run, too.")] = False,
     figures: Annotated[
-        Path | None, typer.Option(help="Folder of published figures; leaderboards/published of the checkout.")
+        Path | None,
+        typer.Option(parser=path, help="Folder of published figures; leaderboards/published of the checkout."),
     ] = None,
     style: Annotated[str, typer.Option("--format", help="md, csv or json.")] = "md",
 ) -> None:

@@ -1,8 +1,10 @@
 """What commands share: where they print, what they say of mistakes and of users' code, and the device."""
 
 from contextlib import suppress
+from pathlib import Path
 
 import torch
+import typer
 
 from bench.errors import BenchError, ConfigError
 from bench.grid import Task
@@ -15,6 +17,22 @@ errors = Terminal(stderr=True)
 def complain(error: BenchError) -> None:
     """A user's mistake, in one line."""
     errors.print(f"error: {' '.join(str(error).splitlines())}", style="red", soft_wrap=True)
+
+
+def warn(line: str) -> None:
+    """What a user should know of and the command goes on without."""
+    errors.print(f"warning: {' '.join(line.splitlines())}", style="yellow", soft_wrap=True)
+
+
+def path(text: str) -> Path:
+    """A path that was given on the command line.
+
+    Raises:
+        typer.BadParameter: an empty one, which would mean the working directory.
+    """
+    if not text.strip():
+        raise typer.BadParameter("the path is empty, name a file or folder")
+    return Path(text)
 
 
 def say_whose_code(tasks: list[Task]) -> None:

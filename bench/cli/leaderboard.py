@@ -5,7 +5,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from bench.cli.console import complain
+from bench.cli.console import complain, path
 from bench.errors import ConfigError
 from bench.leaderboard import Format, render
 from bench.standings import tables
@@ -13,7 +13,7 @@ from bench.store import Store
 
 
 def leaderboard(
-    folder: Annotated[Path, typer.Argument(help="A results folder.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder.")],
     style: Annotated[str, typer.Option("--format", help="md, csv, latex or json.")] = "md",
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated; 100 and 1000 by default.")

@@ -1,42 +1,124 @@
 """``bench ls``: what can be named in a suite."""
 
+import inspect
 import json
+import re
+from collections.abc import Callable
+from importlib import resources
 from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from bench.cli.console import console
 from bench.errors import ConfigError
 from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, models, parameters
 from bench.suite import suite_names
+from bench.text import in_terminal
 
 Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
+REGISTRIES: dict[str, Registry[Any]] = {
+    "attacks": attacks, "defenses": defenses, "models": models, "datasets": datasets,
+}  # fmt: skip
 
 
 def ls(
-    kind: Annotated[str, typer.Argument(help="attacks, defenses, models, datasets or suites.")],
+    kind: Annotated[str | None, typer.Argument(help="attacks, defenses, models, datasets or suites.")] = None,
+    name: Annotated[str | None, typer.Argument(help="One of them: what it is, takes and is called with.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
-    """List what can be named in a suite."""
-    if kind not in get_args(Kind):
+    """List what can be named in a suite, or tell of one name."""
+    if kind is not None and kind not in get_args(Kind):
         raise ConfigError(f"cannot list {kind!r}; use one of {', '.join(get_args(Kind))}")
-    if kind == "suites":
-        entries: list[dict[str, Any]] = [{"name": name, "title": title} for name, title in suite_names().items()]
+    if name is not None:
+        _tell(str(kind), name, as_json)
+        return
+    if kind is None:
+        listed = [{"kind": each, "names": len(names := _names(each)), "such as": names[0]} for each in get_args(Kind)]
+    elif kind == "suites":
+        listed = [{"name": name, "title": title} for name, title in suite_names().items()]
     else:
-        registries: dict[str, Registry[Any]] = {
-            "attacks": attacks, "defenses": defenses, "models": models, "datasets": datasets,
-        }  # fmt: skip
-        entries = [_entry(registries[kind], name) for name in registries[kind].names()]
+        listed = [_entry(REGISTRIES[kind], name) for name in _names(kind)]
     if as_json:
-        print(json.dumps(entries, indent=1))
+        print(json.dumps(listed, indent=1))
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in entries[0]:
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
-    for entry in entries:
+    for column in listed[0]:
+        table.add_column(column, overflow="fold", no_wrap=column in ("name", "kind"))
+    for entry in listed:
         table.add_row(*(_cell(value) for value in entry.values()))
     console.print(table)
+    if kind is None:
+        console.print()
+        console.print("bench ls KIND lists them, bench ls KIND NAME tells of one", style="dim")
+
+
+def _names(kind: str) -> list[str]:
+    return list(suite_names()) if kind == "suites" else REGISTRIES[kind].names()
+
+
+def _tell(kind: str, name: str, as_json: bool) -> None:
+    """What one name stands for, with its parameters and a command that uses it."""
+    if kind == "suites":
+        if name not in suite_names():
+            raise ConfigError(f"no suite is named {name!r}; suites: {', '.join(suite_names())}")
+        print((resources.files("bench") / "suites" / f"{name}.toml").read_text(encoding="utf-8"), end="")
+        return
+    registry = REGISTRIES[kind]
+    entry, about, example = _entry(registry, name), _about(registry.factory(name)), _example(kind, registry, name)
+    if as_json:
+        print(json.dumps({**entry, "about": about, "example": example}, indent=1))
+        return
+    console.print(Text(in_terminal(name), style="bold"))
+    facts = {key: value for key, value in entry.items() if key not in ("name", "parameters") and value not in ("", [])}
+    for key, value in facts.items():
+        console.print(f"{key}: {_cell(value)}", soft_wrap=True)
+    if about:
+        console.print(Text("\n" + "\n".join(in_terminal(line.rstrip()) for line in about.splitlines())))
+    if entry["parameters"]:
+        console.print()
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("parameter", "default"):
+            table.add_column(column, overflow="fold")
+        for key, default in entry["parameters"].items():
+            table.add_row(key, _written(default))
+        console.print(table)
+    console.print()
+    console.print(example, soft_wrap=True, style="cyan")
+
+
+def _about(factory: Callable[..., Any]) -> str:
+    """The docstring, without the marks of its markup; nothing where the class has none of its own."""
+    text = inspect.getdoc(factory) or ""
+    if text.startswith(f"{getattr(factory, '__name__', '')}("):  # what dataclasses write for one that has none
+        return ""
+    return _unmarked(text)
+
+
+def _unmarked(text: str) -> str:
+    return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
+
+
+def _example(kind: str, registry: Registry[Any], name: str) -> str:
+    """A command that uses ``name``, with its first parameter written out."""
+    factory = registry.factory(name)
+    takes = {} if name.endswith(":") else parameters(factory) or {}
+    required = [f"{key}=..." for key, default in takes.items() if default is REQUIRED]
+    optional = [f"{key}={_written(value)}" for key, value in takes.items() if isinstance(value, int | float | str)]
+    inside = ", ".join(required or [each for each in optional if not each.endswith(f"={REQUIRED}")][:1])
+    spec = f"{name}NAME" if name.endswith(":") else f"{name}({inside})" if inside else name
+    option = f"--{kind.removesuffix('s')} '{spec}'"
+    if kind == "datasets":
+        return f"bench run {option} --n 200 --model cnn --attack square"
+    if kind == "models":
+        return f"bench run --dataset cifar10 --data-dir DATA --n 200 {option} --attack square"
+    if kind == "defenses":
+        attack = "standard" if getattr(factory, "stage", "") == "data" else "square"
+        return f"bench run --dataset digits --n 200 --model cnn {option} --attack {attack}"
+    norms = _norms(factory)
+    threat = "" if "linf" in norms or not norms else f" --norm {norms[0]} --eps 0.5"
+    return f"bench run --dataset digits --n 200 --model cnn {option}{threat}"
 
 
 def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
@@ -46,15 +128,18 @@ def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
     takes = list((parameters(factory) or {}).items())[family:]  # a family's first argument follows the colon
     entry: dict[str, Any] = {"name": name}
     if registry is defenses:
-        entry |= {"stage": factory.stage, "random": getattr(factory, "random", False)}  # type: ignore[attr-defined]
+        entry |= {"stage": _declared(getattr(factory, "stage", "")), "random": getattr(factory, "random", False)}
     if registry is attacks:
-        norms = getattr(factory, "norms", ())
-        entry |= {
-            "access": "depends" if family else _declared(getattr(factory, "access", None)),
-            "norms": [] if isinstance(norms, property) else sorted(norms),
-        }
-    about = (factory.__doc__ or "").splitlines()[0] if family and not hasattr(factory, "paper") else ""
+        access = "depends" if family else _declared(getattr(factory, "access", None))
+        entry |= {"access": access, "norms": _norms(factory)}
+    about = _about(factory).partition("\n")[0] if family and not hasattr(factory, "paper") else ""
     return {**entry, "parameters": dict(takes), "paper": about or _declared(getattr(factory, "paper", ""))}
+
+
+def _norms(factory: Any) -> list[str]:
+    """The norms that an attack declares; none where only the attack itself can tell."""
+    norms = getattr(factory, "norms", ())
+    return sorted(map(str, norms)) if isinstance(norms, frozenset | set | tuple | list) else []
 
 
 def _declared(value: Any) -> str:
@@ -62,11 +147,18 @@ def _declared(value: Any) -> str:
     return "depends" if isinstance(value, property) else value or ""
 
 
+def _written(value: Any) -> str:
+    """A parameter's value as a suite writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return '""' if value == "" else _cell(value)
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(key if item is REQUIRED else f"{key}={_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
-        return ", ".join(value)
+        return ", ".join(map(str, value))
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else str(value)

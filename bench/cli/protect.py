@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.console import console, errors, say_stopped
+from bench.cli.console import console, errors, path, say_stopped
 from bench.cli.console import device as find_device
 from bench.interrupt import Stopped
 from bench.progress import Steps, duration
@@ -17,9 +17,12 @@ from bench.protect import report
 def protect(
     defense: Annotated[str, typer.Option(help="A defense of the data stage, as in `bench ls defenses`.")],
     source: Annotated[
-        Path, typer.Option("--in", help="Class folders of images, an .npz file, or a Parquet file or folder.")
+        Path,
+        typer.Option("--in", parser=path, help="Class folders of images, an .npz file, or a Parquet file or folder."),
     ],
-    out: Annotated[Path, typer.Option(help="New folder for the protected set, its manifest and a contact sheet.")],
+    out: Annotated[
+        Path, typer.Option(parser=path, help="New folder for the protected set, its manifest and a contact sheet.")
+    ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of a random defense.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
 ) -> None:

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from bench.cli.console import console, say_stopped, say_whose_code
+from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.contact_sheet import write_sheets
 from bench.estimate import Estimate, estimate
@@ -39,12 +39,13 @@ def run(
     numerics: Annotated[str | None, typer.Option(help="fast (default) or plain numbers for the search.")] = None,
     quantise: Annotated[bool | None, typer.Option("--quantise/--no-quantise", help="8-bit service.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; marks the rows.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Results folder; runs/SUITE by default.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=path, help="Results folder; runs/SUITE by default.")] = None,
     data_dir: Annotated[
-        Path | None, typer.Option(envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
+        Path | None, typer.Option(parser=path, envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
     ] = None,
     model_dir: Annotated[
-        Path | None, typer.Option(envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder.")
+        Path | None,
+        typer.Option(parser=path, envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
     batch_size: Annotated[
