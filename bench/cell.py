@@ -34,7 +34,8 @@ class Component:
     @property
     def name(self) -> str:
         """What stands before its arguments, which are not read."""
-        return self.spec.partition("(")[0]
+        quote = self.spec[:1]
+        return self.spec[1:].partition(quote)[0] if quote in ("'", '"') else self.spec.partition("(")[0]
 
     @property
     def label(self) -> str:

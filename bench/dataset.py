@@ -71,6 +71,8 @@ class Dataset:
     shift: int = 0
 
     def __post_init__(self) -> None:
+        if not all(isinstance(name, str) for name in self.classes):
+            raise DataError(f"{self.name}: classes are {self.classes!r}; expected the name of each, as text")
         for part, split in self._splits().items():
             _check(split, len(self.classes), f"{self.name}, {part} split")
 
@@ -99,7 +101,12 @@ def grey_levels(split: Split) -> Tensor:
 
 
 def _check(split: Split, classes: int, where: str) -> None:
+    if not isinstance(split, Split):
+        raise DataError(f"{where}: a {type(split).__name__}; expected a bench.dataset.Split of images and labels")
     images, labels = split.images, split.labels
+    for what, tensor in (("images", images), ("labels", labels)):
+        if not isinstance(tensor, Tensor):
+            raise DataError(f"{where}: {what} are a {type(tensor).__name__}; expected a torch.Tensor")
     if images.ndim != 4 or len(images) != len(labels):
         raise DataError(
             f"{where}: images {tuple(images.shape)} and labels {tuple(labels.shape)}; "
@@ -107,6 +114,10 @@ def _check(split: Split, classes: int, where: str) -> None:
         )
     if images.dtype not in (torch.uint8, torch.float32):
         raise DataError(f"{where}: images are {images.dtype}; store uint8 levels or float32 in [0, 1]")
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise DataError(
+            f"{where}: labels {tuple(labels.shape)} are {labels.dtype}; expected (N,) int64, the class of each image"
+        )
     if len(images) == 0:
         return
     if images.dtype == torch.float32:

@@ -37,6 +37,7 @@ ACHIEVED = {  # column: figure, how it is printed
     "linf": ("linf", "{:.4f}"), "RMSE": ("rmse", "{:.4f}"),
     "expected": ("expected_accuracy", "{:.1%}"),
 }  # fmt: skip
+PARTIAL = {"limited", "incomplete", "failed", "invalid"}  # marks that stand at a glance, too
 PERCENT = {"clean", "mean", "SD", "peak", "train"}
 
 
@@ -125,7 +126,8 @@ def _glance(table: Table) -> pd.DataFrame:
         measured = [name for name, share in line.shares.items() if share.n and name not in ("clean", "final")]
         if measured:
             name = line.attack.partition(" of ")[0] + measured[-1].replace("@", " @").replace("test", "")
-            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f}"
+            signs = "".join(MARKS[mark][0] for mark in MARKS if mark in line.marks & PARTIAL)
+            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f} {signs}".strip()
     if all(len(shown) <= 2 for shown in lines.values()):
         return pd.DataFrame()
     frame = text_frame(list(lines.values()))

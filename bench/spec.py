@@ -8,8 +8,14 @@ from typing import Any
 
 from bench.errors import ConfigError
 
-# A name is a word, a library's entry ("torchattacks:PGD") or a file's ("path/to/file.py:Name").
-_CALL = re.compile(r"\s*(?P<name>[^\s()]+)\s*(?:\((?P<args>.*)\))?\s*", re.DOTALL)
+# A name is a word, a library's entry ("torchattacks:PGD") or a file's ("path/to/file.py:Name"), which may hold spaces;
+# in quotes it may hold anything.
+_CALL = re.compile(
+    r"""\s* (?: (?P<quote>['"]) (?P<quoted>.+?) (?P=quote) | (?P<word>[^\s()]+) | (?P<file>.+?\.py:\w+) ) \s*
+    (?: \( (?P<args>.*) \) )? \s*""",
+    re.DOTALL | re.VERBOSE,
+)
+_NEEDS_QUOTES = re.compile(r"""[\s()+'"]""")
 LONGEST = 2000  # characters of a component, a path to a file of one's own among them
 SHORT = 8  # characters of a number that nobody would write as a fraction
 
@@ -32,20 +38,21 @@ class Spec:
             raise ConfigError(f"{text[:40]!r}... has {len(text):,} characters; a name and its arguments have less")
         call = _CALL.fullmatch(text)
         if call is None:
-            raise ConfigError(f"cannot read {text!r}; write name or name(key=value, key=value)")
+            raise ConfigError(f"cannot read {text!r}; write name or name(key=value, key=value){_how_to_quote(text)}")
         args: dict[str, Any] = {}
         for item in _split(call["args"] or "", ","):
             key, equals, value = item.partition("=")
             if not equals or not key.strip().isidentifier() or not value.strip():
-                raise ConfigError(f"cannot read {item.strip()!r} in {text!r}; write key=value")
+                raise ConfigError(f"cannot read {item.strip()!r} in {text!r}; write key=value{_how_to_quote(text)}")
             if key.strip() in args:
                 raise ConfigError(f"{text!r} gives {key.strip()!r} twice; keep one")
             args[key.strip()] = _literal(value.strip())
-        return cls(call["name"], args)
+        return cls(call["quoted"] or call["word"] or call["file"], args)
 
     def __str__(self) -> str:
         inside = ", ".join(f"{key}={_write(value)}" for key, value in self.args.items())
-        return f"{self.name}({inside})" if inside else self.name
+        name = _in_quotes(self.name) if _NEEDS_QUOTES.search(self.name) else self.name
+        return f"{name}({inside})" if inside else name
 
 
 def parse_chain(text: str) -> tuple[Spec, ...]:
@@ -56,6 +63,17 @@ def parse_chain(text: str) -> tuple[Spec, ...]:
     if len(specs) > 1 and any(spec.name == "none" for spec in specs):
         raise ConfigError(f"{text!r} chains none with defenses; leave none out")
     return () if specs[0].name == "none" else specs
+
+
+def _how_to_quote(text: str) -> str:
+    """A hint for paths that a specification cannot hold as they are."""
+    if ".py" not in text:
+        return ""
+    return "; a path with brackets or + stands in quotes of its own: \"'my (dir)/file.py:Name'(key=value)\""
+
+
+def _in_quotes(name: str) -> str:
+    return f'"{name}"' if "'" in name else f"'{name}'"
 
 
 def _split(text: str, separator: str) -> list[str]:

@@ -13,11 +13,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from bench.errors import ConfigError
 from bench.numerics import Numerics
 from bench.ranges import Count, Whole
-from bench.spec import LONGEST
+from bench.spec import LONGEST, parse_chain
 from bench.threat import Norm, parse_eps
 
+CHOSEN = ("model", "defense", "attack")  # keys of which a name picks what a suite has
 
-def _listed(value: object) -> object:
+
+def _listed(value: object) -> list[object]:
     return value if isinstance(value, list) else [value]
 
 
@@ -57,6 +59,8 @@ class Suite(BaseModel):
 def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
     """Read the suite ``name`` (one of ours, or a file), its keys replaced by ``overrides`` in every grid.
 
+    Of models, defenses and attacks, what the suite has is chosen by being named, by a name without arguments whatever
+    the suite gives it; grids without any are left out. What the suite does not have takes the place of what it has.
     Keys at the top of the file are defaults for all of its grids. Without a name the overrides are the whole suite.
 
     Raises:
@@ -69,13 +73,36 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
         what = "a table" if isinstance(grids, dict) else repr(grids)
         raise ConfigError(f"suite {name}: 'grid' is {what}; write [[grid]], with two brackets")
     given = {key: value for key, value in overrides.items() if value is not None}
-    content["grid"] = [{**shared, **grid, **given} for grid in grids]
+    merged = [{**shared, **grid} for grid in grids]
+    for key in CHOSEN:
+        if name is not None and key in given:
+            merged = _choose(merged, key, given.pop(key))
+    content["grid"] = [{**grid, **given} for grid in merged]
     content["name"] = Path(name).stem if name else "custom"
     try:
         return Suite.model_validate(content)
     except pydantic.ValidationError as error:
         problem = _first(error)
         raise ConfigError(f"suite {name}: {problem}" if name else problem.removeprefix("grid 1, ")) from None
+
+
+def _choose(grids: list[dict[str, Any]], key: str, wanted: list[str]) -> list[dict[str, Any]]:
+    """``grids`` with those of their entries under ``key`` that ``wanted`` names, and with all that none of them has."""
+    listed = [[entry for entry in _listed(grid.get(key, "none")) if isinstance(entry, str)] for grid in grids]
+    new = [name for name in wanted if not any(_names(name, entry) for entries in listed for entry in entries)]
+    kept = [[entry for entry in entries if any(_names(name, entry) for name in wanted)] for entries in listed]
+    return [{**grid, key: [*own, *new]} for grid, own in zip(grids, kept, strict=True) if own or new]
+
+
+def _names(name: str, entry: str) -> bool:
+    """Whether ``name`` stands for ``entry`` of a suite: the same chain, with the same arguments or none."""
+    try:
+        ours, theirs = parse_chain(name), parse_chain(entry)
+    except ConfigError:  # told when the cell is made
+        return name == entry
+    if [part.name for part in ours] != [part.name for part in theirs]:
+        return False
+    return all(not a.args or a == b for a, b in zip(ours, theirs, strict=True))
 
 
 def suite_names() -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import bench.data  # noqa: F401 registers them
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError
 from bench.registry import datasets
 
@@ -282,3 +282,33 @@ def test_imagenet_wants_all_classes_and_leaves_training_images_unread(tmp_path):
         (tmp_path / "imagenet" / part / "n00000500").rmdir()
     with pytest.raises(DataError, match="999 class folders"):
         load("imagenet", tmp_path)
+
+
+GREY = torch.zeros(4, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("images", "labels", "complaint"),
+    [
+        (GREY, torch.zeros(4), r"labels \(4,\) are torch.float32; expected \(N,\) int64"),
+        (GREY, torch.zeros(4, dtype=torch.int32), "labels .* are torch.int32"),
+        (GREY, torch.zeros(4, 1, dtype=torch.int64), r"labels \(4, 1\)"),
+        (GREY, torch.zeros(4, 10), r"labels \(4, 10\)"),
+        (GREY, np.zeros(4, dtype=np.int64), "labels are a ndarray; expected a torch.Tensor"),
+        (GREY.numpy(), torch.zeros(4, dtype=torch.int64), "images are a ndarray"),
+        (GREY.double(), torch.zeros(4, dtype=torch.int64), "images are torch.float64"),
+        (GREY[0], torch.zeros(1, dtype=torch.int64), r"expected images \(N, C, H, W\)"),
+    ],
+)
+def test_what_a_source_of_ones_own_gives_is_checked_at_once(images, labels, complaint):
+    split = Split(images, labels)
+    with pytest.raises(DataError, match=complaint):
+        Dataset("mine", ("a", "b"), split, split, split)
+
+
+def test_a_source_that_gives_pairs_or_numbers_for_names_is_told():
+    pair, split = (GREY, torch.zeros(4)), Split(GREY, torch.zeros(4, dtype=torch.int64))
+    with pytest.raises(DataError, match="train split: a tuple"):
+        Dataset("mine", ("a", "b"), pair, split, split)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="expected the name of each"):
+        Dataset("mine", (0, 1), split, split, split)  # type: ignore[arg-type]

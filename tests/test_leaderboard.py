@@ -233,6 +233,13 @@ def test_the_longer_list_goes_down_the_glance():
     assert tall[0].split() == ["|", "defense", "|", "worst", "@100", "|", "nes", "@100", "|", "square", "@100", "|"]
 
 
+def test_what_is_not_whole_is_marked_at_a_glance_too():
+    rows = [row([1, NEVER], "mine", attack, limited=True) for attack in ("square", "nes")]
+    text = render(tables(rows), "md").partition("At a glance")[2].partition("\n\nWhat")[0]
+    assert text.count("50.0 †") >= 2
+    assert "50.0 |" not in text
+
+
 def test_latex_escapes_what_it_would_read_as_its_own():
     text = render(tables(ROWS, [10]), "latex")
     assert r"50\%\_\&\_more" in text

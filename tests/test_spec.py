@@ -20,6 +20,12 @@ from bench.spec import Spec, parse_chain
         ("npz(path=some/folder/file.npz)", "npz", {"path": "some/folder/file.npz"}),
         ("torchattacks:PGD(steps=10)", "torchattacks:PGD", {"steps": 10}),
         ("mine/attack.py:Mine(k=1)", "mine/attack.py:Mine", {"k": 1}),
+        ("my dir/attack.py:Mine", "my dir/attack.py:Mine", {}),
+        ("my dir/attack.py:Mine(k=1)", "my dir/attack.py:Mine", {"k": 1}),
+        ("'a (1) + b/attack.py:Mine'(k=1)", "a (1) + b/attack.py:Mine", {"k": 1}),
+        ('"it\'s/attack.py:Mine"', "it's/attack.py:Mine", {}),
+        ("C:/mine/attack.py:Mine", "C:/mine/attack.py:Mine", {}),
+        ("tap(network='my dir/net.py:build(k=1)')", "tap", {"network": "my dir/net.py:build(k=1)"}),
     ],
 )
 def test_a_name_and_its_arguments_are_read(text, name, args):
@@ -45,6 +51,16 @@ def test_anything_else_is_refused_with_its_text(text, complaint):
     with pytest.raises(ConfigError, match=r"cannot read|twice") as refusal:
         Spec.parse(text)
     assert complaint in str(refusal.value)
+
+
+def test_a_path_that_cannot_be_read_as_it_is_earns_a_word_about_quotes():
+    for text in ("a (1)/mine.py:Mine(k=1)", "a (1)/mine.py"):
+        with pytest.raises(ConfigError, match=r"in quotes of its own: \"'my \(dir\)/file.py:Name'\(key=value\)"):
+            Spec.parse(text)
+
+
+def test_a_path_in_quotes_stands_in_a_chain():
+    assert [part.name for part in parse_chain("'a + b/d.py:D'(k=1) + rnd")] == ["a + b/d.py:D", "rnd"]
 
 
 def test_a_chain_is_cut_at_plus_signs_outside_of_arguments():

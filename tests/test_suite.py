@@ -117,3 +117,38 @@ def test_without_a_name_the_overrides_are_the_suite():
 def test_a_very_long_suite_is_refused_in_a_short_line():
     with pytest.raises(ConfigError, match="100,000 characters"):
         load_suite("a" * 100_000, {})
+
+
+TWO_GRIDS = """
+dataset = "digits"
+model = "cnn(width=8)"
+n = 20
+[[grid]]
+defense = ["none", "rnd(sigma=0.02)", "pgd-at(epochs=1) + rnd(sigma=0.1)"]
+attack = ["square", "square(p_init=0.3)", "pgd"]
+[[grid]]
+defense = "ops"
+attack = "standard"
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({"defense": ["rnd"]}, [["rnd(sigma=0.02)"]]),
+        ({"defense": ["rnd( sigma=0.02 )"]}, [["rnd(sigma=0.02)"]]),
+        ({"defense": ["none", "ops"]}, [["none"], ["ops"]]),
+        ({"defense": ["pgd-at + rnd"]}, [["pgd-at(epochs=1) + rnd(sigma=0.1)"]]),
+        ({"defense": ["rnd(sigma=0.5)"]}, [["rnd(sigma=0.5)"], ["rnd(sigma=0.5)"]]),
+        ({"defense": ["mine.py:D"]}, [["mine.py:D"], ["mine.py:D"]]),
+        ({"defense": ["rnd", "mine.py:D"]}, [["rnd(sigma=0.02)", "mine.py:D"], ["mine.py:D"]]),
+        ({"attack": ["square"]}, [["square", "square(p_init=0.3)"]]),
+        ({"attack": ["square(p_init=0.3)"]}, [["square(p_init=0.3)"]]),
+        ({"attack": ["square(", "pgd"]}, [["pgd", "square("], ["square("]]),
+        ({"model": ["cnn"]}, [["cnn(width=8)"], ["cnn(width=8)"]]),
+        ({"model": ["resnet20"]}, [["resnet20"], ["resnet20"]]),
+    ],
+)
+def test_a_name_picks_what_a_suite_has_and_another_takes_its_place(given, found, tmp_path):
+    (key,) = given
+    assert [getattr(grid, key) for grid in load(tmp_path, TWO_GRIDS, **given).grid] == found

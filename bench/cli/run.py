@@ -24,14 +24,16 @@ from bench.store import Store
 from bench.suite import load_suite
 from bench.threads import TRAINING, use_spare_threads
 
+CHOICE = "may be repeated. What the suite has is picked by its name; anything else takes the place of what it has."
+
 
 def run(
     suite: Annotated[str | None, typer.Argument(help="A suite by name (see `bench ls suites`) or a TOML file.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Data set, as in `bench ls datasets`.")] = None,
     n: Annotated[int | None, typer.Option(help="Test images.")] = None,
-    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated.")] = None,
-    defense: Annotated[list[str] | None, typer.Option(help="Chain such as 'pgd-at + rnd'; may be repeated.")] = None,
-    attack: Annotated[list[str] | None, typer.Option(help="Attack; may be repeated.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help=f"Model; {CHOICE}")] = None,
+    defense: Annotated[list[str] | None, typer.Option(help=f"Chain such as 'pgd-at + rnd'; {CHOICE}")] = None,
+    attack: Annotated[list[str] | None, typer.Option(help=f"Attack; {CHOICE}")] = None,
     norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
     eps: Annotated[str | None, typer.Option(help="Radius on the pixel scale, such as 8/255.")] = None,
     queries: Annotated[int | None, typer.Option(help="Query budget of each sample.")] = None,
