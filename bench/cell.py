@@ -7,7 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from bench.numerics import Numerics
-from bench.registry import attacks, defenses
+from bench.registry import Registry, attacks, defenses
 from bench.threat import Threat
 
 SHOWN = 6  # digits of the hash of a user's code
@@ -21,7 +21,8 @@ class Component:
     ``traits`` are what a reader of its figures must know: ``random``, ``rescaled``, ``batch-dependent``,
     ``stateful``. ``stage`` is where a defense acts; ``control`` tells of an attack that it works on the undefended
     network, which no attacker of a service has. Who reads a row asks these and never the component itself, which may
-    be anybody's code. Both are empty where nobody has said; neither is part of a cell's key.
+    be anybody's code. Both are empty where nobody has said. ``title`` is what one has to write today for the same
+    parameters, where a default has changed since. None of the three is part of a cell's key.
     """
 
     spec: str
@@ -30,6 +31,7 @@ class Component:
     traits: tuple[str, ...] = ()
     stage: str = ""
     control: bool = False
+    title: str = ""
 
     @property
     def name(self) -> str:
@@ -39,9 +41,10 @@ class Component:
 
     @property
     def label(self) -> str:
-        """What tables call it: ``spec``, and for a user's code the start of its hash, ``evil.py:Defense #ab12cd``."""
+        """What tables call it: ``title`` or ``spec``, for a user's code with its hash, ``evil.py:Defense #ab12cd``."""
         _, plus, code = str(self.version).partition("+")
-        return f"{self.spec} #{code[:SHOWN]}" if plus else self.spec
+        name = self.title or self.spec
+        return f"{name} #{code[:SHOWN]}" if plus else name
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Component":
@@ -49,7 +52,7 @@ class Component:
         return cls(**{**data, "traits": tuple(data["traits"])})
 
 
-UNKEYED = ("stage", "control")  # fields of components that follow from the others
+UNKEYED = ("stage", "control", "title")  # fields of components that follow from the others
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,29 @@ class Cell:
         for name in ("dataset", "model"):
             fields[name] = Component.from_json(fields[name])
         control = attacks.declared(fields["attack"]["spec"], "surrogate", False)
-        fields["attack"] = Component.from_json({"control": control, **fields["attack"]})
+        fields["attack"] = Component.from_json(
+            {"control": control, **fields["attack"], "title": _title(attacks, fields["attack"])}
+        )
         fields["defense"] = tuple(
-            Component.from_json({"stage": defenses.declared(part["spec"], "stage", ""), **part})
+            Component.from_json(
+                {"stage": defenses.declared(part["spec"], "stage", ""), **part, "title": _title(defenses, part)}
+            )
             for part in fields["defense"]
         )
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])
         return cls(**fields)
+
+
+def _title(registry: Registry[Any], part: Mapping[str, Any]) -> str:
+    """What to write today for the parameters of a stored component; empty where ``spec`` still means them."""
+    spec, stored = str(part["spec"]), dict(part.get("params") or {})
+    today = registry.defaults(spec)
+    changed = [
+        f"{name}={value}"
+        for name, value in stored.items()
+        if name in today and today[name] is not None and value != today[name] and f"{name}=" not in spec
+    ]
+    if not changed:
+        return ""
+    return f"{spec[:-1]}, {', '.join(changed)})" if spec.endswith(")") else f"{spec}({', '.join(changed)})"

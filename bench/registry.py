@@ -113,6 +113,11 @@ class Registry(Generic[T]):
         value = getattr(self._factories.get(spec.partition("(")[0]), attribute, default)
         return value if isinstance(value, type(default)) else default
 
+    def defaults(self, spec: str) -> dict[str, Any]:
+        """The defaults of what is registered under the name in ``spec``, by parameter; read as in :meth:`declared`."""
+        load_plugins()
+        return parameters(self._factories.get(spec.partition("(")[0])) or {}
+
     def create(self, spec: Spec | str) -> T:
         """The component that ``spec`` describes, with its arguments checked against the types of its fields.
 

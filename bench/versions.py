@@ -39,7 +39,7 @@ def by_version(rows: Iterable[Row]) -> Versions:
 
 def versioned(component: Component) -> str:
     """What tells a version of a component from the others: the hash of a user's code, or the number of ours."""
-    return component.label if component.label != component.spec else f"{component.spec} (version {component.version})"
+    return component.label if "+" in str(component.version) else f"{component.label} (version {component.version})"
 
 
 def _places(row: Row, kinds: tuple[str, ...]) -> list[tuple[tuple[object, ...], Component]]:

@@ -45,6 +45,19 @@ def store_rows(folder: Path, cells: list[Cell]) -> None:
         store.save(Shard(each, 0, n), records)
 
 
+def test_a_stored_row_is_called_what_has_to_be_written_today():
+    """A default of its component has changed since: under its old name the figure would pass for another one's."""
+    old = Component("unig", params={"variant": "stateless", "delta": 0.5})
+    stored = replace(cell("unig"), defense=(old,))
+    read = Cell.from_json(stored.as_json())
+    assert read.defense_label == "unig(variant=stateless)"
+    assert read.key == stored.key
+    given = replace(stored, defense=(replace(old, spec="unig(delta=0.5)"),))
+    assert Cell.from_json(given.as_json()).defense_label == "unig(delta=0.5, variant=stateless)"
+    today = replace(stored, defense=(Component("unig", params={"variant": "batch-of-one", "delta": 0.5}),))
+    assert Cell.from_json(today.as_json()).defense_label == "unig"
+
+
 TRAPS = [
     cell(),
     cell(attack="rays"),
