@@ -9,6 +9,8 @@ from torch import Tensor
 
 from bench.errors import DataError
 
+MOST_CLASSES = 100_000  # more, and a label is no class number but an identifier
+
 
 @dataclass(frozen=True)
 class Split:
@@ -94,6 +96,17 @@ class Dataset:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}
 
 
+def numbered(count: int, where: str) -> tuple[str, ...]:
+    """``count`` classes under their numbers.
+
+    Raises:
+        DataError: none, or so many that the labels in ``where`` can be no class numbers.
+    """
+    if not 1 <= count <= MOST_CLASSES:
+        raise DataError(f"{where} has {count:,} classes; expected 1 to {MOST_CLASSES:,}, with labels counted from 0")
+    return tuple(map(str, range(count)))
+
+
 def grey_levels(split: Split) -> Tensor:
     """The images of ``split`` as uint8, float ones rounded to the nearest of 256 levels."""
     images = split.images
@@ -112,6 +125,10 @@ def _check(split: Split, classes: int, where: str) -> None:
             f"{where}: images {tuple(images.shape)} and labels {tuple(labels.shape)}; "
             "expected images (N, C, H, W) and one label for each"
         )
+    if labels.ndim != 1 or labels.dtype != torch.int64:
+        raise DataError(f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 (N,)")
+    if min(images.shape[1:]) < 1:
+        raise DataError(f"{where}: images of shape {tuple(images.shape[1:])} have no pixels")
     if images.dtype not in (torch.uint8, torch.float32):
         raise DataError(f"{where}: images are {images.dtype}; store uint8 levels or float32 in [0, 1]")
     if labels.ndim != 1 or labels.dtype != torch.int64:

@@ -14,6 +14,14 @@ def slug(*names: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
 
 
+def reachable(path: Path, check: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether ``check`` holds of ``path``: a name that is too long, or lies where one may not look, is not there."""
+    try:
+        return check(path)
+    except OSError:
+        return False
+
+
 def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
     """Write ``content``, or what it writes to the path it is called with, as ``path``: whole, or not at all.
 
@@ -33,7 +41,7 @@ def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside ``path`` and rename it into place once it is safely on the disk."""
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    beside = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.tmp")  # no longer than names may be
     try:
         write(beside)
         with beside.open("rb") as file:

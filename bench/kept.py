@@ -4,6 +4,7 @@ A file holds its tensors and a seal: a hash of them and of the recipe that made 
 work that was altered, cut short or put there under another's name must never pass for what the recipe makes.
 """
 
+import os
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from bench.errors import StoreError
-from bench.files import keep_file
+from bench.files import keep_file, reachable
 from bench.models.weights import fingerprint
 
 
@@ -35,7 +36,7 @@ def kept_tensors(path: Path, recipe: str) -> dict[str, Tensor] | None:
     Raises:
         StoreError: what is there is not what ``recipe`` made.
     """
-    if not path.exists():
+    if not reachable(path, Path.is_file):
         return None
     try:
         with safe_open(path, framework="pt") as file:
@@ -48,6 +49,13 @@ def kept_tensors(path: Path, recipe: str) -> dict[str, Tensor] | None:
     if seal != _seal(tensors, recipe):
         raise StoreError(f"{path} is not what was written there; delete it: it will be made again")
     return tensors
+
+
+def cache_folder() -> Path:
+    """Where what is costly to make of files is kept: ``BENCH_CACHE_DIR``, or else ``parry`` in the user's cache."""
+    if own := os.environ.get("BENCH_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "parry")  # noqa: PTH111 never raises
 
 
 def _seal(tensors: Mapping[str, Tensor], recipe: str) -> str:

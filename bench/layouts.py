@@ -8,33 +8,25 @@ import io
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from bench.data.arrays import pair, read_arrays
-from bench.data.folders import class_names, list_images
-from bench.dataset import Dataset, Split
+from bench.data.folders import EXPECTED, Labelled, class_names, files_below, is_image, list_images, visible
+from bench.data.tables import read_table
+from bench.dataset import Dataset, Split, numbered
 from bench.errors import DataError
+from bench.images import Advance, Frame, Pictures, Pixels, in_parallel, read_pictures
 
-Pixels = NDArray[np.uint8]  # (N, H, W, C), C 1 or 3
-Advance = Callable[[int], None]  # so many more images are done
-GREY, COLOUR = ("1", "L", "LA"), ("P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")  # Pillow's modes of 8 bits
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 IMAGE, LABEL = ("img", "image"), ("label", "fine_label")  # columns, under the names they go by
-
-T = TypeVar("T")
-R = TypeVar("R")
+UNSORTED = "images"  # the one class of images that lie in no class folders, and the folder that they get
 
 
 class Bar(Protocol):
@@ -61,23 +53,32 @@ class Source:
     copies: Mapping[str, Path] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    changed: Mapping[str, Sequence[str]] = field(default_factory=dict)  # images that reading has changed, by how
     note: str = ""  # what a reader of the protected set must know
 
 
-def read_source(path: Path, bar: Bar) -> Source:
+def read_source(path: Path, bar: Bar, frame: Frame | None = None, unsorted: bool = False) -> Source:
     """The training set at ``path``: an .npz file, a Parquet file or a folder of them, or class folders of images.
 
+    Args:
+        frame: what brings the images to one size, if they are to be.
+        unsorted: whether images may lie in no class folders, since nobody asks for their classes.
+
     Raises:
-        DataError: none of these, or an image that cannot be read or is of another size than the rest.
+        DataError: none of these, a link that leads out of a folder, or an image that cannot be read or is of another
+            size than the rest.
     """
+    if path.is_dir():
+        _refuse_leaving(path)
+        if any(path.glob("*.parquet")):
+            return _parquet_folder(path, bar, frame)
+        return _image_folder(path, bar, frame, unsorted)
     if path.suffix == ".npz":
+        if frame is not None:
+            raise DataError(f"{path}: arrays are not resized; store them in the size they shall have, without --size")
         return _npz(_existing(path))
     if path.suffix == ".parquet":
-        return _parquet(_existing(path).parent, [path], {}, (), bar)
-    if path.is_dir() and any(path.glob("*.parquet")):
-        return _parquet_folder(path, bar)
-    if path.is_dir():
-        return _image_folder(path, bar)
+        return _parquet(_existing(path).parent, [path], {}, (), bar, frame)
     raise DataError(
         f"{path} is {'neither .npz nor .parquet' if path.exists() else 'not there'}; "
         "expected class folders of images, an .npz file, or a Parquet file or folder"
@@ -89,64 +90,59 @@ def pixels(split: Split) -> Pixels:
     return split.images.permute(0, 2, 3, 1).numpy()
 
 
-def in_parallel(function: Callable[[T], R], items: Iterable[T], advance: Advance = lambda count: None) -> list[R]:
-    """``function`` of each item, in order; the first exception ends it, and what has not begun is not done."""
-    results = []
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        try:
-            for result in pool.map(function, items):
-                results.append(result)
-                advance(1)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return results
-
-
 def digest_files(files: Mapping[str, Path]) -> dict[str, str]:
     """The SHA-256 of each file, by the name it is given."""
     hashes = in_parallel(lambda file: sha256(file.read_bytes()).hexdigest(), files.values())
     return dict(zip(files, hashes, strict=True))
 
 
-def png(image: Pixels) -> bytes:
-    """An image (H, W, C) as the bytes of a PNG file, which loses nothing."""
-    file = io.BytesIO()
-    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(file, "PNG")
-    return file.getvalue()
-
-
-def _image_folder(root: Path, bar: Bar) -> Source:
+def _image_folder(root: Path, bar: Bar, frame: Frame | None, unsorted: bool) -> Source:
     """Class folders in ``root/train``, beside which all else is copied, or in ``root``."""
     part = root / "train" if (root / "train").is_dir() else root
-    listed = list_images(part, class_names({"train": part}))
-    if not listed:
-        raise DataError(f"no images in {part}; expected class/name.png, .jpg, .jpeg, .bmp or .webp")
+    classes, listed = _labelled(part, unsorted)
     found = [file for file, _ in listed]
-    classes = tuple(dict.fromkeys(file.parent.name for file in found))  # a folder without images is no class
     names = [file.relative_to(root) for file in found]
-    targets = [name.with_suffix(".png") for name in names]
+    apart = UNSORTED if found[0].parent == part else ""  # from the contact sheet, which would be one of them
+    targets = [name.parent / apart / f"{name.stem}.png" for name in names]
     for (one, first), (other, second) in pairwise(zip(names, targets, strict=True)):
         if first.parent == second.parent and first >= second:
             what = "the same name" if first == second else "another order"
             raise DataError(f"{one} and {other} in {root} would have {what} once they are .png; rename one of them")
-    images = _decode_all([str(file) for file in found], lambda row: found[row].read_bytes(), bar)
-    labels = torch.tensor([classes.index(file.parent.name) for file in found])
-    files = _below(root)
+    pictures = _read(list(map(str, found)), lambda row: found[row], bar, frame)
+    files = {str(file.relative_to(root)): file for file in files_below(root)}
     copies = {name: file for name, file in files.items() if part != root and Path(name).parts[0] in ("val", "test")}
     return Source(
         "imagefolder",
-        _dataset(root.resolve().name, classes, images, labels, augment=True),
+        _dataset(root.resolve().name, classes, pictures, torch.tensor([label for _, label in listed])),
         (*found, *copies.values()),
-        {str(target): _one_png(row) for row, target in enumerate(targets)},
+        {str(target): _one_png(pictures, row) for row, target in enumerate(targets)},
         copies,
         {str(name): str(target) for name, target in zip(names, targets, strict=True) if name != target},
         tuple(sorted(files.keys() - copies.keys() - {str(name) for name in names})),
+        {how: [str(names[row]) for row in rows] for how, rows in pictures.changes.items()},
     )
 
 
-def _one_png(row: int) -> Callable[[Pixels, Advance], bytes]:
-    return lambda images, advance: png(images[row])
+def _labelled(part: Path, unsorted: bool) -> tuple[tuple[str, ...], Labelled]:
+    """The classes of ``part`` that have images, and the images."""
+    names = class_names({"train": part})
+    listed = list_images(part, names)
+    if listed:
+        present = sorted({label for _, label in listed})  # a folder without images is no class
+        return tuple(names[label] for label in present), [(file, present.index(label)) for file, label in listed]
+    flat = [file for file in sorted(part.iterdir()) if visible(file.name) and is_image(file) and file.is_file()]
+    if not flat:
+        raise DataError(f"no images in {part}; {EXPECTED}")
+    if not unsorted:
+        raise DataError(
+            f"the {len(flat):,} images in {part} lie in no class folders, and this defense goes by classes; put those "
+            "of each class into a folder with its name"
+        )
+    return (UNSORTED,), [(file, 0) for file in flat]
+
+
+def _one_png(pictures: Pictures, row: int) -> Callable[[Pixels, Advance], bytes]:
+    return lambda images, advance: pictures.png(row, images[row])
 
 
 def _npz(file: Path) -> Source:
@@ -154,7 +150,7 @@ def _npz(file: Path) -> Source:
     train = pair(arrays, "train", file)
     if len(train) == 0:
         raise DataError(f"{file}: x_train is empty; there is nothing to protect")
-    classes = tuple(str(label) for label in range(int(train.labels.max()) + 1))
+    classes = numbered(max(1, int(train.labels.max()) + 1), str(file))
     data = Dataset(file.stem, classes, train, train.subset(slice(0)), train.subset(slice(0)))
     stored = arrays["x_train"]
     floats = stored.dtype.kind == "f"
@@ -168,8 +164,10 @@ def _npz(file: Path) -> Source:
         levels, old = (part if last else part.transpose(0, 3, 1, 2) for part in (images, before))
         x = np.where(levels == old, stored, (levels / 255).astype(stored.dtype)) if floats else levels
         buffer = io.BytesIO()
-        changed: dict[str, Any] = {**arrays, "x_train": np.ascontiguousarray(x)}
-        (np.savez_compressed if packed else np.savez)(buffer, **changed)
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+            for name, array in {**arrays, "x_train": np.ascontiguousarray(x)}.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
         advance(len(images))
         return buffer.getvalue()
 
@@ -182,7 +180,7 @@ def _is_packed(file: Path) -> bool:
         return any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
 
 
-def _parquet_folder(root: Path, bar: Bar) -> Source:
+def _parquet_folder(root: Path, bar: Bar, frame: Frame | None) -> Source:
     """``train*.parquet`` in ``root``; Parquet files of other splits are copied."""
     files = sorted(root.glob("*.parquet"))
     train = [file for file in files if file.name.startswith("train")]
@@ -190,63 +188,46 @@ def _parquet_folder(root: Path, bar: Bar) -> Source:
         names = ", ".join(file.name for file in files)
         raise DataError(f"{root} has {names}, none of which starts with train; name the training file itself")
     copies = {file.name: file for file in files if file not in train}
-    rest = _below(root).keys() - copies.keys() - {file.name for file in train}
-    return _parquet(root, train, copies, tuple(sorted(rest)), bar)
+    rest = {str(file.relative_to(root)) for file in files_below(root)} - copies.keys() - {file.name for file in train}
+    return _parquet(root, train, copies, tuple(sorted(rest)), bar, frame)
 
 
 def _parquet(
-    root: Path, files: Sequence[Path], copies: Mapping[str, Path], left_out: tuple[str, ...], bar: Bar
-) -> Source:
+    root: Path, files: Sequence[Path], copies: Mapping[str, Path], left_out: tuple[str, ...], bar: Bar,
+    frame: Frame | None,
+) -> Source:  # fmt: skip
     """The rows of ``files``, which hold an image ``{bytes, path}`` and a label each."""
-    tables = [_table(file) for file in files]
-    coded: list[bytes | None] = []
-    names, labels, parts = [], [], {}
+    tables = [read_table(file, IMAGE, LABEL) for file in files]
+    entries: list[dict[str, Any]] = []
+    names, labels, rows = list[str](), list[int](), list[slice]()
     for file, (table, image, label) in zip(files, tables, strict=True):
-        parts[file.name] = _rewrite(file, table, image, slice(len(coded), len(coded) + table.num_rows))
-        column = table.column(image).to_pylist()
-        coded += [row and row["bytes"] for row in column]
-        names += [(f"{file}, row {row}", (entry or {}).get("path")) for row, entry in enumerate(column)]
+        rows.append(slice(len(entries), len(entries) + table.num_rows))
+        names += [f"{file}, row {row}" for row in range(table.num_rows)]
+        entries += [entry or {} for entry in table.column(image).to_pylist()]
         labels += table.column(label).to_pylist()
-    if not coded:
+    if not entries:
         raise DataError(f"{files[0]} has no rows; there is nothing to protect")
-    if not all(isinstance(label, int) for label in labels):
-        raise DataError(f"{files[0]}: labels that are no integers; expected integers from 0 in {' or '.join(LABEL)}")
-    images = _decode_all([where for where, _ in names], lambda row: coded[row] or b"", bar)
-    paths = [path for _, path in names]
+    pictures = _read(names, lambda row: io.BytesIO(entries[row].get("bytes") or b""), bar, frame)
+    paths = [entry.get("path") for entry in entries]
     renamed = Counter(Path(path).suffix for path in paths if path and _as_png(path) != path)
     return Source(
         "parquet",
-        _dataset(root.resolve().name, _class_names(labels, paths), images, torch.tensor(labels), augment=True),
+        _dataset(root.resolve().name, _class_names(labels, paths, str(files[0])), pictures, torch.tensor(labels)),
         (*files, *copies.values()),
-        parts,
+        {
+            file.name: _rewrite(file, table, image, pictures, part)
+            for file, (table, image, _), part in zip(files, tables, rows, strict=True)
+        },
         copies,
         {suffix: f".png in {count:,} paths of the table" for suffix, count in sorted(renamed.items())},
         left_out,
+        {how: [names[row] for row in found] for how, found in pictures.changes.items()},
     )
 
 
-def _table(file: Path) -> tuple[Any, str, str]:
-    """A table with the names of its image and label columns."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(file)
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{file} is not a readable Parquet file ({reason}); download it again") from None
-    image, label = (next((name for name in names if name in table.column_names), "") for names in (IMAGE, LABEL))
-    kind: Any = table.schema.field(image).type if image else pa.null()
-    inside = [kind.field(index).name for index in range(kind.num_fields)] if pa.types.is_struct(kind) else []
-    if not label or "bytes" not in inside:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in table.schema)
-        raise DataError(
-            f"{file} has the columns {columns}; expected {' or '.join(IMAGE)} {{bytes, path}} and {' or '.join(LABEL)}"
-        )
-    return table, image, label
-
-
-def _rewrite(file: Path, table: Any, column: str, rows: slice) -> Callable[[Pixels, Advance], bytes]:
+def _rewrite(
+    file: Path, table: Any, column: str, pictures: Pictures, rows: slice
+) -> Callable[[Pixels, Advance], bytes]:
     """What writes ``table`` with the protected images of ``rows``, compressed and cut into groups as ``file`` is."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -254,7 +235,7 @@ def _rewrite(file: Path, table: Any, column: str, rows: slice) -> Callable[[Pixe
     def content(images: Pixels, advance: Advance) -> bytes:
         place = table.column_names.index(column)
         kind = table.schema.field(place)
-        coded = in_parallel(png, images[rows], advance)
+        coded = in_parallel(lambda row: pictures.png(row, images[row]), range(rows.start, rows.stop), advance)
         old = table.column(place).to_pylist()
         new = [
             {**row, "bytes": data, **({"path": _as_png(row["path"])} if row.get("path") else {})}
@@ -273,85 +254,26 @@ def _as_png(path: str) -> str:
     return str(Path(path).with_suffix(".png")) if Path(path).suffix else path
 
 
-def _class_names(labels: Sequence[int], paths: Sequence[str | None]) -> tuple[str, ...]:
+def _class_names(labels: Sequence[int], paths: Sequence[str | None], where: str) -> tuple[str, ...]:
     """The folder in which all paths of a class, and of no other, are; or else its number."""
     folders: dict[int, set[str]] = {}
     for label, path in zip(labels, paths, strict=True):
         folders.setdefault(label, set()).add(Path(path or "").parent.name)
     shared = Counter(name for names in folders.values() for name in names)
     named = {label: min(names) for label, names in folders.items() if len(names) == 1 and shared[min(names)] == 1}
-    return tuple(named.get(label) or str(label) for label in range(max(labels) + 1))
+    return tuple(named.get(label) or number for label, number in enumerate(numbered(max(1, max(labels) + 1), where)))
 
 
-def _dataset(name: str, classes: tuple[str, ...], images: Pixels, labels: torch.Tensor, *, augment: bool) -> Dataset:
+def _dataset(name: str, classes: tuple[str, ...], pictures: Pictures, labels: torch.Tensor) -> Dataset:
     """All images as training images; the augmentations are those of :mod:`bench.data` for photographs."""
-    train = Split(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), labels)
+    train = Split(torch.from_numpy(pictures.pixels).permute(0, 3, 1, 2).contiguous(), labels)
     nothing = train.subset(slice(0))
-    return Dataset(name, classes, train, nothing, nothing, flip=augment, shift=images.shape[1] // 8 if augment else 0)
+    return Dataset(name, classes, train, nothing, nothing, flip=True, shift=pictures.pixels.shape[1] // 8)
 
 
-def _decode_all(names: Sequence[str], load: Callable[[int], bytes], bar: Bar) -> Pixels:
-    """Every image, of one size; grey ones are grey only where all are.
-
-    Raises:
-        DataError: images that cannot be read, each counted and the first named with the reason, or several sizes.
-    """
+def _read(names: Sequence[str], load: Callable[[int], Path | io.BytesIO], bar: Bar, frame: Frame | None) -> Pictures:
     bar.step("looking at the images", 2 * len(names), "images")
-    headers = _readable(names, in_parallel(lambda row: _attempt(_header, load, row), range(len(names)), bar.advance))
-    first = {size: row for row, (size, _) in reversed([*enumerate(headers)])}
-    if len(first) > 1:
-        counts = Counter(size for size, _ in headers).most_common()
-        kinds = [f"{width}x{height} ({count}, as {names[first[width, height]]})" for (width, height), count in counts]
-        more = f" and {len(kinds) - 3} more" if len(kinds) > 3 else ""
-        raise DataError(
-            f"the images have {len(kinds)} sizes: {', '.join(kinds[:3])}{more}; "
-            "a defense needs one size: resize or crop them all to it first"
-        )
-    ((width, height),) = first
-    grey = all(grey for _, grey in headers)
-    images = np.empty((len(names), height, width, 1 if grey else 3), dtype=np.uint8)
-
-    def decode(row: int, image: Image.Image) -> None:
-        images[row] = np.asarray(image.convert("L" if grey else "RGB")).reshape(images.shape[1:])
-
-    found = in_parallel(lambda row: _attempt(partial(decode, row), load, row), range(len(names)), bar.advance)
-    _readable(names, found)
-    return images
-
-
-class _Broken(str):
-    """Why an image cannot be read."""
-
-
-def _attempt(look: Callable[[Image.Image], R], load: Callable[[int], bytes], row: int) -> R | _Broken:
-    """What ``look`` finds in an image."""
-    coded = b""
-    try:
-        coded = load(row)
-        with Image.open(io.BytesIO(coded)) as image:
-            return look(image)
-    except UnidentifiedImageError:
-        return _Broken("not an image" if coded else "empty")
-    except UNREADABLE as error:
-        return _Broken(getattr(error, "strerror", None) or str(error) or type(error).__name__)
-
-
-def _header(image: Image.Image) -> tuple[tuple[int, int], bool]:
-    """Its size, and whether it is grey."""
-    if image.mode not in GREY + COLOUR:
-        raise ValueError(f"its pixels are {image.mode}, not of 8 bits a channel")
-    return image.size, image.mode in GREY
-
-
-def _readable(names: Sequence[str], found: Sequence[R | _Broken]) -> list[R]:
-    """What was found, which must be no failure."""
-    broken = [(name, reason) for name, reason in zip(names, found, strict=True) if isinstance(reason, _Broken)]
-    if broken:
-        name, reason = broken[0]
-        others = ", ".join(name for name, _ in broken[1:4]) + (", …" if len(broken) > 4 else "")
-        more = f", nor can {len(broken) - 1} more: {others}" if others else ""
-        raise DataError(f"{name} cannot be read as an image ({reason}){more}; replace or remove what is broken")
-    return [one for one in found if not isinstance(one, _Broken)]
+    return read_pictures(names, load, frame=frame, advance=bar.advance)
 
 
 def _existing(file: Path) -> Path:
@@ -360,7 +282,21 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _below(root: Path) -> dict[str, Path]:
-    """All files below ``root`` but hidden ones, by name."""
-    files = {str(file.relative_to(root)): file for file in sorted(root.rglob("*")) if file.is_file()}
-    return {name: file for name, file in files.items() if not any(part.startswith(".") for part in Path(name).parts)}
+def _refuse_leaving(root: Path) -> None:
+    """Whether all visible links below ``root`` lead to something below it, so that nothing else is released.
+
+    Raises:
+        DataError: they do not, by name.
+    """
+    home, leaving = root.resolve(), []
+    for place, inner, names in os.walk(root):
+        inner[:] = filter(visible, inner)
+        for path in (Path(place, name) for name in sorted((*inner, *filter(visible, names)))):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(home):
+                leaving.append(f"{path.relative_to(root)} -> {path.readlink()}")
+    if leaving:
+        more = f" and {len(leaving) - 3:,} more" if len(leaving) > 3 else ""
+        raise DataError(
+            f"links in {root} lead out of it ({', '.join(leaving[:3])}{more}), and what is behind them would be "
+            "released; replace them by copies, or remove them"
+        )

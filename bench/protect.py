@@ -1,28 +1,32 @@
 """A data owner's own images under a data defense: the protected set, what was done to it, and a picture of that."""
 
-import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from hashlib import sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import __version__ as pillow
+from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 import bench
 from bench.contact_sheet import contact_sheet
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, StoreError
-from bench.files import keep_file
+from bench.files import keep_file, reachable
 from bench.grid import pin
-from bench.layouts import Bar, Source, digest_files, in_parallel, pixels, read_source
+from bench.images import Frame, in_parallel
+from bench.kept import keep_tensors, kept_tensors
+from bench.layouts import Bar, Source, digest_files, pixels, read_source
 from bench.perturbation import in_words, perturbation
 from bench.protocols import Defense, Job
 from bench.provenance import commit
@@ -46,8 +50,12 @@ class Protected:
     repeated: bool  # it was finished before, and is as it was
 
 
-def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device, bar: Bar) -> Protected:
+def protect(
+    defense: str, path: Path, out: Path, seed: int, device: torch.device, bar: Bar, frame: Frame | None = None
+) -> Protected:
     """Run a data-stage ``defense`` on the training images at ``path`` and write the released set to ``out``.
+
+    ``frame`` brings the images to one size first; without it, they have to be of one.
 
     Every file appears under its name when it is whole, the manifest last. A job that was stopped goes on where it was
     and ends with the same bytes; a slow defense keeps what it has done twice a minute.
@@ -60,9 +68,9 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     spec, component = _data_defense(defense)
     code = code_hash()
     _refuse_foreign(path, out)
-    root = path if path.is_dir() else path.parent
     try:
-        source = read_source(path, bar)
+        root = path if path.is_dir() else path.parent
+        source = read_source(path, bar, frame, unsorted=not getattr(component, "needs_classes", True))
         digests = digest_files({str(file.relative_to(root)): file for file in source.inputs})
     except OSError as error:
         raise DataError(f"cannot read {error.filename or path}: {error.strerror or error}; check its rights") from None
@@ -74,6 +82,7 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
         "seed": seed,
         "device": device.type,
         "layout": source.layout,
+        "frame": frame and asdict(frame),
         "input": {
             "files": len(digests),
             "sha256": sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest(),
@@ -83,17 +92,17 @@ def protect(defense: str, path: Path, out: Path, seed: int, device: torch.device
     finished = _finished(out, json.loads(json.dumps(job)), bar)
     if finished is not None:
         return Protected(finished, repeated=True)
-    kept = out / STATE / "images.npy"
-    if not kept.is_file():
+    kept, recipe = out / STATE / "images.safetensors", sha256(json.dumps(job).encode()).hexdigest()
+    made = kept_tensors(kept, recipe)
+    if made is None:
         Store(out).open()
         bar.step(f"running {spec.name}", unit="steps")
-        same = sha256((code + json.dumps(job)).encode()).hexdigest()
-        with scratch(out / STATE / UNFINISHED, same) as unfinished, training_threads():
+        with scratch(out / STATE / UNFINISHED, code + recipe) as unfinished, training_threads():
             images = _released(component, source.data, Job(seed, device, bar.work, scratch=unfinished), str(spec))
             keep_file(out / STATE / JOB, json.dumps(job).encode())
-            keep_file(kept, _npy(images))
+            keep_tensors(kept, made := {"images": images}, recipe)
             unfinished.clear()
-    train = Split(torch.from_numpy(np.load(kept)), source.data.train.labels)
+    train = Split(made["images"], source.data.train.labels)
     change = perturbation(source.data.train, train)
     figures = {"linf_max_levels": round(255 * change["linf_max"]), **change}
     _write_all(source, train, out, bar)
@@ -119,10 +128,14 @@ def report(done: Protected, out: Path) -> list[str]:
         f"{'already ' if done.repeated else ''}protected {count} with {manifest['defense']['spec']}",
         in_words(figures),
     ]
+    if frame := manifest.get("frame"):
+        how = "the centre cut out" if frame["crop"] == "centre" else "squeezed into a square"
+        lines.append(f"{frame['size']}x{frame['size']} pixels now, {how}")
+    lines += [f"{how}: {_some(names)}" for how, names in manifest.get("changed", {}).items()]
     if manifest["copied"]:
         lines.append(f"copied unchanged: {_some(manifest['copied'])}")
     if manifest["renamed"]:
-        lines.append(f"PNG now, as JPEG would undo the changes: {_renamed(manifest['renamed'])}")
+        lines.append(f"PNG, as JPEG would undo the changes, so the names are now: {_renamed(manifest['renamed'])}")
     if manifest["left_out"]:
         lines.append(f"left out, as they are no training images: {_some(manifest['left_out'])}")
     lines += [manifest["note"]] if manifest["note"] else []
@@ -159,12 +172,17 @@ def _described(spec: Spec, component: Defense) -> dict[str, Any]:
 
 def _refuse_foreign(path: Path, out: Path) -> None:
     """Refuse an output folder that holds what no such job has written, or that is part of the input."""
-    source, target = path.resolve(), out.resolve()
+    source, target = (Path(os.path.realpath(place)) for place in (path, out))
     if source == target or source in target.parents or target in source.parents:
         raise ConfigError(f"--out {out} and --in {path} lie in each other; choose a folder beside")
-    if out.exists() and not out.is_dir():
+    if reachable(out) and not out.is_dir():
         raise ConfigError(f"--out {out} is a file; choose a folder")
-    if not out.is_dir() or (out / STATE).is_dir() or (out / MANIFEST).is_file():
+    if not reachable(out, Path.is_dir):
+        return
+    if (out / STATE).is_dir() or (out / MANIFEST).is_file():
+        linked = [Path(place, name) for place, *inside in os.walk(out) for name in chain(*inside)]
+        if links := sorted(str(path.relative_to(out)) for path in linked if path.is_symlink()):
+            raise ConfigError(f"--out {out} holds links ({_some(links)}), which no such job writes; delete the folder")
         return
     found = sorted(child.name for child in out.iterdir())
     if found:
@@ -179,7 +197,7 @@ def _finished(out: Path, job: Mapping[str, Any], bar: Bar) -> dict[str, Any] | N
         StoreError: results of this job that were altered.
     """
     if (out / MANIFEST).is_file():
-        manifest = _read(out / MANIFEST)
+        manifest = _read(out / MANIFEST, _Manifest)
         _same(job, manifest, out)
         bar.step("checking what is there")
         files = {name: out / name for name in manifest["files"]}
@@ -190,7 +208,7 @@ def _finished(out: Path, job: Mapping[str, Any], bar: Bar) -> dict[str, Any] | N
         shutil.rmtree(out / STATE, ignore_errors=True)
         return manifest
     if (out / STATE / JOB).is_file():
-        _same(job, _read(out / STATE / JOB), out)
+        _same(job, _read(out / STATE / JOB, _Unfinished), out)
     for file in [file for file in out.rglob(".*.tmp") if BESIDE.fullmatch(file.name)]:
         file.unlink()
     return None
@@ -227,12 +245,6 @@ def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
     return images
 
 
-def _npy(images: Tensor) -> bytes:
-    file = io.BytesIO()
-    np.save(file, images.numpy())
-    return file.getvalue()
-
-
 def _write_all(source: Source, train: Split, out: Path, bar: Bar) -> None:
     """Write and copy what is not there yet."""
     images = pixels(train)
@@ -261,6 +273,7 @@ def _account(source: Source, train: Split, figures: Mapping[str, float]) -> dict
         "note": source.note,
         "copied": sorted(source.copies),
         "renamed": dict(source.renamed),
+        "changed": {how: list(names) for how, names in source.changed.items()},
         "left_out": list(source.left_out),
     }
 
@@ -273,10 +286,39 @@ def _renamed(names: Mapping[str, str]) -> str:
     return _some([f"{old} -> {new}" for old, new in names.items()])
 
 
-def _read(file: Path) -> dict[str, Any]:
+class _Unfinished(BaseModel):
+    """What the file of an unfinished job must say."""
+
+    defense: dict[str, Any]
+    input: dict[str, Any]
+
+
+class _Manifest(_Unfinished):
+    """What a manifest must say, too."""
+
+    files: dict[str, str]
+    images: int
+    classes: dict[str, int]
+    perturbation: dict[str, float]
+    copied: list[str]
+    renamed: dict[str, str]
+    left_out: list[str]
+    changed: dict[str, list[str]] = {}
+    note: str
+
+    @field_validator("files")
+    @classmethod
+    def _below(cls, files: dict[str, str]) -> dict[str, str]:
+        if not all(name and Path(name).parts[0] != "/" and ".." not in Path(name).parts for name in files):
+            raise ValueError("a file elsewhere")
+        return files
+
+
+def _read(file: Path, kind: type[_Unfinished]) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        content["defense"]["spec"]
-    except (ValueError, KeyError, TypeError):
+        kind.model_validate(content)
+        str(content["defense"]["spec"])
+    except (OSError, ValueError, KeyError, RecursionError):
         raise ConfigError(f"{file} was not written by bench protect; choose a new or empty folder as --out") from None
     return content

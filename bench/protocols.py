@@ -97,7 +97,8 @@ class Defense(Protocol):
       batch-norms, which fast numbers fold away otherwise.
     - ``stage = "training"``: ``defense(build, data, job) -> model``, the signature of a learner.
     - ``stage = "data"``: ``defense(data, job) -> Split``, the training split to release: same length, order and labels,
-      uint8, inside the defense's own ``norm`` and ``eps``.
+      uint8, inside the defense's own ``norm`` and ``eps``. ``needs_classes = False`` (a property, too) where it never
+      looks at the labels, so that images without classes can be protected.
     """
 
     @property

@@ -42,6 +42,11 @@ class DataNoise:
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Huang et al., ICLR 2021, arXiv:2101.04898 (its control)"
 
+    @property
+    def needs_classes(self) -> bool:
+        """Whether the noise goes by them."""
+        return self.by == "class"
+
     def __post_init__(self) -> None:
         whole_levels(self.eps)
         check_share(self.share)

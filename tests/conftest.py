@@ -5,6 +5,16 @@ from bench.registry import load_plugins  # before torch: bench says how threads 
 import torch
 # isort: on
 
+import pytest
+
 # The tests' networks are tiny: a second thread gains nothing, and loses much when other work shares the cores.
 torch.set_num_threads(1)
 load_plugins()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache folder of the tests' own, so that they neither read nor fill the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BENCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -1,6 +1,8 @@
 """Data sets: what each source holds, how it is split, and what a broken one says."""
 
 import io
+import struct
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -12,8 +14,9 @@ import torch
 from PIL import Image
 
 import bench.data  # noqa: F401 registers them
+from bench.data import cifar
 from bench.dataset import Dataset, Split
-from bench.errors import ConfigError, DataError
+from bench.errors import BenchError, ConfigError, DataError, StoreError
 from bench.registry import datasets
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -69,6 +72,67 @@ def test_parquet_images_come_back_pixel_for_pixel(tmp_path, name, label):
     assert len(whole.calibration) == 0
 
 
+@pytest.fixture
+def decoded_once(tmp_path, monkeypatch):
+    """CIFAR-10 files, loaded once, and the data set they gave."""
+    monkeypatch.setenv("BENCH_CACHE_DIR", str(tmp_path / "cache"))
+    coded = {"train": list(map(png, noise(30, 32, 32, 3))), "test": list(map(png, noise(4, 32, 32, 3)))}
+    write_parquet(tmp_path / "cifar10", coded)
+    return load("cifar10", tmp_path)
+
+
+def test_cifar_is_decoded_once(tmp_path, monkeypatch, decoded_once):
+    monkeypatch.setattr(cifar, "_decoded", lambda *_: pytest.fail("decoded again"))
+    again = load("cifar10", tmp_path)
+    assert again.fingerprint == decoded_once.fingerprint
+    again.train.images.zero_()
+    assert load("cifar10", tmp_path).fingerprint == decoded_once.fingerprint, "what was lent is not what is kept"
+
+
+def test_what_is_kept_of_cifar_is_bound_to_its_files_and_never_used_altered(tmp_path, decoded_once):
+    (tmp_path / "cifar10" / "test-00000-of-00001.parquet").unlink()
+    (tmp_path / "new").mkdir()
+    write_parquet(tmp_path / "new" / "cifar10", {"test": list(map(png, 255 - noise(4, 32, 32, 3)))})
+    (tmp_path / "new" / "cifar10" / "test-00000-of-00001.parquet").rename(
+        tmp_path / "cifar10" / "test-00000-of-00001.parquet"
+    )
+    assert torch.equal(load("cifar10", tmp_path).test.images, 255 - decoded_once.test.images)
+    (kept,) = tmp_path.glob("cache/train-*.safetensors")
+    content = bytearray(kept.read_bytes())
+    content[-5] ^= 1
+    kept.write_bytes(content)
+    with pytest.raises(StoreError, match=rf"{kept.name} is not what was written there; delete it"):
+        load("cifar10", tmp_path)
+    kept.unlink()
+    assert torch.equal(load("cifar10", tmp_path).train.images, decoded_once.train.images)
+
+
+def test_a_cache_that_cannot_be_written_costs_time_alone(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("BENCH_CACHE_DIR", str(tmp_path / "file"))
+    write_parquet(tmp_path / "cifar10", {part: [png(noise(32, 32, 3))] * 2 for part in ("train", "test")})
+    assert len(load("cifar10", tmp_path).test) == 2
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ({"label": pa.array([0.0, 1.7])}, r"label \(double\)"),  # 1.7 was read as class 1
+        ({"label": pa.array([True, False])}, r"label \(bool\)"),
+        ({"label": pa.array([0, None])}, "1 rows without a label"),
+        ({"img": [{"bytes": "text", "path": None}] * 2}, r"img \(struct<bytes: string"),
+        ({"img": [None, None]}, r"img \(null\)"),
+    ],
+)
+def test_columns_of_other_types_are_told(tmp_path, column, message):
+    (tmp_path / "cifar10").mkdir()
+    table = {"img": [{"bytes": png(noise(32, 32, 3)), "path": None}] * 2, "label": [0, 1]} | column
+    for part in ("train", "test"):
+        pq.write_table(pa.table(table), tmp_path / "cifar10" / f"{part}-00000-of-00001.parquet")
+    with pytest.raises(DataError, match=message):
+        load("cifar10", tmp_path)
+
+
 def test_a_grey_image_in_a_colour_set_is_read_as_colour(tmp_path):
     write_parquet(tmp_path / "cifar10", {part: [png(noise(32, 32))] for part in ("train", "test")})
     assert load("cifar10", tmp_path).test.shape == (3, 32, 32)
@@ -101,7 +165,7 @@ def test_images_without_bytes_are_told(tmp_path):
     folder.mkdir()
     for part in ("train", "test"):
         pq.write_table(pa.table({"img": ["a.png"], "label": [0]}), folder / f"{part}-00000-of-00001.parquet")
-    with pytest.raises(DataError, match=r"expected img {bytes, path} and integers in label"):
+    with pytest.raises(DataError, match=r"img \(string\).*expected img {bytes, path}.* integers in label"):
         load("cifar10", tmp_path)
 
 
@@ -113,7 +177,7 @@ def test_half_a_download_is_told_from_none(tmp_path):
 
 def test_a_column_of_another_name_is_told(tmp_path):
     write_parquet(tmp_path / "cifar100", {part: [png(noise(32, 32, 3))] for part in ("train", "test")}, "label")
-    with pytest.raises(DataError, match=r"has the columns img, label; expected img {bytes, path} and fine_label"):
+    with pytest.raises(DataError, match=r"label \(int64\); expected img {bytes, path}.* in fine_label"):
         load("cifar100", tmp_path)
 
 
@@ -199,6 +263,56 @@ def test_npz_says_what_is_wrong(tmp_path, arrays, message):
     np.savez(tmp_path / "mine.npz", **arrays)
     with pytest.raises(DataError, match=message):
         load("npz(path=mine.npz)", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("labels", "spec", "message"),
+    [
+        ([0, 10**9], "", "has 1,000,000,001 classes; expected 1 to 100,000"),
+        ([0, 1], ", classes=10000000000", "classes"),
+        ([0, 1], ", classes=0", "classes"),
+    ],
+)
+def test_npz_labels_that_are_no_class_numbers_are_refused(tmp_path, labels, spec, message):
+    np.savez(tmp_path / "mine.npz", x_test=noise(2, 3, 8, 8), y_test=np.array(labels))
+    with pytest.raises(BenchError, match=message):
+        load(f"npz(path=mine.npz{spec})", tmp_path)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("honest", [False, True])
+def test_npz_that_claims_terabytes_is_refused_before_they_are_asked_for(tmp_path, packed, honest):
+    """A header claims them; where ``honest``, so does the archive's own table."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 3, 1000, 1000)}
+    )
+    with zipfile.ZipFile(tmp_path / "mine.npz", "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as file:
+        file.writestr("x_test.npy", header.getvalue() + bytes(1000))
+    if honest:
+        content = (tmp_path / "mine.npz").read_bytes()
+        at = content.rindex(b"PK\x01\x02") + 24  # the size of the entry, in the table at the end
+        (tmp_path / "mine.npz").write_bytes(content[:at] + struct.pack("<I", 2**32 - 2) + content[at + 4 :])
+    with pytest.raises(DataError, match=r"mine\.npz is not a readable .npz file .*claims 3,000,000,000,000 bytes"):
+        load("npz(path=mine.npz)", tmp_path)
+
+
+def test_images_without_pixels_and_labels_of_other_types_are_refused(tmp_path):
+    np.savez(tmp_path / "mine.npz", x_test=np.zeros((2, 3, 0, 8), np.uint8), y_test=np.array([0, 1]))
+    with pytest.raises(DataError, match="have no pixels"):
+        load("npz(path=mine.npz)", tmp_path)
+    x, nothing = torch.zeros(2, 3, 4, 4, dtype=torch.uint8), Split(torch.zeros(0, 3, 4, 4), torch.zeros(0).long())
+    for labels in (torch.zeros(2), torch.zeros(2, dtype=torch.int32), torch.zeros(2, 1).long()):
+        with pytest.raises(DataError, match=r"labels are torch\..*; expected int64 \(N,\)"):
+            Dataset("mine", ("a",), nothing, nothing, Split(x, labels))
+
+
+def test_names_too_long_for_a_file_are_not_there():
+    for spec in ("npz", "imagefolder"):
+        with pytest.raises(DataError, match="check path"):
+            load(f"{spec}(path='{'x' * 5000}')")
+    with pytest.raises(DataError, match="is not a folder; give --data-dir"):
+        load("cifar10", Path("x" * 5000))
 
 
 def test_npz_that_is_truncated_or_missing_is_named(tmp_path):

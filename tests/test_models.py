@@ -404,3 +404,32 @@ def test_timm_and_robustbench_are_checked_before_a_download():
         build("robustbench:Carmon2019Unlabelled")
     with pytest.raises(ConfigError, match="has 10 classes, the data set 100"):
         build("robustbench:Standard", classes=100)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: value.to(torch.complex64), "mistyped .* complex64 instead of float32"),
+        (lambda value: value.to(torch.int64), "mistyped .* int64 instead of float32"),
+        (lambda value: value.to_sparse(), r"no plain numbers under .*sparse"),
+        (lambda value: value.to("meta"), r"no plain numbers under .*meta"),
+        (lambda value: torch.full_like(value, float("nan")), "NaN"),
+    ],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, change, message):
+    state = build("cnn").state_dict()
+    name = next(iter(state))
+    torch.save({**state, name: change(state[name])}, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match=rf"w\.pt .*{message}"):
+        load_weights(build("cnn"), "w.pt", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors", "w.pth"])
+@pytest.mark.parametrize("content", [b"", b"hello, these are weights\n", b"{}", bytes(64), b"\x80\x02."])
+def test_text_as_weights_is_one_line(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=name) as caught:
+        load_weights(build("cnn"), name, tmp_path)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(WeightsError, match="no weights at"):
+        load_weights(build("cnn"), "x" * 5000, tmp_path)

@@ -15,18 +15,20 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from bench.contact_sheet import MARGIN, NAMES, contact_sheet
 from bench.data.cifar import Cifar10
 from bench.dataset import Dataset, Split
 from bench.errors import BenchError, ConfigError, DataError, StoreError
+from bench.images import Frame
 from bench.layouts import read_source
 from bench.perturbation import perturbation
 from bench.protect import protect
 from bench.protocols import Job
 from defenses.ops import OnePixelShortcut
 from tests.test_cli import ROOT, bench, complaint
-from tests.test_data import noise, png, save, write_parquet
+from tests.test_data import load, noise, png, save, write_parquet
 
 CPU = torch.device("cpu")
 
@@ -90,8 +92,10 @@ def user(tmp_path: Path) -> Path:
     return file
 
 
-def run(path: Path, out: Path, defense: str = "ops", seed: int = 0, stop: float = float("inf")) -> dict:
-    return dict(protect(defense, path, out, seed, CPU, Steps(stop)).manifest)
+def run(
+    path: Path, out: Path, defense: str = "ops", seed: int = 0, stop: float = float("inf"), frame: Frame | None = None
+) -> dict:
+    return dict(protect(defense, path, out, seed, CPU, Steps(stop), frame).manifest)
 
 
 def pets(root: Path, split: bool = True) -> Path:
@@ -186,11 +190,11 @@ class TestClassFolders:
             run(root, tmp_path / "out")
         (root / "train/cat/0.jpg").write_bytes(b"no image")
         (root / "train/dog/3.PNG").write_bytes(b"")
-        with pytest.raises(DataError, match=r"cat/0\.jpg cannot .* \(not an image\), nor can 1 more: .*dog/3\.PNG"):
+        with pytest.raises(DataError, match=r"cat/0\.jpg .* \(no image in BMP, .*nor can 2 more: .*1\.png, .*3\.PNG"):
             run(root, tmp_path / "out")
-        Image.fromarray(np.zeros((7, 9), np.uint16)).save(root / "train/cat/0.jpg", "PNG")
+        Image.fromarray(np.zeros((7, 9), np.float32)).save(root / "train/cat/0.jpg", "TIFF")
         (root / "train/dog/3.PNG").unlink()
-        with pytest.raises(DataError, match=r"cat/0\.jpg cannot .*\(its pixels are I;16"):
+        with pytest.raises(DataError, match=r"cat/0\.jpg cannot .*\(its pixels are F, not of 8 or 16 bits"):
             run(root, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
@@ -199,6 +203,94 @@ class TestClassFolders:
         save(root / "train/dog/large.png", noise(12, 16, 3))
         with pytest.raises(DataError, match=r"2 sizes: 9x7 \(12, as .*\), 16x12 \(1, as .*large\.png\).*one size"):
             run(root, tmp_path / "out")
+
+
+class TestPhotographs:
+    """What owners have in their folders: several sizes, phones' orientation, transparency, links, no classes."""
+
+    def photos(self, root: Path) -> Path:
+        for index in range(4):
+            save(root / "ab"[index % 2] / f"{index}.png", noise(20 + index, 30 - index, 3))
+        return root
+
+    def test_size_and_crop_bring_them_to_one_size(self, tmp_path):
+        root = self.photos(tmp_path / "photos")
+        with pytest.raises(DataError, match=r"4 sizes: .*give --size"):
+            run(root, tmp_path / "out")
+        manifest = run(root, tmp_path / "out", frame=Frame(16))
+        assert manifest["shape"] == [3, 16, 16]
+        assert manifest["frame"] == {"size": 16, "resize": None, "crop": "centre", "enlarge": False}
+        data = load(f"imagefolder(path='{root}', size=16)")
+        assert manifest["input"]["images_and_labels"] == data.test.fingerprint(), "as the benchmark reads them"
+        with pytest.raises(ConfigError, match="another frame"):
+            run(root, tmp_path / "out", frame=Frame(16, crop="squeeze"))
+        with pytest.raises(DataError, match="4 of 4 images are smaller than 25 pixels"):
+            run(root, tmp_path / "large", frame=Frame(25))
+        assert run(root, tmp_path / "large", frame=Frame(25, enlarge=True))["shape"] == [3, 25, 25]
+
+    def test_the_command_takes_them_and_says_so(self, tmp_path):
+        arguments = ("protect", "--defense", "ops", "--in", self.photos(tmp_path / "photos"), "--out", tmp_path / "out")
+        assert "give --size, too" in complaint(bench(*arguments, "--crop", "squeeze"))
+        assert "use one of centre, squeeze" in complaint(bench(*arguments, "--size", "16", "--crop", "left"))
+        ended = bench(*arguments, "--size", "16", "--crop", "squeeze")
+        assert "16x16 pixels now, squeezed into a square" in ended.out
+
+    def test_what_changes_their_meaning_is_kept_or_named(self, tmp_path):
+        root, out = tmp_path / "photos", tmp_path / "out"
+        save(root / "a" / "0.tif", noise(8, 8, 3))
+        save(root / "a" / "deep" / "1.png", np.full((8, 8), 129 * 257, np.uint16))
+        turned, hole = noise(8, 8, 3), np.dstack((noise(8, 8, 3), noise(8, 8)))
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(np.ascontiguousarray(np.rot90(turned))).save(root / "a" / "2.png", exif=exif)
+        Image.fromarray(hole).save(root / "a" / "3.png")
+        (root / "b").mkdir()
+        Image.fromarray(noise(8, 8, 4), "CMYK").save(root / "b" / "4.tiff")
+        (root / ".git").mkdir()
+        save(root / ".git" / "5.png", noise(8, 8, 3))
+        manifest = run(root, out, "data-noise(eps=1/255)")
+        assert manifest["changed"] == {
+            "turned upright": ["a/2.png"], "16 bits a channel, now 8": ["a/deep/1.png"], "CMYK, now RGB": ["b/4.tiff"],
+        }  # fmt: skip
+        assert manifest["classes"] == {"a": 4, "b": 1}
+        assert abs(image(out / "a/2.png").astype(int) - turned).max() <= 1
+        assert np.array_equal(image(out / "a/3.png")[..., 3], hole[..., 3])
+        assert abs(image(out / "a/deep/1.png").astype(int) - 129).max() <= 1
+
+    def test_images_in_no_class_folders_do_for_a_defense_that_needs_none(self, tmp_path):
+        for index in range(5):
+            save(tmp_path / "flat" / f"{index}.jpg", noise(8, 8, 3))
+        with pytest.raises(DataError, match=r"the 5 images in .* lie in no class folders"):
+            run(tmp_path / "flat", tmp_path / "out")
+        with pytest.raises(DataError, match="lie in no class folders"):
+            run(tmp_path / "flat", tmp_path / "out", "data-noise(by=class)")
+        manifest = run(tmp_path / "flat", tmp_path / "out", "data-noise")
+        assert manifest["classes"] == {"images": 5}
+        assert sorted(contents(tmp_path / "out")) == [
+            "contact-sheet.png", *(f"images/{index}.png" for index in range(5)), "manifest.json",
+        ]  # fmt: skip
+        assert manifest["renamed"]["0.jpg"] == "images/0.png"
+
+    @pytest.mark.parametrize("layout", ["folders", "parquet"])
+    def test_links_that_lead_out_are_refused_by_name(self, tmp_path, layout):
+        secret = tmp_path / "passwd"
+        secret.write_text("root")
+        root = tmp_path / "pets"
+        if layout == "folders":
+            pets(root)
+            (root / "val" / "x").symlink_to(secret)
+        else:
+            write_parquet(root, {"train": list(map(png, noise(6, 32, 32, 3)))})
+            (root / "x").symlink_to(secret)
+        (root / "more").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(DataError, match=r"lead out of it \(more -> .*elsewhere, (val/)?x -> .*passwd\)"):
+            run(root, tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        (root / "more").unlink()
+        inside = root / ("val/x" if layout == "folders" else "x")
+        inside.unlink()
+        inside.symlink_to(next(root.rglob("*.p*")))
+        run(root, tmp_path / "out")
 
 
 class TestArrays:
@@ -299,7 +391,7 @@ class TestParquet:
         with pytest.raises(DataError, match="none of which starts with train"):
             run(tmp_path / "c", tmp_path / "nothing")
         pq.write_table(pa.table({"img": ["a.png"], "label": [0]}), tmp_path / "c" / "train.parquet")
-        with pytest.raises(DataError, match=r"columns img \(string\), label \(int64\); expected img or image"):
+        with pytest.raises(DataError, match=r"columns img \(string\), label \(int64\); expected img or image {bytes"):
             run(tmp_path / "c", tmp_path / "nothing")
         assert not (tmp_path / "nothing").exists()
 
@@ -388,6 +480,44 @@ class TestResuming:
         save(root / "train/cat/1.png", noise(7, 9, 3) // 9)
         with pytest.raises(ConfigError, match="another input"):
             run(root, out)
+
+
+    def test_images_that_were_planted_are_never_released(self, tmp_path):
+        root, out = pets(tmp_path / "pets"), tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt):
+            run(root, out, stop=40)
+        kept = out / ".protect" / "images.safetensors"
+        content = bytearray(kept.read_bytes())
+        content[-9] ^= 64
+        kept.write_bytes(content)
+        with pytest.raises(StoreError, match=r"images\.safetensors is not what was written there; delete it"):
+            run(root, out)
+        save_file({"images": torch.zeros(12, 3, 7, 9, dtype=torch.uint8)}, kept)
+        np.save(out / ".protect" / "images.npy", np.zeros((12, 3, 7, 9), np.uint8))
+        assert run(root, out)["output"]["images_and_labels"] == released(root)[1].fingerprint()
+
+    @pytest.mark.parametrize("name", ["/etc/passwd", "../pets/about.txt", "train/../../x", ""])
+    def test_manifests_that_name_files_elsewhere_are_refused(self, tmp_path, name):
+        root, out = pets(tmp_path / "pets"), tmp_path / "out"
+        manifest = run(root, out)
+        for files in ({**manifest["files"], name: "0" * 64}, None, ["x"]):
+            changed = {**manifest, "files": files} if files else {key: manifest[key] for key in {*manifest} - {"files"}}
+            (out / "manifest.json").write_text(json.dumps(changed))
+            with pytest.raises(ConfigError, match="was not written by bench protect"):
+                run(root, out)
+        (out / "manifest.json").write_text("[" * 100_000)
+        with pytest.raises(ConfigError, match="was not written by bench protect"):
+            run(root, out)
+
+    def test_an_output_folder_with_links_is_left_alone(self, tmp_path):
+        root, out = pets(tmp_path / "pets"), tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt):
+            run(root, out, stop=40)
+        (tmp_path / "mine").mkdir()
+        (out / "test").symlink_to(tmp_path / "mine")
+        with pytest.raises(ConfigError, match=r"holds links \(test\)"):
+            run(root, out)
+        assert not list((tmp_path / "mine").iterdir())
 
 
 class TestRefusals:

@@ -2,12 +2,14 @@
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from bench.cli.console import console, errors, path, say_stopped
 from bench.cli.console import device as find_device
+from bench.errors import ConfigError
+from bench.images import Crop, Frame
 from bench.interrupt import Stopped
 from bench.progress import Steps, duration
 from bench.protect import protect as protect_images
@@ -23,6 +25,13 @@ def protect(
     out: Annotated[
         Path, typer.Option(parser=path, help="New folder for the protected set, its manifest and a contact sheet.")
     ],
+    size: Annotated[
+        int | None, typer.Option(min=1, help="Make images of all sizes squares of so many pixels a side.")
+    ] = None,
+    crop: Annotated[
+        str, typer.Option(help="With --size: centre (fit the shorter side, cut out the centre) or squeeze.")
+    ] = "centre",
+    enlarge: Annotated[bool, typer.Option("--enlarge", help="With --size: enlarge images that are smaller.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of a random defense.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
 ) -> None:
@@ -30,13 +39,16 @@ def protect(
 
     The same command again goes on where it was stopped.
     """
+    if size is None and (crop != "centre" or enlarge):
+        raise ConfigError("--crop and --enlarge say how images become --size pixels wide and high; give --size, too")
+    frame = None if size is None else Frame(size, crop=cast(Crop, crop), enlarge=enlarge)
     where = find_device(device)
     if ".py:" in defense:
         errors.print(f"running code from {defense.split('.py:')[0]}.py", style="yellow", soft_wrap=True)
     started = time.monotonic()
     try:
         with Steps(console) as steps:
-            done = protect_images(defense, source, out, seed, where, steps)
+            done = protect_images(defense, source, out, seed, where, steps, frame)
     except Stopped as stop:
         say_stopped(f"stopped; what is done is kept in {out}, the same command goes on")
         raise typer.Exit(stop.exit_code) from None

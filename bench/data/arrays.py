@@ -1,7 +1,7 @@
 """One's own arrays, from a NumPy archive."""
 
+import math
 import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.data.holdout import find, hold_out
-from bench.dataset import Dataset, Split
+from bench.dataset import Dataset, Split, numbered
 from bench.errors import DataError
+from bench.memory import check_memory
 from bench.ranges import Few, Whole
 from bench.registry import datasets
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
+DEFLATED = 1032  # deflate shrinks to no less than so many times
 CHANNELS = (1, 3)  # the axis of this length holds the channels
 
 
@@ -59,7 +61,7 @@ class Npz:
             )
         train, calibration = hold_out(train)
         top = max(int(split.labels.max()) for split in (train, calibration, test) if len(split))
-        names = tuple(str(label) for label in range(top + 1 if self.classes is None else self.classes))
+        names = numbered(max(1, top + 1) if self.classes is None else self.classes, str(file))
         return Dataset(file.stem, names, train, calibration, test, flip=self.flip, shift=self.shift)
 
 
@@ -67,16 +69,38 @@ def read_arrays(file: Path, keys: Sequence[str] | None = None) -> dict[str, NDAr
     """The arrays of an ``.npz`` file: those of ``keys`` that it has, or all.
 
     Raises:
-        DataError: it cannot be read, or holds what is not a plain array.
+        DataError: it cannot be read, holds what is not a plain array, or claims more than it holds or memory can.
     """
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            return {key: archive[key] for key in (archive.files if keys is None else keys) if key in archive}
-    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            wanted = [key for key in (archive.files if keys is None else keys) if key in archive]
+            check_memory(sum(_claimed(archive.zip, key) for key in wanted), f"the arrays in {file}")
+            return {key: archive[key] for key in wanted}
+    except DataError:
+        raise
+    except Exception as error:  # bytes from anywhere meet parsers that raise whatever they trip over
+        reason = (str(error).splitlines() or [""])[0][:200]
         raise DataError(
-            f"{file} is not a readable .npz file of plain arrays ({type(error).__name__}); "
+            f"{file} is not a readable .npz file of plain arrays ({type(error).__name__}: {reason}); "
             "write it with numpy.savez(file, x_test=..., y_test=...)"
         ) from error
+
+
+def _claimed(archive: zipfile.ZipFile, key: str) -> int:
+    """The bytes of an array by its own header, before any is read.
+
+    Raises:
+        ValueError: its entry cannot hold so many.
+    """
+    entry = archive.getinfo(f"{key}.npy" if f"{key}.npy" in archive.namelist() else key)
+    with archive.open(entry) as opened:
+        version = np.lib.format.read_magic(opened)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = header(opened)
+        size = math.prod(shape) * dtype.itemsize
+        if size != entry.file_size - opened.tell() or entry.file_size > DEFLATED * max(entry.compress_size, 1):
+            raise ValueError(f"{key} claims {size:,} bytes, which it does not hold")
+    return size
 
 
 def pair(arrays: Mapping[str, NDArray[Any]], part: str, file: Path) -> Split:

@@ -1,22 +1,27 @@
 """CIFAR-10 and CIFAR-100, from Parquet files in the Hugging Face layout or from torchvision's own files."""
 
 import io
-import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
+from PIL import __version__ as pillow
 
 from bench.data.holdout import hold_out, require_folder
+from bench.data.tables import read_table
 from bench.dataset import Dataset, Split
-from bench.errors import ConfigError, DataError
+from bench.errors import ConfigError, DataError, StoreError
 from bench.extras import library
+from bench.files import slug
+from bench.images import COLOUR, GREY, in_parallel
+from bench.kept import cache_folder, keep_tensors, kept_tensors
 from bench.registry import added, datasets
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -112,38 +117,46 @@ def _load(
 
 
 def _from_parquet(file: Path, label: str) -> Split:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+    """The images in ``file``, decoded once and then kept in the cache folder, bound to the content of ``file``."""
     if not file.is_file():
         raise DataError(f"{file} is missing, though its other half is there; copy both the train and the test file")
     try:
-        columns = pq.read_schema(file).names
-        if not {"img", label} <= set(columns):
-            raise DataError(f"{file} has the columns {', '.join(columns)}; expected img {{bytes, path}} and {label}")
-        table = pq.read_table(file, columns=["img", label])
-        coded = table.column("img").combine_chunks().field("bytes").to_pylist()
-        labels = np.asarray(table.column(label).to_pylist(), dtype=np.int64)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{file} is not a readable Parquet file ({_line(error)}); download it again") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # columns of other types
-        raise DataError(f"{file}: {_line(error)}; expected img {{bytes, path}} and integers in {label}") from error
+        content = sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror or error}); check its rights") from None
+    # Another decoder may round otherwise.
+    recipe = f"{content} {label} pillow {pillow} jpeg {features.version('jpg')} zlib {features.version('zlib')}"
+    path = cache_folder() / f"{slug(file.stem)}-{sha256(recipe.encode()).hexdigest()[:32]}.safetensors"
+    kept = kept_tensors(path, recipe)
+    if kept is None:
+        split = _decoded(file, label)
+        kept = {"images": split.images, "labels": split.labels}
+        with suppress(StoreError):  # a cache that cannot be written costs time alone
+            keep_tensors(path, kept, recipe)
+    return Split(kept["images"], kept["labels"])
+
+
+def _decoded(file: Path, label: str) -> Split:
+    table, image, _ = read_table(file, ("img",), (label,))
+    coded = [entry and entry["bytes"] for entry in table.column(image).to_pylist()]
+    labels = table.column(label).to_numpy().astype(np.int64)
     images = np.empty((len(coded), SIDE, SIDE, 3), dtype=np.uint8)
 
     def decode(start: int) -> None:
         for row in range(start, min(start + 1000, len(coded))):
             images[row] = _decode(coded[row], f"{file}, row {row}")
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(decode, range(0, len(coded), 1000)))  # list() raises what a thread raised
+    in_parallel(decode, range(0, len(coded), 1000))
     return _split(images, labels)
 
 
 def _decode(coded: bytes | None, where: str) -> NDArray[np.uint8]:
     try:
         with Image.open(io.BytesIO(coded or b""), formats=("JPEG", "PNG")) as image:
+            if image.mode not in GREY + COLOUR:
+                raise ValueError(f"its pixels are {image.mode}, not of 8 bits a channel")
             pixels = np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises SyntaxError for a broken PNG chunk
+    except Exception as error:  # bytes from anywhere meet decoders that raise whatever they trip over
         raise DataError(f"{where}: cannot decode the image ({type(error).__name__}); download the file again") from None
     if pixels.shape != (SIDE, SIDE, 3):
         height, width, _ = pixels.shape

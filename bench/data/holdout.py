@@ -4,6 +4,7 @@ from pathlib import Path
 
 from bench.dataset import Split
 from bench.errors import DataError
+from bench.files import reachable
 
 
 def held_out(n: int) -> int:
@@ -25,7 +26,7 @@ def require_folder(data_dir: Path | None, name: str) -> Path:
     """
     if data_dir is None:
         raise DataError(f"{name} needs a folder of data sets; give --data-dir or set BENCH_DATA_DIR")
-    if not data_dir.is_dir():
+    if not reachable(data_dir, Path.is_dir):
         raise DataError(f"{name}: {data_dir} is not a folder; give --data-dir or set BENCH_DATA_DIR to one that exists")
     return data_dir
 
@@ -40,7 +41,7 @@ def find(path: str, data_dir: Path | None, name: str) -> Path:
     if data_dir is not None:
         places.append(data_dir / path)
     for place in places:
-        if place.exists():
+        if reachable(place):
             return place
     looked = " or ".join(dict.fromkeys(str(place) for place in places))
     raise DataError(f"{name}: no {looked}; check path, or give its folder with --data-dir or BENCH_DATA_DIR")

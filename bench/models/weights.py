@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import WeightsError
+from bench.files import reachable
 
 SHOWN = 3  # how many keys of each kind an error names
 
@@ -89,7 +90,7 @@ def _find(path: Path, model_dir: Path | None) -> tuple[Path, list[Path]]:
     """Where the weights are, and the files that hold them."""
     places = [path] if model_dir is None or path.is_absolute() else [path, model_dir / path]
     for place in places:
-        if place.is_file():
+        if reachable(place, Path.is_file):
             return place, [place]
         parts = sorted(place.parent.glob(f"{glob.escape(place.stem)}-?????-of-?????{glob.escape(place.suffix)}"))
         if parts:
@@ -109,7 +110,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         else:
             with warnings.catch_warnings():
                 # What comes of another protocol is seen below: either tensors or an error.
-                warnings.filterwarnings("ignore", message="Detected pickle protocol")
+                warnings.simplefilter("ignore")
                 content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(
@@ -126,6 +127,9 @@ def _read(file: Path) -> dict[str, Tensor]:
     for key, value in content.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
             raise WeightsError(f"{file} holds a {type(value).__name__} under {key!r}; save model.state_dict() alone")
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized or value.is_nested:
+            kind = "meta" if value.device.type == "meta" else str(value.layout).removeprefix("torch.")
+            raise WeightsError(f"{file} holds no plain numbers under {key!r} ({kind}); save dense tensors, on the CPU")
     return dict(content)
 
 
@@ -138,9 +142,24 @@ def _misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> lis
         for key, value in expected.items()
         if key in given and given[key].shape != value.shape
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen}
+    mistyped = [
+        f"{key} {_type(given[key])} instead of {_type(value)}"
+        for key, value in expected.items()
+        if key in given and _sort(given[key]) != _sort(value)
+    ]
+    nan = [key for key in expected if key in given and given[key].is_floating_point() and given[key].isnan().any()]
+    kinds = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshapen, "mistyped": mistyped, "NaN": nan}
     return [
         f"{len(keys)} {kind} ({', '.join(keys[:SHOWN])}{', ...' if len(keys) > SHOWN else ''})"
         for kind, keys in kinds.items()
         if keys
     ]
+
+
+def _sort(value: Tensor) -> tuple[bool, bool]:
+    """Whether its numbers are complex, and whether they are whole: what copying would lose."""
+    return value.is_complex(), not (value.is_complex() or value.is_floating_point())
+
+
+def _type(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
