@@ -125,8 +125,6 @@ def _check(split: Split, classes: int, where: str) -> None:
             f"{where}: images {tuple(images.shape)} and labels {tuple(labels.shape)}; "
             "expected images (N, C, H, W) and one label for each"
         )
-    if labels.ndim != 1 or labels.dtype != torch.int64:
-        raise DataError(f"{where}: labels are {labels.dtype} {tuple(labels.shape)}; expected int64 (N,)")
     if min(images.shape[1:]) < 1:
         raise DataError(f"{where}: images of shape {tuple(images.shape[1:])} have no pixels")
     if images.dtype not in (torch.uint8, torch.float32):
