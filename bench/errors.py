@@ -12,8 +12,19 @@
 """
 
 
+LONGEST = 2000  # characters of a message; what came may be a key of any length
+
+
 class BenchError(Exception):
-    """Something the user can mend; the message names what came, what was expected and the fix."""
+    """Something the user can mend; the message names what came, what was expected and the fix.
+
+    Of a message that is too long to read, the middle is left out.
+    """
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        half = LONGEST // 2
+        return message if len(message) <= LONGEST else f"{message[:half]} [...] {message[-half:]}"
 
 
 class ConfigError(BenchError, ValueError):
