@@ -87,11 +87,14 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
 
 
 def _choose(grids: list[dict[str, Any]], key: str, wanted: list[str]) -> list[dict[str, Any]]:
-    """``grids`` with those of their entries under ``key`` that ``wanted`` names, and with all that none of them has."""
+    """``grids`` with those of their entries under ``key`` that ``wanted`` names.
+
+    What no grid has stands beside what is picked, and where nothing is picked, in every grid.
+    """
     listed = [[entry for entry in _listed(grid.get(key, "none")) if isinstance(entry, str)] for grid in grids]
     new = [name for name in wanted if not any(_names(name, entry) for entries in listed for entry in entries)]
     kept = [[entry for entry in entries if any(_names(name, entry) for name in wanted)] for entries in listed]
-    return [{**grid, key: [*own, *new]} for grid, own in zip(grids, kept, strict=True) if own or new]
+    return [{**grid, key: [*own, *new]} for grid, own in zip(grids, kept, strict=True) if own or not any(kept)]
 
 
 def _names(name: str, entry: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from bench import registry
 from bench.cli import main
+from bench.cli.ls import _paragraphs
 from bench.registry import attacks, defenses, load_plugins
 from tests.test_cli import ROOT, bench, complaint
 from tests.test_reading import cell, store_rows
@@ -145,6 +146,21 @@ def test_ls_tells_of_one_name(kind, name, parameter, example):
     told = json.loads(bench("ls", kind, name, "--json").out)
     assert told["name"] == name
     assert example in told["example"]
+
+
+def test_a_docstring_is_broken_at_the_width_of_the_terminal():
+    about = "First\nline.\n\nArgs:\n    a: one\n        thing.\n    b: other.\n\n- x\n- y"
+    found = [(0, "First line."), (0, ""), (0, "Args:"), (4, "a: one thing."), (4, "b: other."), (0, "")]
+    assert _paragraphs(about) == [*found, (0, "- x"), (0, "- y")]
+
+
+def test_a_file_of_ones_own_cannot_take_a_name_of_ours(tmp_path):
+    (tmp_path / "take.py").write_text(str(BROKEN["takes_our_name"]))
+    arguments = ["--dataset", "digits", "--n", 2, "--model", "cnn", "--attack", f"{tmp_path / 'take.py'}:Square"]
+    ended = bench("run", *arguments, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert f"two attacks are named 'square'; rename the one in {tmp_path / 'take.py'}" in ended.err
+    assert attacks.factory("square").__module__ == "attacks.square"
 
 
 def test_ls_shows_a_suite_as_it_is_written():

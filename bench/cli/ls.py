@@ -8,6 +8,7 @@ from importlib import resources
 from typing import Annotated, Any, Literal, get_args
 
 import typer
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -75,7 +76,9 @@ def _tell(kind: str, name: str, as_json: bool) -> None:
     for key, value in facts.items():
         console.print(f"{key}: {_cell(value)}", soft_wrap=True)
     if about:
-        console.print(Text("\n" + "\n".join(in_terminal(line.rstrip()) for line in about.splitlines())))
+        console.print()
+        for indent, text in _paragraphs(about):
+            console.print(Padding(Text(in_terminal(text)), (0, 0, 0, indent)))
     if entry["parameters"]:
         console.print()
         table = Table(box=None, pad_edge=False, header_style="bold")
@@ -98,6 +101,20 @@ def _about(factory: Callable[..., Any]) -> str:
 
 def _unmarked(text: str) -> str:
     return re.sub(r":\w+:`~?([^`]*)`", r"\1", text).replace("``", "")
+
+
+def _paragraphs(about: str) -> list[tuple[int, str]]:
+    """The paragraphs of a docstring and their indents, to be broken at the width of the terminal."""
+    found: list[tuple[int, str]] = []
+    for line in about.splitlines():
+        text = line.strip()
+        indent, (above, before) = len(line) - len(line.lstrip()), found[-1] if found else (0, "")
+        goes_on = (indent == above == 0 and not before.endswith(":")) or indent > above > 0
+        if text and before and goes_on and not text.startswith("- "):
+            found[-1] = above, f"{before} {text}"
+        else:
+            found.append((indent, text))
+    return found
 
 
 def _example(kind: str, registry: Registry[Any], name: str) -> str:
