@@ -116,7 +116,8 @@ class Registry(Generic[T]):
     def defaults(self, spec: str) -> dict[str, Any]:
         """The defaults of what is registered under the name in ``spec``, by parameter; read as in :meth:`declared`."""
         load_plugins()
-        return parameters(self._factories.get(spec.partition("(")[0])) or {}
+        factory = self._factories.get(spec.partition("(")[0])
+        return (parameters(factory) or {}) if factory else {}
 
     def create(self, spec: Spec | str) -> T:
         """The component that ``spec`` describes, with its arguments checked against the types of its fields.
