@@ -33,13 +33,19 @@ class Split:
         return channels, height, width
 
     def pixels(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """The images at ``rows`` as float32 (n, C, H, W) in [0, 1]."""
+        """A copy of the images at ``rows`` as float32 (n, C, H, W) in [0, 1]."""
         images = self.images[rows]
-        return images.float() / 255 if images.dtype == torch.uint8 else images
+        if images.dtype == torch.uint8:
+            return images.float() / 255
+        return images.clone() if isinstance(rows, slice) else images  # a slice alone shares memory
 
     def subset(self, rows: Tensor | slice) -> "Split":
         """The samples at ``rows``, in that order."""
         return Split(self.images[rows], self.labels[rows])
+
+    def clone(self) -> "Split":
+        """The same samples in memory of their own."""
+        return Split(self.images.clone(), self.labels.clone())
 
     def to(self, device: torch.device | str) -> "Split":
         """The same split on ``device``."""
@@ -82,6 +88,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of the three splits."""
         return sha256("".join(split.fingerprint() for split in self._splits().values()).encode()).hexdigest()
+
+    def clone(self) -> "Dataset":
+        """The same data set in memory of its own, to be lent."""
+        return replace(self, **{name: split.clone() for name, split in self._splits().items()})
 
     def released(self, train: Split) -> "Dataset":
         """This data set with another training split, as a data defense releases it."""

@@ -15,6 +15,7 @@ from torch.nn.functional import one_hot
 
 from bench.audit import audit, confirm
 from bench.dataset import Dataset, Split
+from bench.errors import RefereeError
 from bench.grid import Task
 from bench.losses import margin
 from bench.norms import lp_norm
@@ -62,7 +63,8 @@ def attack_served(
     assert isinstance(attack, Attack)
     cell = task.cell
     rows = torch.tensor(ids)
-    x, y = task.data.test.pixels(rows).to(device), task.data.test.labels[rows].to(device)
+    labels = task.data.test.labels
+    x, y = task.data.test.pixels(rows).to(device), labels[rows].to(device)
     keys = rows.to(device)
     noise = SampleRng.create(cell.seed, keys, "defense")
 
@@ -81,6 +83,8 @@ def attack_served(
     x_adv = attack(referee.oracle, before, y[todo], cell.threat, stream) if len(todo) else before
     final = x.clone()
     final[todo] = referee.finish(x_adv)
+    if not (torch.equal(x, task.data.test.pixels(rows).to(device)) and torch.equal(y, labels[rows].to(device))):
+        raise RefereeError(f"{cell} has changed the clean images or the labels that it is measured by")
     after = _judge(target.plain, final, y, noise.fork("final"))
 
     ledger = referee.ledger
@@ -174,7 +178,7 @@ def learn_released(
         history[epoch:] = [_judge(ServedModel(network), x, y, unused).accuracy]
         job.scratch.save(piece, history)
 
-    network: nn.Module = task.attack(build, released, replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
+    network: nn.Module = task.attack(build, released.clone(), replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
     model = ServedModel(network)
     judged = _judge(model, x, y, unused)
     train = released.train

@@ -3,19 +3,22 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from bench import numerics
+from bench.audit import ROUNDED, difference
 from bench.cell import Component
 from bench.dataset import Dataset, Split
+from bench.errors import RefereeError
 from bench.grid import Task
 from bench.kept import keep_tensors, kept_tensors
+from bench.lent import Contents, changes, contents, own, restore_classes, some
 from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
 from bench.protocols import Job
@@ -23,8 +26,16 @@ from bench.registry import attacks, code_hash
 from bench.scratch import scratch
 from bench.served import ServedModel, Target
 from bench.threads import training_threads
+from bench.training import initialised
 
 Progress = Callable[[int, int], None]
+COMPARED = 64  # training images on which a trained network and its stored weights must agree
+
+
+class _Network(NamedTuple):
+    key: str
+    module: nn.Module
+    contents: Contents  # as it was made
 
 
 class Pipeline:
@@ -36,24 +47,30 @@ class Pipeline:
     def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
         self.folder, self.device, self.batch_size = folder, device, batch_size
         self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
-        self._last: tuple[str, nn.Module] | None = None  # neighbouring cells share their network
+        self._last: _Network | None = None  # neighbouring cells share their network
         self._released: tuple[str, Split] | None = None  # and their released training images
 
-    def target(self, task: Task) -> Target:
-        """What the attack of ``task`` meets."""
+    @contextmanager
+    def serving(self, task: Task) -> Iterator[Target]:
+        """What the attack of ``task`` meets, each model with a network of its own.
+
+        Raises:
+            RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
+        """
         mode = task.cell.numerics
-        return Target(
+        yield Target(
             self.served(task, mode), self.served(task, "plain"),
             self.undefended(task, mode), self.undefended(task, "plain"),
         )  # fmt: skip
+        self._compare(task)
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
-        return deploy(task, self._network(task), mode, self.device, self.batch_size)
+        return deploy(task, self._own_network(task), mode, self.device, self.batch_size)
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
-        converted = _in_numbers(task, self._network(task), mode, self.device)
+        converted = _in_numbers(task, self._own_network(task), mode, self.device)
         return ServedModel(converted.module, batch_size=self.batch_size, numbers=converted.facts)
 
     def released(self, task: Task, progress: Progress) -> Dataset:
@@ -80,13 +97,14 @@ class Pipeline:
     def train(self, task: Task, progress: Progress) -> None:
         """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
         key = _recipe_key(task)
-        if self._last is not None and self._last[0] == key:
+        if self._last is not None and self._last.key == key:
             return
         if task.architecture.trained:
             network = task.build()
         else:
             network = self._trained(task, key, progress)
-        self._last = key, network.to(self.device).eval()
+        network = numerics.plain(network.to(self.device))
+        self._last = _Network(key, network, contents(network))
 
     def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
@@ -98,29 +116,51 @@ class Pipeline:
             yield Job(task.cell.seed, self.device, progress, scratch=kept)
             kept.clear()
 
-    def _network(self, task: Task) -> nn.Module:
+    def _own_network(self, task: Task) -> nn.Module:
+        """A copy of the network of ``task``, to be changed at will."""
         self.train(task, lambda done, total: None)
         assert self._last is not None
-        return self._last[1]
+        return own(self._last.module, task.build)
+
+    def _compare(self, task: Task) -> None:
+        """Whether nobody has changed what the next cell will take up."""
+        assert self._last is not None
+        before, now = self._last.contents, contents(self._last.module)
+        if changed := changes(before, now):
+            restore_classes(before, now)
+            self._last = None  # the next cell makes its own
+            raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
+        self.check_data(task)
+
+    def check_data(self, task: Task) -> None:
+        """Whether the data set of ``task``, which other cells share, is what it was.
+
+        Raises:
+            RefereeError: it is not.
+        """
+        if replace(task.data).fingerprint != task.cell.data_hash:  # a new object, which has no hash yet
+            raise RefereeError(f"{task.cell} has changed images or labels of the data set that other cells share")
 
     def _trained(self, task: Task, key: str, progress: Progress) -> nn.Module:
         path = self._path(key)
         if (kept := kept_tensors(path, key)) is not None:
-            network: nn.Module = task.build()
-            put_weights(network, kept, path)
-            return network
+            stored: nn.Module = task.build()
+            put_weights(stored, kept, path)
+            return stored
         recipe: Any = task.chain.get("training") or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
-            network = recipe(task.build, released, job)
-            keep_tensors(path, network.cpu().state_dict(), key)
+            network = _bare(task, recipe(task.build, released.clone(), job).cpu().eval())
+            self.check_data(task)
+            keep_tensors(path, network.state_dict(), key)
         return network
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
         if (kept := self.kept_release(task)) is not None:
             return kept
         with self._job(task, key, progress) as job:
-            protected: Split = task.chain["data"](task.data, job)
+            protected: Split = task.chain["data"](task.data.clone(), job)
+            self.check_data(task)
             keep_tensors(self._path(key), {"images": protected.images}, key)
         return protected
 
@@ -129,12 +169,39 @@ class Pipeline:
         return self.folder / f"{key}.safetensors"
 
 
+def _bare(task: Task, network: nn.Module) -> nn.Module:
+    """The network of ``task`` with the weights of ``network``: what is kept, and what a later run will find.
+
+    Raises:
+        RefereeError: it does not answer as ``network`` does, which then has more to it than weights.
+    """
+    bare = initialised(task.build, Job(task.cell.seed)).eval()
+    x = task.data.train.pixels(slice(COMPARED))
+    try:
+        bare.load_state_dict(network.state_dict())
+        with torch.no_grad():
+            gap = float(difference(network(x.clone()), bare(x.clone())).amax())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise RefereeError(f"{_trainer(task)} returned another network than it was given to train: {error}") from error
+    if gap > ROUNDED:
+        raise RefereeError(
+            f"{_trainer(task)} returned a network that answers otherwise than its weights do (by {gap:.2g} of the "
+            "logits): a hook, an attribute or a layer around it would be lost when it is kept; train weights alone"
+        )
+    return bare
+
+
+def _trainer(task: Task) -> str:
+    return next((part.label for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "training"),
+                "the standard training")  # fmt: skip
+
+
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
     """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
     converted = _in_numbers(task, network, mode, device)
     served, random = converted.module, False
     if (defense := task.chain.get("output")) is not None:
-        served = defense(converted.module, task.data.calibration.to(device), task.cell.seed).eval()
+        served = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed).eval()
         random = defense.random
     return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts)
 

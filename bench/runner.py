@@ -143,7 +143,9 @@ def _learn(
     released = pipeline.released(task, count.epochs)
     seed_globals(task.cell.seed)
     with pipeline.learning(task, count.epochs) as job:  # what is trained is safe when it is saved
-        save(learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build))
+        measured = learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build)
+        pipeline.check_data(task)
+        save(measured)
 
 
 def _attack(
@@ -152,14 +154,13 @@ def _attack(
     ids = list(task.cell.ids[start:stop])
     pipeline.train(task, count.epochs)
     seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
-    target = pipeline.target(task)
     tables = []
-    for first in range(0, len(ids), batch_size):
-        part = ids[first : first + batch_size]
-        tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
-    records = pd.concat(tables, ignore_index=True)
-    numbers = target.searched.numbers
-    return Measured(records, *inspect(task, target), numbers) if start == 0 else Measured(records, numerics=numbers)
+    with pipeline.serving(task) as target:
+        for first in range(0, len(ids), batch_size):
+            part = ids[first : first + batch_size]
+            tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
+        records, numbers = pd.concat(tables, ignore_index=True), target.searched.numbers
+        return Measured(records, *inspect(task, target), numbers) if start == 0 else Measured(records, numerics=numbers)
 
 
 @dataclass(frozen=True)

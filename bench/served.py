@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.errors import RefereeError
 from bench.rng import SampleRng
 
 
@@ -15,8 +16,8 @@ class ServedModel:
     """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.
 
     ``random`` models take a SampleRng beside the images, with one stream for each of them. ``numbers`` says which
-    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images, so
-    that one which writes into its input changes nothing for whoever asks.
+    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images, and
+    its answers are copied, so that neither side can write into what the other holds.
     """
 
     module: nn.Module
@@ -25,7 +26,11 @@ class ServedModel:
     numbers: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
-        """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic."""
+        """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic.
+
+        Raises:
+            RefereeError: the module answers with something other than scores (B, K).
+        """
         if len(x) <= self.batch_size:
             return self._forward(x, rng)
         parts = torch.arange(len(x), device=x.device).split(self.batch_size)
@@ -33,9 +38,11 @@ class ServedModel:
         return torch.cat([self._forward(*pair) for pair in zip(x.split(self.batch_size), streams, strict=True)])
 
     def _forward(self, x: Tensor, rng: SampleRng) -> Tensor:
-        x = x.clone()
-        logits: Tensor = self.module(x, rng) if self.random else self.module(x)
-        return logits
+        logits: object = self.module(x.clone(), rng) if self.random else self.module(x.clone())
+        if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(x):
+            came = f"{tuple(logits.shape)} scores" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise RefereeError(f"{type(self.module).__name__} answers {len(x)} images with {came}; expected (B, K)")
+        return logits.clone()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""What components are lent: a network of their own, and what of ours has changed in their hands."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from hashlib import sha256
+from types import FunctionType, ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bench.errors import RefereeError
+
+PLAIN = (int, float, complex, str, bytes, bool, type(None))
+BEHAVIOUR = (FunctionType, classmethod, staticmethod, property)  # what of a class decides how its networks answer
+Contents = Mapping[str | tuple[type, str], Any]
+STORES = frozenset({"_parameters", "_buffers", "_modules"})      # attributes of a module, looked at one by one
+
+
+def own(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    """A copy of ``network`` that shares no tensor and no part with it.
+
+    What cannot be copied is built again and given the same weights.
+
+    Args:
+        build: makes the network anew, with whatever weights.
+
+    Raises:
+        RefereeError: it can be neither copied nor built again.
+    """
+    for make in (partial(copy.deepcopy, network), partial(_again, network, build)):
+        try:
+            made = make()
+        except Exception:  # noqa: S112  # copying and building run the network's own code, which may raise anything
+            continue
+        if not _share(network, made):
+            return made
+    raise RefereeError(
+        f"{type(network).__name__} can be neither copied nor built again, so its cells would share it; "
+        "let it be copied by copy.deepcopy, or make a new one at each call"
+    )
+
+
+def contents(network: nn.Module) -> Contents:
+    """All that decides the answers of ``network``, to be compared with what is there later.
+
+    Parameters, buffers, hooks and other attributes of each part by name, and the functions of their classes.
+    """
+    found: dict[str | tuple[type, str], Any] = {}
+    for name, part in network.named_modules():
+        tensors = dict((*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)))
+        attributes = {key: value for key, value in vars(part).items() if key not in STORES}
+        values = {key: _value(value, {}) for key, value in {**attributes, **tensors}.items()}
+        parts = {key: _Same(value) for key, value in part.named_children()}
+        found |= {f"{name}.{key}".lstrip("."): value for key, value in {**values, **parts}.items()}
+        for kind in type(part).__mro__:
+            found |= {(kind, key): _Same(value) for key, value in vars(kind).items() if isinstance(value, BEHAVIOUR)}
+    return found
+
+
+def changes(before: Contents, now: Contents) -> list[str]:
+    """The names under which two :func:`contents` differ, those of functions with their class."""
+    return [name if isinstance(name, str) else f"{name[0].__name__}.{name[1]}" for name in _changed(before, now)]
+
+
+def restore_classes(before: Contents, now: Contents) -> None:
+    """Give the classes in ``now`` the functions of ``before`` again, for networks that are not made yet."""
+    for name in _changed(before, now):
+        if not isinstance(name, str):
+            if name in before:
+                setattr(*name, before[name].held)
+            else:
+                delattr(*name)
+
+
+def _changed(before: Contents, now: Contents) -> list[str | tuple[type, str]]:
+    missing = object()
+    return [name for name in {**before, **now} if before.get(name, missing) != now.get(name, missing)]
+
+
+def some(names: list[str]) -> str:
+    """The first of ``names``, in a sentence."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+
+
+class _Same:
+    """Equal to what holds the very same object, and to nothing else."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.held is other.held
+
+    __hash__ = None  # type: ignore[assignment]  # compared and never looked up
+
+
+def _value(value: Any, seen: dict[int, Any]) -> Any:
+    """``value`` as something that stays as it is when ``value`` changes; ``seen`` has what is being looked at."""
+    if isinstance(value, PLAIN):
+        return value if value == value else repr(value)  # NaN is NaN
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), str(value.device), value.requires_grad, _digest(value)
+    if isinstance(value, np.ndarray):
+        return str(value.dtype), value.shape, sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+    if id(value) in seen or isinstance(value, (nn.Module, type, ModuleType, FunctionType)):
+        return _Same(value)
+    seen[id(value)] = value
+    if isinstance(value, Mapping):
+        return [(_value(key, seen), _value(each, seen)) for key, each in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_value(each, seen) for each in value]
+    inside = getattr(value, "__dict__", None)
+    return (_Same(value), _value(inside, seen)) if isinstance(inside, dict) else _Same(value)
+
+
+def _digest(value: Tensor) -> str:
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        return repr(value)
+    bytes_ = value.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return sha256(bytes_.numpy().data).hexdigest()
+
+
+def _again(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
+    made = build()
+    made.load_state_dict(network.state_dict())
+    device = next((tensor.device for tensor in _tensors(network)), torch.device("cpu"))
+    return made.to(device).train(network.training)
+
+
+def _share(network: nn.Module, other: nn.Module) -> bool:
+    """Whether the two have a part or the memory of a tensor in common."""
+    parts = {id(part) for part in network.modules()}
+    memory = {tensor.data_ptr() for tensor in _tensors(network) if tensor.numel()}
+    return any(id(part) in parts for part in other.modules()) or any(
+        tensor.numel() and tensor.data_ptr() in memory for tensor in _tensors(other)
+    )
+
+
+def _tensors(network: nn.Module) -> Iterable[Tensor]:
+    yield from network.parameters()
+    yield from network.buffers()
