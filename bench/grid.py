@@ -14,6 +14,7 @@ from bench.errors import BenchError, ConfigError
 from bench.models import check_logits, resolve
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
+from bench.protection import declared_threat
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.registry import attacks, datasets, defenses, describe
 from bench.rng import SampleRng
@@ -126,7 +127,8 @@ def _task(
     attack = attacks.create(attack_text)
     learns = attack.access == "training-data"
     _check_training(learns, chain, architecture, model, grid.dataset, data)
-    threat = _released_threat(chain) if learns else _served_threat(grid, attack)
+    released = declared_threat(chain["data"][1]) if "data" in chain else Threat("linf", 0.0, "training-data")
+    threat = released if learns else _served_threat(grid, attack)
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
     if grid.quantise and not learns:
@@ -199,11 +201,3 @@ def _served_threat(grid: Grid, attack: Attack | Learner) -> Threat:
     if grid.norm not in norms:
         raise ConfigError(f"this attack works in {', '.join(sorted(norms))}, not in {grid.norm}; change norm or attack")
     return Threat(grid.norm, grid.eps, attack.access, grid.queries)
-
-
-def _released_threat(chain: dict[str, Any]) -> Threat:
-    """What the defender allows itself to change in the data."""
-    if "data" not in chain:
-        return Threat("linf", 0.0, "training-data")
-    defense = chain["data"][1]
-    return Threat(defense.norm, float(defense.eps), "training-data")

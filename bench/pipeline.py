@@ -21,6 +21,7 @@ from bench.kept import keep_tensors, kept_tensors
 from bench.lent import Contents, changes, contents, own, restore_classes, some
 from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
+from bench.protection import check_release, declared_threat
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch
@@ -159,7 +160,8 @@ class Pipeline:
         if (kept := self.kept_release(task)) is not None:
             return kept
         with self._job(task, key, progress) as job:
-            protected: Split = task.chain["data"](task.data.clone(), job)
+            defense = task.chain["data"]
+            protected = check_release(defense(task.data.clone(), job), task.data.train, declared_threat(defense))
             self.check_data(task)
             keep_tensors(self._path(key), {"images": protected.images}, key)
         return protected

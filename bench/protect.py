@@ -21,13 +21,14 @@ from torch import Tensor
 import bench
 from bench.contact_sheet import contact_sheet
 from bench.dataset import Dataset, Split
-from bench.errors import ConfigError, DataError, StoreError
+from bench.errors import ConfigError, DataError, RefereeError, StoreError
 from bench.files import keep_file, reachable
 from bench.grid import pin
 from bench.images import Frame, in_parallel
 from bench.kept import keep_tensors, kept_tensors
 from bench.layouts import Bar, Source, digest_files, pixels, read_source
 from bench.perturbation import in_words, perturbation
+from bench.protection import check_release, declared_threat
 from bench.protocols import Defense, Job
 from bench.provenance import commit
 from bench.registry import code_hash, defenses
@@ -153,6 +154,7 @@ def _data_defense(text: str) -> tuple[Spec, Defense]:
         raise ConfigError(
             f"{specs[0].name} acts at the {component.stage} stage, on models; images take a data-stage defense: {known}"
         )
+    declared_threat(component)
     values = asdict(component) if is_dataclass(component) else specs[0].args
     return Spec(specs[0].name, values), component
 
@@ -233,16 +235,11 @@ def _short(value: Any, name: str) -> str:
 
 def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
     """The images (N, C, H, W) uint8 as the defense releases them."""
-    released: Split = component(data, job)
-    images = released.images.cpu()
-    if images.dtype != torch.uint8 or images.shape != data.train.images.shape:
-        raise ConfigError(
-            f"{name} released {images.dtype} images {tuple(images.shape)}; "
-            f"a data defense returns uint8 {tuple(data.train.images.shape)}"
-        )
-    if not torch.equal(released.labels.cpu(), data.train.labels):
-        raise ConfigError(f"{name} changed labels or their order; a data defense returns those it was given")
-    return images
+    released = component(data.clone(), job)
+    try:
+        return check_release(released, data.train, declared_threat(component)).images
+    except RefereeError as error:
+        raise ConfigError(f"{name} {error}") from None
 
 
 def _write_all(source: Source, train: Split, out: Path, bar: Bar) -> None:

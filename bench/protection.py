@@ -1,12 +1,19 @@
-"""Which training images a data defense protects, and how they go back among the others."""
+"""Which training images a data defense protects, how they go back among the others, and what it may release."""
+
+import math
 
 import torch
 from torch import Tensor
 
 from bench.dataset import Split, grey_levels
-from bench.errors import ConfigError
-from bench.protocols import Job
+from bench.errors import ConfigError, ThreatViolation
+from bench.norms import lp_norm
+from bench.protocols import Defense, Job
 from bench.rng import SampleRng
+from bench.threat import Threat
+
+CHUNK = 1 << 22  # values compared at a time, to bound memory
+ROUNDING = 1e-6  # what a distance may exceed its radius by, relative to radii above 1
 
 
 def check_share(share: float) -> None:
@@ -38,3 +45,45 @@ def merge(split: Split, rows: Tensor, protected: Tensor) -> Split:
     images = grey_levels(split).clone()
     images[rows] = protected.to(images.device)
     return Split(images, split.labels)
+
+
+def declared_threat(defense: Defense) -> Threat:
+    """What a data defense allows itself to change in an image.
+
+    Raises:
+        ConfigError: it does not say.
+    """
+    norm, eps = getattr(defense, "norm", None), getattr(defense, "eps", None)
+    if norm is None or eps is None:
+        raise ConfigError('a data defense declares its ball; add norm = "linf" and eps = 8/255, or what it keeps to')
+    return Threat(norm, float(eps), "training-data")
+
+
+def check_release(released: object, original: Split, threat: Threat) -> Split:
+    """What a data defense has released, on the CPU, after a look at whether it may.
+
+    Images are uint8, as many and as large as in ``original``, each in the ball of ``threat`` around its grey levels
+    there; labels are those of ``original`` in the same order.
+
+    Raises:
+        ThreatViolation: they are not.
+    """
+    if not isinstance(released, Split):
+        raise ThreatViolation(f"released a {type(released).__name__}; a data defense returns a bench.dataset.Split")
+    images, labels, before = released.images.cpu(), released.labels.cpu(), grey_levels(original)
+    if images.dtype != torch.uint8 or images.shape != before.shape:
+        raise ThreatViolation(
+            f"released {images.dtype} images {tuple(images.shape)}; a data defense returns uint8 {tuple(before.shape)}"
+        )
+    if labels.dtype != original.labels.dtype or not torch.equal(labels, original.labels):
+        raise ThreatViolation("changed labels or their order; a data defense returns those it was given")
+    step = max(1, CHUNK // math.prod(before.shape[1:]))
+    pairs = zip(images.split(step), before.split(step), strict=True)
+    distance = torch.cat([lp_norm((new.double() - old.double()) / 255, threat.norm) for new, old in pairs])
+    outside = distance > threat.eps + ROUNDING * max(1.0, threat.eps)
+    if outside.any():
+        raise ThreatViolation(
+            f"released {int(outside.sum()):,} of {len(images):,} images outside its {threat.norm} ball of "
+            f"{threat.eps:.4g}, up to {float(distance.max()):.4g} away; release what is declared"
+        )
+    return Split(images, labels)

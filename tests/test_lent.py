@@ -265,3 +265,15 @@ def test_everything_that_decides_an_answer_is_compared():
         "0.weight", "1._forward_pre_hooks", "1.running_mean", "2", "more", "scale", "table", "ReLU.forward"
     }  # fmt: skip
     assert not any(name.startswith(("0.bias", "1.running_var", "Linear", "Module")) for name in found)
+
+
+def test_a_release_outside_its_ball_fails_its_cells(here):
+    stronger = DEFENSES.replace('"linf", 1.0', '"linf", 2 / 255').replace(
+        "data.train.images.clone()", "255 - data.train.images"
+    )
+    Path("stronger.py").write_text(stronger)
+    shown = {"model": "cnn(width=4)", "defense": "stronger.py:Corrupting"}
+    learnt, attacked = rows(here / "rows", attack=["standard(epochs=1)", "square"], **shown)
+    for row in (learnt, attacked):
+        assert "released 1,000 of 1,000 images outside its linf ball of 0.007843, up to 1 away" in row.errors[0]
+    assert not list((here / "rows" / "networks").glob("*.safetensors"))

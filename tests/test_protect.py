@@ -36,7 +36,7 @@ DEFENSES = """
 from bench.dataset import Split
 
 class Base:
-    stage, version, paper = "data", 1, ""
+    stage, version, paper, norm, eps = "data", 1, "", "linf", 1 / 255
 
 class Counts(Base):
     \"\"\"Inverts the lowest bit; a file beside this one has a letter for each run.\"\"\"

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from bench.dataset import Split
-from bench.errors import ConfigError
-from bench.protection import merge, protected_rows
+from bench.errors import ConfigError, ThreatViolation
+from bench.protection import check_release, merge, protected_rows
 from bench.protocols import Job
+from bench.threat import Threat
 
 
 def split(count: int = 1000) -> Split:
@@ -47,3 +48,45 @@ def test_protected_images_go_back_to_their_rows_and_nothing_else_moves():
 def test_an_impossible_share_is_an_error(share):
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         protected_rows(split(), share, Job())
+
+
+def images_of(count=4):
+    return Split(torch.full((count, 1, 2, 2), 100, dtype=torch.uint8), torch.arange(count))
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "change", "fits"),
+    [
+        ("linf", 8 / 255, 8, True),
+        ("linf", 8 / 255, 9, False),
+        ("l2", 2 * 8 / 255, 8, True),  # four pixels by 8 levels
+        ("l2", 2 * 8 / 255, 9, False),
+        ("l0", 4.0, 8, True),
+        ("l0", 3.0, 8, False),
+    ],
+)
+def test_a_release_is_held_to_the_ball_that_is_declared(norm, eps, change, fits):
+    original = images_of()
+    released = Split(original.images.clone(), original.labels)
+    released.images[1] += change
+    threat = Threat(norm, eps, "training-data")
+    if fits:
+        assert check_release(released, original, threat).fingerprint() == released.fingerprint()
+    else:
+        with pytest.raises(ThreatViolation, match=rf"released 1 of 4 images outside its {norm} ball"):
+            check_release(released, original, threat)
+
+
+@pytest.mark.parametrize(
+    ("release", "complaint"),
+    [
+        (lambda split: None, "released a NoneType"),
+        (lambda split: Split(split.pixels(), split.labels), r"released torch.float32 images .* returns uint8"),
+        (lambda split: split.subset(slice(3)), r"released torch.uint8 images \(3, 1, 2, 2\)"),
+        (lambda split: Split(split.images, split.labels.flip(0)), "changed labels or their order"),
+        (lambda split: Split(split.images, split.labels.int()), "changed labels or their order"),
+    ],
+)
+def test_a_release_keeps_the_form_and_the_labels_it_was_given(release, complaint):
+    with pytest.raises(ThreatViolation, match=complaint):
+        check_release(release(images_of()), images_of(), Threat("linf", 1.0, "training-data"))
