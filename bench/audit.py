@@ -10,7 +10,6 @@ numbers of a network: in bf16, two batch sizes differ by more than the threshold
 
 import copy
 import math
-import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from bench.losses import margin
 from bench.norms import project
-from bench.rng import SampleRng
+from bench.rng import SampleRng, global_generators
 from bench.served import ServedModel
 from bench.threat import Threat
 
@@ -477,21 +476,11 @@ def _seeded(module: nn.Module, seed: int, device: torch.device) -> Iterator[None
 
     The global ones go on afterwards as if nothing had been drawn.
     """
-    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
     own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Generator)]
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would note down a seed for GPUs not yet in use
-        if device.type == "cuda":
-            torch.cuda.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
+    with global_generators(seed, device):
         for generator in own:
             generator.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(array)  # noqa: NPY002
+        yield
 
 
 @contextmanager

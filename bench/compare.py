@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import Any, Literal
 
 from bench.errors import ConfigError
+from bench.identity import placeless
 from bench.marks import MARKS
 from bench.outcomes import Share, is_control, query_budget, restricted
 from bench.spec import parse_chain
@@ -115,7 +116,7 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
 def _present(name: str, rows: Iterable[Row]) -> str:
     """The chain ``name`` as rows write it."""
     present = {row.cell.defense_name for row in rows}
-    written = " + ".join(map(str, parse_chain(name))) or "none"
+    written = " + ".join(str(placeless(spec)) for spec in parse_chain(name)) or "none"
     if written in present:
         return written
     near = get_close_matches(written, sorted(present), n=1)

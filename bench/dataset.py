@@ -91,7 +91,9 @@ class Dataset:
 
     def clone(self) -> "Dataset":
         """The same data set in memory of its own, to be lent."""
-        return replace(self, **{name: split.clone() for name, split in self._splits().items()})
+        return replace(
+            self, train=self.train.clone(), calibration=self.calibration.clone(), test=self.test.clone()
+        )
 
     def released(self, train: Split) -> "Dataset":
         """This data set with another training split, as a data defense releases it."""

@@ -39,7 +39,8 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
         budget = task.cell.threat.query_budget or 0
         queries = samples * min(budget, getattr(task.attack, "most_queries", budget))
         batch = min(batch_size, samples)
-        kind = (task.cell.dataset.spec, task.cell.model.spec, task.cell.defense_name, task.attack.access, batch)
+        parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *task.cell.defense))
+        kind = (*parts, task.attack.access, batch)
         if kind not in timings:
             timings[kind] = _seconds_per_query(task, device, batch)
         plans.append(Estimate(task, samples, queries, queries * timings[kind]))

@@ -125,7 +125,8 @@ class Inspector:
     def __call__(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Figures, and findings of :mod:`bench.audit` as plain values."""
         cell = task.cell
-        model = cell.data_hash, cell.model.spec, cell.weights_hash, cell.defense_name, cell.numerics, cell.seed
+        parts = tuple((part.spec, part.version) for part in (cell.model, *cell.defense))
+        model = cell.data_hash, parts, cell.weights_hash, cell.numerics, cell.seed
         key = *model, cell.threat.norm, cell.threat.eps, cell.ids[:INSPECTED]
         if key not in self._seen:
             self._seen[key] = self._inspect(task, target)

@@ -1,6 +1,7 @@
 """A suite, split into cells; every cell is checked before any runs."""
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -11,19 +12,20 @@ import torch
 from bench.cell import Cell, Component
 from bench.dataset import Dataset
 from bench.errors import BenchError, ConfigError
-from bench.models import check_logits, resolve
+from bench.identity import pin
+from bench.lent import fingerprint
+from bench.models import FromFile, check_logits, resolve
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
 from bench.protection import declared_threat
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
-from bench.registry import attacks, datasets, defenses, describe
-from bench.rng import SampleRng
-from bench.spec import Spec, parse_chain
+from bench.registry import attacks, datasets, defenses
+from bench.rng import SampleRng, global_generators
+from bench.spec import parse_chain
 from bench.suite import Grid, Suite
 from bench.threat import Norm, Threat
 
 STAGES = ("data", "training", "output")
-TRAITS = ("random", "rescaled", "batch-dependent", "stateful")  # attributes of components that tables mark
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,23 @@ class Task:
 
     def build(self) -> torch.nn.Module:
         """The network of the cell, with its weights where it comes with some."""
-        return self.architecture(len(self.data.classes), self.data.test.shape, self.model_dir)
+        return build(self.architecture, self.data, self.model_dir)
+
+
+def build(architecture: Architecture, data: Dataset, model_dir: Path | None) -> torch.nn.Module:
+    """The network of ``architecture`` for ``data``; one that comes with weights may draw, and draws the same each time.
+
+    Of an untrained one, whoever trains it seeds the initial weights.
+    """
+    with global_generators(0) if architecture.trained else nullcontext():
+        return architecture(len(data.classes), data.test.shape, model_dir)
+
+
+def weights_hash(network: torch.nn.Module, architecture: Architecture) -> str:
+    """A hash of the weights that ``network`` came with, of a user's own also of what else is in it; "" for none."""
+    if not architecture.trained:
+        return ""
+    return fingerprint(network) if isinstance(architecture, FromFile) else state_fingerprint(network)
 
 
 class Loader:
@@ -65,16 +83,15 @@ class Loader:
         source = datasets.create(text)
         if text not in self._datasets:
             self._datasets[text] = _load(text, source, self.data_dir)
-        return pin(text, source), self._datasets[text]
+        return pin(text, source, hashed=True), self._datasets[text]
 
     def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
         """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
         if (text, data_name) not in self._weights:
-            classes, shape = len(data.classes), data.test.shape
             with torch.random.fork_rng([]):  # on the CPU
-                network = architecture(classes, shape, self.model_dir)
-            check_logits(network, classes, shape)
-            self._weights[text, data_name] = state_fingerprint(network) if architecture.trained else ""
+                network = build(architecture, data, self.model_dir)
+            check_logits(network, len(data.classes), data.test.shape)
+            self._weights[text, data_name] = weights_hash(network, architecture)
         return self._weights[text, data_name]
 
 
@@ -104,17 +121,6 @@ def sample_ids(data: Dataset, n: int) -> tuple[int, ...]:
     return tuple(sorted(order[:n].tolist()))
 
 
-def pin(text: str, component: Any) -> Component:
-    """What a cell remembers of a component."""
-    version = getattr(component, "version", 1)
-    module = type(component).__module__
-    if module.startswith("bench_user_"):  # a user's own file: its hash tells one version from the next
-        version = f"{version}+{module.removeprefix('bench_user_')}"
-    traits = tuple(trait for trait in TRAITS if getattr(component, trait.replace("-", "_"), False))
-    stage, control = getattr(component, "stage", ""), bool(getattr(component, "surrogate", False))
-    return Component(str(Spec.parse(text)), version, describe(component), traits, stage, control)
-
-
 def _task(
     grid: Grid, model: str, defense: str, attack_text: str, seed: int, loader: Loader, limit: int | None
 ) -> Task:
@@ -135,7 +141,7 @@ def _task(
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
         dataset=data_component,
-        model=pin(model, architecture),
+        model=pin(model, architecture, hashed=True),
         defense=tuple(pin(*named) for named in chain.values()),
         attack=pin(attack_text, attack),
         threat=threat,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from hashlib import sha256
 from types import FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,27 @@ from torch import Tensor, nn
 
 from bench.errors import RefereeError
 
-PLAIN = (int, float, complex, str, bytes, bool, type(None))
+NUMBERS = (int, float, complex, bool)
+PLAIN = (*NUMBERS, str, bytes, type(None))
 BEHAVIOUR = (FunctionType, classmethod, staticmethod, property)  # what of a class decides how its networks answer
 Contents = Mapping[str | tuple[type, str], Any]
 STORES = frozenset({"_parameters", "_buffers", "_modules"})      # attributes of a module, looked at one by one
+MODULE = frozenset(vars(nn.Module()))                            # attributes of every module
+
+
+def fingerprint(network: nn.Module) -> str:
+    """A hash of what decides the answers of ``network`` beside its classes: the same in every process and folder.
+
+    Tensors and numbers among its parameters, buffers and attributes, and the code of compiled parts.
+    """
+    digest = sha256()
+    for name, value in contents(network).items():
+        if isinstance(name, str) and name.rpartition(".")[2] not in MODULE:
+            digest.update(repr((name, _numbers(value))).encode())
+    for part in network.modules():
+        if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "code"):
+            digest.update(part.code.encode())
+    return digest.hexdigest()
 
 
 def own(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
@@ -33,7 +50,7 @@ def own(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
     for make in (partial(copy.deepcopy, network), partial(_again, network, build)):
         try:
             made = make()
-        except Exception:  # noqa: S112  # copying and building run the network's own code, which may raise anything
+        except Exception:  # copying and building run the network's own code, which may raise anything
             continue
         if not _share(network, made):
             return made
@@ -97,14 +114,21 @@ class _Same:
     __hash__ = None  # type: ignore[assignment]  # compared and never looked up
 
 
+class _Array(NamedTuple):
+    dtype: str
+    shape: tuple[int, ...]
+    learns: bool
+    digest: str
+
+
 def _value(value: Any, seen: dict[int, Any]) -> Any:
     """``value`` as something that stays as it is when ``value`` changes; ``seen`` has what is being looked at."""
     if isinstance(value, PLAIN):
         return value if value == value else repr(value)  # NaN is NaN
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), str(value.device), value.requires_grad, _digest(value)
+        return _Array(str(value.dtype), tuple(value.shape), value.requires_grad, _digest(value))
     if isinstance(value, np.ndarray):
-        return str(value.dtype), value.shape, sha256(np.ascontiguousarray(value).tobytes()).hexdigest()
+        return _Array(str(value.dtype), value.shape, False, sha256(np.ascontiguousarray(value).tobytes()).hexdigest())
     if id(value) in seen or isinstance(value, (nn.Module, type, ModuleType, FunctionType)):
         return _Same(value)
     seen[id(value)] = value
@@ -114,6 +138,13 @@ def _value(value: Any, seen: dict[int, Any]) -> Any:
         return [_value(each, seen) for each in value]
     inside = getattr(value, "__dict__", None)
     return (_Same(value), _value(inside, seen)) if isinstance(inside, dict) else _Same(value)
+
+
+def _numbers(value: Any) -> Any:
+    """What of a :func:`_value` is numbers, which are the same elsewhere."""
+    if isinstance(value, list | tuple) and not isinstance(value, _Array):
+        return [_numbers(each) for each in value]
+    return value if isinstance(value, (*NUMBERS, _Array)) else None
 
 
 def _digest(value: Tensor) -> str:

@@ -86,7 +86,7 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
         return Converted(plain(network), reason=f"it cannot be copied ({_named(error)})")
     with torch.no_grad(), torch.random.fork_rng(devices=[images.device] if images.is_cuda else []):
         try:
-            logits, again = reference(images), reference(images)
+            logits, again = reference(images.clone()), reference(images.clone())  # it may write into them
             spread, noise = float(logits.max() - logits.min()), _distance(logits, again)
         except Exception as error:
             return Converted(plain(copy.deepcopy(network)), reason=f"it fails on real images ({_named(error)})")
@@ -96,7 +96,7 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
         for folded in (True, False) if fold else (False,):
             try:
                 converted = _convert(network, images, folded)
-                found = [_distance(logits, converted.module(images)) for _ in range(2)]
+                found = [_distance(logits, converted.module(images.clone())) for _ in range(2)]
             except Exception as error:
                 reason = reason or f"faster numbers fail ({_named(error)})"
                 continue
@@ -117,7 +117,7 @@ def fold_batch_norm(network: nn.Module, images: Tensor) -> int:
     """
     seen = _Watch()
     with torch.no_grad(), seen:
-        network(images)
+        network(images.clone())
     layers = [module for module in network.modules() if not _hooked(module) and not module.training]
     convolutions = {id(layer.weight): layer for layer in layers if type(layer) is nn.Conv2d}
     norms = {id(layer.running_mean): layer for layer in layers if type(layer) is nn.BatchNorm2d}

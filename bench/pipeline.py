@@ -16,7 +16,7 @@ from bench.audit import ROUNDED, difference
 from bench.cell import Component
 from bench.dataset import Dataset, Split
 from bench.errors import RefereeError
-from bench.grid import Task
+from bench.grid import Task, weights_hash
 from bench.kept import keep_tensors, kept_tensors
 from bench.lent import Contents, changes, contents, own, restore_classes, some
 from bench.models.weights import put_weights
@@ -102,6 +102,8 @@ class Pipeline:
             return
         if task.architecture.trained:
             network = task.build()
+            if weights_hash(network, task.architecture) != task.cell.weights_hash:
+                raise RefereeError(f"{task.cell.model.label} gives other weights at each call; seed what it draws")
         else:
             network = self._trained(task, key, progress)
         network = numerics.plain(network.to(self.device))

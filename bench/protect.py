@@ -23,7 +23,7 @@ from bench.contact_sheet import contact_sheet
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, RefereeError, StoreError
 from bench.files import keep_file, reachable
-from bench.grid import pin
+from bench.identity import pin
 from bench.images import Frame, in_parallel
 from bench.kept import keep_tensors, kept_tensors
 from bench.layouts import Bar, Source, digest_files, pixels, read_source

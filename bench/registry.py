@@ -15,6 +15,7 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
+from bench import user_code
 from bench.errors import ConfigError
 from bench.interrupt import Stopped
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
@@ -92,9 +93,9 @@ class Registry(Generic[T]):
         """
         if name in self._factories:
             return self._factories[name]
+        if (named := user_code.named_file(name)) is not None:
+            return _from_file(*named, self.kind)
         prefix, colon, rest = name.partition(":")
-        if prefix.endswith(".py"):
-            return _from_file(prefix, rest, self.kind)
         if colon and rest and prefix + ":" in self._families:
             family = self._families[prefix + ":"]
             return lambda **args: family(rest, **args)
@@ -275,31 +276,16 @@ def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> di
     return typed
 
 
-def _from_file(path: str, name: str, kind: str) -> Callable[..., Any]:
-    """A component in the user's own file, ``path/to/file.py:Name``; the file's hash becomes its version."""
-    file = Path(path)
+def _from_file(file: Path, name: str, kind: str) -> Callable[..., Any]:
+    """A component in the user's own file, ``path/to/file.py:Name``."""
     if not name:
-        raise ConfigError(f"{path!r} names a file; add the component in it, as in {path}:Name")
+        raise ConfigError(f"{str(file)!r} names a file; add the component in it, as in {file}:Name")
     if not file.is_file():
-        raise ConfigError(f"no file {path!r} for {kind} {path}:{name}; check the path")
-    digest = sha256(file.read_bytes()).hexdigest()[:12]
-    module_name = f"bench_user_{digest}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, file)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException as error:  # sys.exit among it
-            del sys.modules[module_name]
-            if isinstance(error, Stopped | KeyboardInterrupt):
-                raise
-            raise ConfigError(f"{path} does not import: {type(error).__name__}: {error}") from error
-    factory = getattr(sys.modules[module_name], name, None)
+        raise ConfigError(f"no file {str(file)!r} for {kind} {file}:{name}; check the path")
+    module = user_code.load(file)
+    factory = getattr(module, name, None)
     if factory is None:
-        raise ConfigError(f"{path} has no {name!r}; it defines {', '.join(_public(sys.modules[module_name]))}")
+        raise ConfigError(f"{file} has no {name!r}; it defines {', '.join(_public(module))}")
     return factory  # type: ignore[no-any-return]
 
 

@@ -5,10 +5,14 @@ depend on who shares the batch, on the batch size, on the order or on the device
 """
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -92,6 +96,27 @@ class SampleRng:
         angle = 2 * math.pi * _unit(words, 16)
         pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=2)
         return pairs.flatten(1)[:, :size].reshape(-1, *shape)
+
+
+@contextmanager
+def global_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
+    """Python's, NumPy's and torch's generators (a GPU's too, on such a ``device``) at ``seed``, for foreign code.
+
+    They go on afterwards as if nothing had been drawn.
+    """
+    cuda = device is not None and device.type == "cuda"
+    python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng([device] if cuda else []):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would note down a seed for GPUs not yet in use
+        if cuda:
+            torch.cuda.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(array)  # noqa: NPY002
 
 
 def _unit(words: Tensor, shift: int) -> Tensor:

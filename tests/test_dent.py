@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
-from bench.grid import pin
+from bench.identity import pin
 from bench.models.resnet import ResNet20
 from bench.registry import defenses, describe
 from defenses.dent import Adapted, entropy

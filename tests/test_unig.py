@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
-from bench.grid import pin
+from bench.identity import pin
 from bench.models.resnet import ResNet20
 from bench.registry import defenses
 from bench.rng import SampleRng

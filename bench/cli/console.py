@@ -1,5 +1,6 @@
 """What commands share: where they print, what they say of mistakes and of users' code, and the device."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import torch
 import typer
 
 from bench.errors import BenchError, ConfigError
-from bench.grid import Task
+from bench.identity import code_files
+from bench.spec import Spec
 from bench.terminal import Terminal
 
 console = Terminal()
@@ -35,12 +37,9 @@ def path(text: str) -> Path:
     return Path(text)
 
 
-def say_whose_code(tasks: list[Task]) -> None:
-    """Tell the user which files of theirs this run executes."""
-    cells = [task.cell for task in tasks]
-    components = [part for cell in cells for part in (cell.dataset, cell.model, cell.attack, *cell.defense)]
-    files = sorted({part.spec.split(".py:")[0] + ".py" for part in components if ".py:" in part.spec})
-    for file in files:
+def say_whose_code(specs: Iterable[Spec]) -> None:
+    """Tell the user which files of theirs the components ``specs`` execute, before they do."""
+    for file in sorted({file for spec in specs for file in code_files(spec)}):
         errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
 
 

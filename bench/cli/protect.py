@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
-from bench.cli.console import console, errors, path, say_stopped
+from bench.cli.console import console, errors, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.errors import ConfigError
 from bench.images import Crop, Frame
@@ -14,6 +14,7 @@ from bench.interrupt import Stopped
 from bench.progress import Steps, duration
 from bench.protect import protect as protect_images
 from bench.protect import report
+from bench.spec import parse_chain
 
 
 def protect(
@@ -43,8 +44,7 @@ def protect(
         raise ConfigError("--crop and --enlarge say how images become --size pixels wide and high; give --size, too")
     frame = None if size is None else Frame(size, crop=cast(Crop, crop), enlarge=enlarge)
     where = find_device(device)
-    if ".py:" in defense:
-        errors.print(f"running code from {defense.split('.py:')[0]}.py", style="yellow", soft_wrap=True)
+    say_whose_code(parse_chain(defense))
     started = time.monotonic()
     try:
         with Steps(console) as steps:

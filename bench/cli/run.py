@@ -19,6 +19,7 @@ from bench.leaderboard import render
 from bench.pipeline import Pipeline
 from bench.progress import Screen, duration
 from bench.runner import run as run_tasks
+from bench.spec import Spec, parse_chain
 from bench.standings import tables
 from bench.store import Store
 from bench.suite import load_suite
@@ -75,7 +76,9 @@ def run(
         model_dir = data_dir.resolve().parent / "models"
     out = out or Path("runs") / plan.name
     data_dir, model_dir = (path and path.resolve() for path in (data_dir, model_dir))  # wherever a component goes
-    say_whose_code(tasks := expand(plan, Loader(data_dir, model_dir), limit))
+    alone = [Spec.parse(name) for grid in plan.grid for name in (grid.dataset, *grid.model, *grid.attack)]
+    say_whose_code([*alone, *(spec for grid in plan.grid for chain in grid.defense for spec in parse_chain(chain))])
+    tasks = expand(plan, Loader(data_dir, model_dir), limit)
     store = Store(out.resolve())
     if dry_run:
         _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
