@@ -82,9 +82,9 @@ def run(*arguments: object, model: object = "cnn", attack: str = "square") -> En
 
 
 def complaint(ended: Ended) -> str:
-    """The one line that a mistake earns."""
+    """The one line that a mistake earns, after those that say whose code has run."""
     assert ended.code == 2
-    (line,) = ended.err.splitlines()
+    (line,) = (line for line in ended.err.splitlines() if not line.startswith("running code from"))
     assert line.startswith("error: ")
     assert ended.out == ""
     return line

@@ -39,7 +39,7 @@ def path(text: str) -> Path:
 
 def say_whose_code(specs: Iterable[Spec]) -> None:
     """Tell the user which files of theirs the components ``specs`` execute, before they do."""
-    for file in sorted({file for spec in specs for file in code_files(spec)}):
+    for file in sorted({file for spec in specs for file in code_files(spec) if file.is_file()}):
         errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
 
 
