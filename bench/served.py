@@ -16,8 +16,8 @@ class ServedModel:
     """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.
 
     ``random`` models take a SampleRng beside the images, with one stream for each of them. ``numbers`` says which
-    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images, and
-    its answers are copied, so that neither side can write into what the other holds.
+    numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images,
+    and its answers are copied, so that neither side can write into what the other holds.
     """
 
     module: nn.Module
