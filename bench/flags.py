@@ -27,6 +27,7 @@ from bench.store import Row
 
 SIGNIFICANT = 0.01
 HALF_THE_RANGE = 0.5  # an linf radius at which nothing can be robust
+KAPPA, LEAST = 0.1, 20  # how far above chance a model is expected to be, and images below which chance may explain much
 GAIN, IDLE = 0.1, 0.02  # what a defense must gain against scores, and may not gain elsewhere, to have confused queries
 
 
@@ -105,9 +106,32 @@ def _alone(rows: Sequence[Row]) -> list[Sign]:
     """Flags of a served model by itself."""
     checks = (
         _invalid_answers, _constraint_violation, _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
-        _transfer_beats_queries, _noise_beats_attacks, _survives_any_radius,
+        _transfer_beats_queries, _noise_beats_attacks, _survives_any_radius, _explained_by_chance,
     )  # fmt: skip
     return [sign for check in checks if (sign := check(rows))]
+
+
+def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:
+    """Clean predictions that agree with the truth hardly more than if neither knew of the other.
+
+    A model whose images are normalised twice, or not at all, looks like that, and nothing can be said of its
+    robustness. Measured by Cohen's kappa, which is 0 for chance and for a constant answer, and 1 for the truth.
+    """
+    row = max(rows, key=lambda row: len(row.records))
+    predicted, true = column(row, "clean_pred"), column(row, "y")
+    if len(predicted) < LEAST:
+        return None
+    classes = np.union1d(predicted, true)
+    shares = [np.array([(labels == each).mean() for each in classes]) for labels in (predicted, true)]
+    chance, right = float(shares[0] @ shares[1]), int((predicted == true).sum())
+    above = stats.binomtest(right, len(true), min(chance, 1.0), alternative="greater").pvalue < SIGNIFICANT
+    if above and right / len(true) - chance > KAPPA * (1 - chance):
+        return None
+    return Sign(
+        "explained-by-chance",
+        f"{100 * right / len(true):.1f} % of the clean images are right (n={len(true)}), where predictions that know "
+        f"nothing of them would get {100 * chance:.1f} %; check how images are normalised and classes numbered",
+    )
 
 
 def _invalid_answers(rows: Sequence[Row]) -> Sign | None:

@@ -82,6 +82,14 @@ def confused(gain: int, idle: int, room: int = 40, n: int = 100, attack: str = "
     ]  # fmt: skip
 
 
+def predicted(right: int, n: int = 1000, classes: int = 10) -> Row:
+    """A row of ``n`` samples in equal classes; ``right`` are right when clean, the others evenly wrong."""
+    y = np.arange(n) % classes
+    off = 1 + np.arange(n) // classes % (classes - 1)
+    clean_pred = np.where(np.arange(n) >= n - right, y, (y + off) % classes)
+    return recorded(met("square", right, n=n, at=0), y=y, clean_pred=clean_pred)
+
+
 # Of 100 samples, 8 against none are significant (exact two-sided p = 2 / 2^8), 7 are not.
 PLANTED = {
     "invalid-answers": [met("square", 90, invalid=True)],
@@ -98,6 +106,7 @@ PLANTED = {
     ],
     "confuses-queries": confused(11, 1),
     "trend-reversal": [found(met("square", 90), True)],
+    "explained-by-chance": [predicted(150)],  # as after normalising twice
 }  # fmt: skip
 
 
@@ -163,6 +172,9 @@ NEAR_MISSES = {
     "6 of 50 against scores": confused(6, 0, n=50, room=20),
     "labels take little undefended": confused(20, 0, room=10),
     "no gain against noise": confused(20, 0, attack="noise"),
+    "a fifth of ten classes is right": [predicted(210)],
+    "three quarters of two classes are right": [predicted(750, classes=2)],
+    "none of few is right": [predicted(0, n=19)],
     "nothing found": [found(met("square", 90), False)],
     "learners and failures": [learner(9, 10, "d"), row([], "d", asked=4, error="boom")],
 }  # fmt: skip
@@ -171,6 +183,12 @@ NEAR_MISSES = {
 @pytest.mark.parametrize("rows", NEAR_MISSES.values(), ids=NEAR_MISSES)
 def test_what_stays_inside_the_noise_fires_nothing(rows):
     assert fired(rows) == []
+
+
+@pytest.mark.parametrize("rows", [[predicted(100)], [predicted(530, classes=2)], [predicted(3, n=20)],
+                                  [recorded(predicted(100), clean_pred=3)]])  # fmt: skip
+def test_what_chance_explains_is_said(rows):
+    assert fired(rows) == [("d", "explained-by-chance")]
 
 
 class TestRadii:
@@ -282,7 +300,7 @@ def test_a_planted_defense_shows_its_flags_in_the_table_and_in_the_file(tmp_path
     )  # fmt: skip
     assert ended.code == 0, ended.err
     kept = json.loads((out / "flags.json").read_text())
-    assert {flag["defense"] for flag in kept} == {mirror}, "the undefended model shows none"
+    assert {flag["defense"] for flag in kept} == {"mirror.py:Mirror"}, "the undefended model shows none"
     assert {flag["flag"] for flag in kept} == {
         "trend-reversal", "transfer-beats-queries", "budget-does-not-help", "confuses-queries",
     }  # fmt: skip
