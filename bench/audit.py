@@ -10,9 +10,10 @@ numbers of a network: in bf16, two batch sizes differ by more than the threshold
 
 import copy
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def audit(
     """Every flag, fired or not.
 
     Each of 256 images costs 23 forwards of the model and 12 of its twin, or 35 and 6 where answers are random; a batch
-    coupling costs 3 more to confirm.
+    coupling costs 3 more to confirm. What a probe could not see because it failed is a finding, too.
 
     Args:
         served: the defended model, in plain numbers.
@@ -74,12 +75,36 @@ def audit(
             :func:`confirm`.
     """
     with torch.no_grad():
-        probe = _Probe(served, twin, x, y, threat, seed)
-        return [
-            *randomness(probe), batch_coupling(probe), state(probe), *outputs(probe), *input_precision(probe),
-            *mode(probe), inference_optimisation(probe, declared), introspection(probe), trend(probe),
-            changed_predictions(probe),
-        ]  # fmt: skip
+        try:
+            probe = _Probe(served, twin, x, y, threat, seed)
+        except (Exception, SystemExit) as error:  # a model that cannot be asked twice, perhaps
+            return [_unseen({"all": error}, len(x))]
+        looks: dict[str, Callable[[_Probe], Finding | list[Finding]]] = {
+            "randomness": randomness, "batch coupling": batch_coupling, "state": state, "outputs": outputs,
+            "input precision": input_precision, "written inputs": written_inputs, "mode": mode,
+            "inference optimisation": partial(inference_optimisation, declared=declared),
+            "introspection": introspection, "trend": trend, "changed predictions": changed_predictions,
+        }  # fmt: skip
+        findings: list[Finding] = []
+        failed: dict[str, BaseException] = {}
+        for name, look in looks.items():
+            try:
+                found = look(probe)
+            except (Exception, SystemExit) as error:  # the model's own code may raise anything at all
+                failed[name] = error
+            else:
+                findings += [found] if isinstance(found, Finding) else found
+        return [*findings, _unseen(failed, len(x))]
+
+
+def _unseen(failed: Mapping[str, BaseException], n: int) -> Finding:
+    """What could not be looked at, and why: what it would have shown is not known."""
+    reasons = "; ".join(
+        f"{name} ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]})"
+        for name, error in failed.items()
+    )
+    said = f"probes that failed: {reasons}" if failed else "every probe ran"
+    return Finding("failed-probes", bool(failed), float(len(failed)), 0.0, n, said)
 
 
 def confirm(findings: Collection[Finding], declared: Collection[str]) -> list[Finding]:
@@ -192,7 +217,13 @@ def randomness(probe: _Probe) -> list[Finding]:
     right = probe.prediction == probe.y
     lucky = float((probe.votes != probe.y).any(dim=0)[right].float().mean()) if right.any() else 0.0
     draws = len(probe.draws)
+    noise = probe.noise
     return [
+        Finding(
+            "unkeyed-randomness", noise > EXACT, noise, EXACT, probe.n,
+            f"under the same streams, logits move by up to {noise:.2g} of their size as other generators do (torch's, "
+            "NumPy's or Python's): such noise belongs to no sample, so answers depend on the batch and on the order",
+        ),
         Finding(
             "random-outputs", gap > EXACT or flips > 0, gap, EXACT, probe.n,
             f"over {draws} fresh draws the logits of an image move by up to {gap:.2g} of their size, and the class "
@@ -311,6 +342,22 @@ def input_precision(probe: _Probe) -> list[Finding]:
     return findings
 
 
+def written_inputs(probe: _Probe) -> Finding:
+    """Whether a forward writes into the images it is given.
+
+    Served models are lent copies, so no figure depends on it; with any other user of the model it might.
+    """
+    model, few = probe.fresh(), probe.rows[: COPIES[0]]
+    given, streams = probe.x[few].clone(), probe.streams.fork(0)[few]
+    with _seeded(model.module, 0, given.device):
+        model.module(given, streams) if model.random else model.module(given)
+    share = float((given != probe.x[few]).flatten(1).any(dim=1).float().mean())
+    return Finding(
+        "written-inputs", share > 0, share, 0.0, len(few),
+        f"{share:.1%} of the images that it was given were written into; it is lent copies, which keeps figures right",
+    )  # fmt: skip
+
+
 def mode(probe: _Probe) -> list[Finding]:
     """Whether parts are in training mode, or queries change parameters or buffers (RF-06)."""
     training = sum(module.training for module in probe.served.module.modules())
@@ -420,6 +467,8 @@ def sawtooth(real: Tensor, shown: Tensor) -> list[float]:
     width = float(real.quantile(0.98)) / bins
     index = (real / width).long()
     filled = [bin_ for bin_ in range(bins) if int((index == bin_).sum()) >= 3]
+    if len(filled) < 2:  # as margins of one value have no bin below the largest
+        return []
     medians = torch.stack([shown[index == bin_].median() for bin_ in filled])
     jumps = (medians.diff() > (medians.amax() - medians.amin()) / 2).nonzero().squeeze(1).tolist()
     return [width * (filled[jump] + filled[jump + 1] + 1) / 2 for jump in jumps]
@@ -462,6 +511,8 @@ def _noise(probe: _Probe) -> str:
 
 
 def _lead(scores: Tensor) -> Tensor:
+    if scores.shape[1] < 2:  # nothing to lead
+        return scores.new_full((len(scores),), torch.inf)
     best, second = scores.topk(2, dim=1).values.unbind(1)
     return best - second
 

@@ -241,13 +241,27 @@ class OtherClasses(Wrapped):
         return z.roll(1, dims=1)
 
 
+class MovesImages(Wrapped):
+    def before(self, x):
+        shown = x.clone()
+        x.zero_()
+        return shown
+
+
+class RefusesGradients(Wrapped):
+    def before(self, x):
+        if torch.is_grad_enabled():
+            raise RuntimeError("no gradients here")
+        return x
+
+
 BROKEN = {
     Wrapped: set(),
-    HiddenNoise: {"random-outputs"},
-    LoudNoise: {"random-outputs", "first-hit-inflation"},
-    OwnGenerator: {"random-outputs"},
-    NumpyNoise: {"random-outputs"},
-    SystemNoise: {"random-outputs"},
+    HiddenNoise: {"random-outputs", "unkeyed-randomness"},
+    LoudNoise: {"random-outputs", "first-hit-inflation", "unkeyed-randomness"},
+    OwnGenerator: {"random-outputs", "unkeyed-randomness"},
+    NumpyNoise: {"random-outputs", "unkeyed-randomness"},
+    SystemNoise: {"random-outputs", "unkeyed-randomness"},
     MixedRows: {"batch-coupling"},
     BatchMean: {"batch-coupling"},
     Counting: {"state"},
@@ -268,6 +282,8 @@ BROKEN = {
     Invalid: {"invalid-outputs"},
     Huge: {"saturated-scores"},
     OtherClasses: {"changes-predictions"},
+    MovesImages: {"written-inputs"},
+    RefusesGradients: {"failed-probes"},
 }
 
 
@@ -296,7 +312,53 @@ def test_a_broken_defense_fires_its_flags_and_no_other(broken):
     assert fired(found) == BROKEN[broken], "\n".join(finding.evidence for finding in found if finding.fired)
 
 
+def test_a_probe_that_fails_is_a_finding_and_the_others_are_there():
+    found = {finding.flag: finding for finding in found_in(RefusesGradients)}
+    assert found["failed-probes"].statistic == 1
+    assert found["failed-probes"].evidence == "probes that failed: introspection (RuntimeError: no gradients here)"
+    assert {finding.flag for finding in found_in(Wrapped)} - set(found) == {"introspection"}
+
+
+def test_a_model_that_answers_once_is_a_finding():
+    class Once(Wrapped):
+        asked = 0
+
+        def before(self, x):
+            Once.asked += 1
+            if Once.asked > 1:
+                raise SystemExit("closed")
+            return x
+
+    (finding,) = findings(Once())
+    assert (finding.flag, finding.fired) == ("failed-probes", True)
+    assert "SystemExit: closed" in finding.evidence
+
+
+@pytest.mark.parametrize("answer", [
+    lambda z: torch.nn.functional.one_hot(z.argmax(1), CLASSES).float(), lambda z: z + 1e9, lambda z: z[:, :1],
+], ids=["one-hot", "far from zero", "one class"])  # fmt: skip
+def test_extreme_scores_are_probed_to_the_end(answer):
+    class Extreme(nn.Module):
+        def forward(self, x):
+            return answer(NETWORK(x))
+
+    served, y = ServedModel(Extreme().eval()), answer(NETWORK(X)).argmax(1)
+    found = {finding.flag: finding for finding in audit(served, served, X, y, LINF, 0, ())}
+    assert not found["failed-probes"].fired, found["failed-probes"].evidence
+    json.dumps([asdict(finding) for finding in found.values()], allow_nan=False)
+
+
 class TestRandomness:
+    def test_noise_that_no_stream_controls_is_seen_where_randomness_is_declared(self):
+        class Global(nn.Module):
+            def forward(self, x, rng):
+                return NETWORK(x) + 0.01 * torch.randn(len(x), CLASSES)
+
+        kept = fired(findings(Noisy(NETWORK, 0.01), random=True, declared={"random"}))
+        loose = findings(Global().eval(), random=True, declared={"random"})
+        assert "unkeyed-randomness" not in kept
+        assert "unkeyed-randomness" in fired(loose)
+
     @pytest.mark.parametrize("sigma", [0.01, 0.3, 2.0])
     def test_declared_noise_of_any_size_is_nothing_but_random(self, sigma):
         found = findings(Noisy(NETWORK, sigma).eval(), random=True)
