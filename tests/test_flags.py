@@ -300,12 +300,12 @@ def test_a_planted_defense_shows_its_flags_in_the_table_and_in_the_file(tmp_path
     )  # fmt: skip
     assert ended.code == 0, ended.err
     kept = json.loads((out / "flags.json").read_text())
-    assert {flag["defense"] for flag in kept} == {"mirror.py:Mirror"}, "the undefended model shows none"
+    assert {flag["defense"].partition(" #")[0] for flag in kept} == {"mirror.py:Mirror"}, "the undefended model shows none"
     assert {flag["flag"] for flag in kept} == {
         "trend-reversal", "transfer-beats-queries", "budget-does-not-help", "confuses-queries",
     }  # fmt: skip
     for flag in kept:
-        assert f"- {mirror}: **{flag['flag']}**. {flag['evidence']}." in ended.out
+        assert f"- {flag['defense']}: **{flag['flag']}**. {flag['evidence']}." in ended.out
 
 
 def test_a_folder_in_the_place_of_the_file_is_one_line(tmp_path):
