@@ -9,7 +9,7 @@ checklist. Where several rows fire a flag, the widest effect is the evidence.
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     served: dict[tuple[str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cell.attack.spec, query_budget(row))):
         if not row.cell.learns and len(row.records):
-            served.setdefault((row.cell.defense_name, row.cell.seed), []).append(row)
+            served.setdefault((row.cell.defense_label, row.cell.seed), []).append(row)
     return served
 
 
@@ -93,7 +93,7 @@ def _undefended(cell: Cell) -> str:
     # An old row does not say where the defense of a user's file acts; most act on outputs.
     if not cell.defense or cell.defense[-1].stage not in ("output", ""):
         return ""
-    return " + ".join(part.spec for part in cell.defense[:-1]) or "none"
+    return replace(cell, defense=cell.defense[:-1]).defense_label
 
 
 def _probed(rows: Sequence[Row]) -> list[Sign]:

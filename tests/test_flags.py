@@ -87,7 +87,7 @@ def predicted(right: int, n: int = 1000, classes: int = 10) -> Row:
     y = np.arange(n) % classes
     off = 1 + np.arange(n) // classes % (classes - 1)
     clean_pred = np.where(np.arange(n) >= n - right, y, (y + off) % classes)
-    return recorded(met("square", right, n=n, at=0), y=y, clean_pred=clean_pred)
+    return recorded(met("square", right, n=n, at=0), y=y, clean_pred=clean_pred, final_pred=clean_pred)
 
 
 # Of 100 samples, 8 against none are significant (exact two-sided p = 2 / 2^8), 7 are not.
@@ -300,7 +300,8 @@ def test_a_planted_defense_shows_its_flags_in_the_table_and_in_the_file(tmp_path
     )  # fmt: skip
     assert ended.code == 0, ended.err
     kept = json.loads((out / "flags.json").read_text())
-    assert {flag["defense"].partition(" #")[0] for flag in kept} == {"mirror.py:Mirror"}, "the undefended model shows none"
+    (defense,) = {flag["defense"] for flag in kept}  # the undefended model shows none
+    assert defense.startswith("mirror.py:Mirror #")
     assert {flag["flag"] for flag in kept} == {
         "trend-reversal", "transfer-beats-queries", "budget-does-not-help", "confuses-queries",
     }  # fmt: skip
