@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
-from bench.cli.console import console, errors, path, say_stopped, say_whose_code
+from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.errors import ConfigError
 from bench.images import Crop, Frame
