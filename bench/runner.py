@@ -3,7 +3,8 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,8 +18,10 @@ from bench.interrupt import Stopped, stoppable
 from bench.pipeline import Pipeline
 from bench.process_state import seed_globals, undisturbed
 from bench.provenance import provenance
+from bench.served import Target
 from bench.shards import Shard
 from bench.store import Row, Store
+from bench.witness import Witness
 
 
 class Reporter(Protocol):
@@ -156,11 +159,25 @@ def _attack(
     seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
     tables = []
     with pipeline.serving(task) as target:
+        witness = _witness(task, target) if start == 0 else None
         for first in range(0, len(ids), batch_size):
             part = ids[first : first + batch_size]
-            tables.append(attack_served(task, target, part, pipeline.device, partial(count.queries, first)))
+            met = replace(target, searched=witness.watch(target.searched)) if witness and first == 0 else target
+            tables.append(attack_served(task, met, part, pipeline.device, partial(count.queries, first)))
         records, numbers = pd.concat(tables, ignore_index=True), target.searched.numbers
-        return Measured(records, *inspect(task, target), numbers) if start == 0 else Measured(records, numerics=numbers)
+        if start:
+            return Measured(records, numerics=numbers)
+        figures, findings = inspect(task, target)
+        return Measured(records, figures, [*findings, *([asdict(witness.finding())] if witness else [])], numbers)
+
+
+def _witness(task: Task, target: Target) -> Witness | None:
+    """Who watches the attack; nobody where answers are said to depend on earlier queries, or cannot be had twice."""
+    if any("stateful" in defense.traits for defense in task.cell.defense):
+        return None
+    with suppress(Exception):  # copying runs the model's own code
+        return Witness(target.searched)
+    return None
 
 
 @dataclass(frozen=True)
