@@ -1,5 +1,6 @@
 """Projected gradient descent."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -18,23 +19,30 @@ from bench.threat import Access, Norm, Threat
 @attacks("pgd")
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Steepest descent on the margin (or on the log-likelihood) with projection, from random starts.
+    """Steepest descent on the log-likelihood (or on the margin) with projection, from random starts.
 
     Costs ``restarts * (steps + 1)`` forward and ``restarts * steps`` backward passes; a sample stops at its first
-    success, and the last iterate of every restart is asked about, too.
+    success, and the last iterate of every restart is asked about, too. The first step is ``rel_step * eps`` long; under
+    the ``cosine`` schedule steps fall to nothing over ``steps``, so a budget below ``steps`` cuts them short.
+
+    The defaults are measured ones. Images left after 40 steps from one start in linf, on digits with ``cnn`` (300
+    images), undefended at eps 0.1 and adversarially trained at eps 0.2, and on CIFAR-10 with ResNet-20 (100) at 1/255:
+    constant steps of eps / 10 on the margin 68.0, 37.0 and 39.0 %, on the likelihood 65.7, 28.7 and 39.0 %, falling
+    steps on the likelihood from eps 63.7 and 21.3 %, from 2 eps 63.0, 19.3 and 38.0 %.
 
     Source: Madry et al., 2018, arXiv:1706.06083, section 2.1; random l2 starts are uniform in the ball.
     """
 
     steps: int = 40
-    rel_step: float = 0.1
+    rel_step: float = 2.0
     restarts: int = 1
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce"] = "ce"
     start: Literal["random", "clean"] = "random"
+    schedule: Literal["cosine", "constant"] = "cosine"
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2  # 1 took constant steps of 0.1 eps on the margin
     paper: ClassVar[str] = "Madry et al., 2018, arXiv:1706.06083"
 
     def __post_init__(self) -> None:
@@ -61,7 +69,7 @@ class PGD:
                 now = u[rows]
                 if step < self.steps:
                     logits, gradient = oracle.gradients(now, loss, rows)
-                    move = self.rel_step * threat.eps * steepest(gradient, threat.norm)
+                    move = self._size(step) * threat.eps * steepest(gradient, threat.norm)
                     u[rows] = project(now - move, x[rows], threat)
                 else:
                     logits = oracle.scores(now, rows)
@@ -70,6 +78,11 @@ class PGD:
                 best[rows] = torch.where(per_sample(better), now, best[rows])
                 lowest[rows] = torch.where(better, value, lowest[rows])
         return best
+
+    def _size(self, step: int) -> float:
+        """The length of a step as a share of eps."""
+        left = (1 + math.cos(math.pi * step / self.steps)) / 2 if self.schedule == "cosine" else 1.0
+        return self.rel_step * left
 
     def _start(self, x: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """Points drawn uniformly from the ball around ``x``, then clamped to the box."""
