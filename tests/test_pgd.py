@@ -38,7 +38,7 @@ def test_cost_is_as_stated_and_the_budget_holds(budget, forwards, backwards):
 
 
 def test_steps_fall_from_twice_the_radius_to_nothing():
-    """Constant steps of a tenth leave 28.7 % of 300 digits on an adversarially trained network where these leave 19.3."""
+    """Constant steps of a tenth leave 28.7 % of 300 digits on an adversarially trained network, these 19.3 %."""
     sizes = [PGD(steps=4)._size(step) for step in range(5)]
     assert sizes == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0])
     assert {PGD(steps=4, rel_step=0.1, schedule="constant")._size(step) for step in range(4)} == {0.1}
