@@ -73,11 +73,12 @@ def attack_served(
     undefended = _judge(target.undefended, x, y, noise)
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
+    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages", "alone")}
     surrogate = target.undefended if getattr(attack, "surrogate", False) else None
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, **rules,
-        surrogate=surrogate, attack=cell.attack.spec, on_spent=lambda spent: on_spent(saved + spent),
+        classes=len(task.data.classes), surrogate=surrogate, attack=cell.attack.spec,
+        on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()
     stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.name}")

@@ -137,6 +137,8 @@ def _task(
     threat = released if learns else _served_threat(grid, attack)
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
+    if hasattr(attack, "check"):
+        attack.check(len(data.classes), data.test.shape)
     if grid.quantise and not learns:
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(

@@ -31,10 +31,12 @@ class Attack(Protocol):
     ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
     ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget; ``minimal = True``
     for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside;
+    ``lookahead = True`` for white-box attacks that ask where they do not go, outside the ball or the box;
     ``averages = True`` where the k queries of one call are k draws of one image: each is paid for, and success is a
     misclassified mean of their logits; ``alone = True`` where the queries of a row in one call are to be a batch of
     their own; and ``surrogate = True`` where it works on the undefended network, found at ``oracle.surrogate``; that
-    makes it a control, which stands in no worst case.
+    makes it a control, which stands in no worst case. A method ``check(classes, shape)`` may refuse data, of images
+    (C, H, W), by a ConfigError before anything runs.
     """
 
     @property

@@ -91,9 +91,9 @@ def measure(run: Callable[[], float], clock: Clocked) -> tuple[float, float, flo
 def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> float:
     """The robust accuracy that ``attack`` leaves before the referee."""
     ids = torch.arange(len(here.x), device=here.x.device)
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
+    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages", "alone")}
     served = ServedModel(network, batch_size=1024 if here.x.is_cuda else 256)  # as the command line does
-    referee = Referee(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), **rules)
+    referee = Referee(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), classes=10, **rules)
     referee.finish(attack(referee.oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
     return float((referee.ledger.first_hit == NEVER).float().mean())
 

@@ -122,4 +122,4 @@ def attack_with(
     """Run ``attack`` before ``referee`` and return the final examples."""
     ids = torch.arange(len(x)) if ids is None else ids
     stream = SampleRng.create(seed, ids, "attack")
-    return referee.finish(attack(referee.oracle, x.clone(), y, referee._threat, stream))
+    return referee.finish(attack(referee.oracle, x.clone(), y, referee.threat, stream))

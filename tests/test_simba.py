@@ -88,7 +88,7 @@ def test_the_length_counts_the_accepted_steps(basis):
     x = images(5)
     y = Linear()(x).argmax(1)
     oracle = referee(Watch(), x, y, norm="l2", eps=5.0, budget=60)
-    x_adv = SimBA(basis=basis, step=step)(oracle, x, y, oracle._threat, SampleRng.create(0, torch.arange(5), "a"))
+    x_adv = SimBA(basis=basis, step=step)(oracle, x, y, oracle.threat, SampleRng.create(0, torch.arange(5), "a"))
     assert (oracle.ledger.first_hit == NEVER).all()
     best, accepted = leads[0], torch.zeros(5)
     for lead, query in zip(leads[1:], queries[1:], strict=True):

@@ -40,7 +40,8 @@ def ls(
     elif kind == "suites":
         listed = [{"name": name, "title": title} for name, title in suite_names().items()]
     else:
-        listed = [_entry(REGISTRIES[kind], name) for name in _names(kind)]
+        registry = REGISTRIES[kind]
+        listed = [entry for name in _names(kind) for entry in (_entry(registry, name), *_members(registry, name))]
     if as_json:
         print(json.dumps(listed, indent=1))
         return
@@ -157,6 +158,12 @@ def _norms(factory: Any) -> list[str]:
     """The norms that an attack declares; none where only the attack itself can tell."""
     norms = getattr(factory, "norms", ())
     return sorted(map(str, norms)) if isinstance(norms, frozenset | set | tuple | list) else []
+
+
+def _members(registry: Registry[Any], name: str) -> list[dict[str, Any]]:
+    """What a family says of those whom it names, usable or not."""
+    members: dict[str, dict[str, Any]] = getattr(registry.factory(name), "members", {}) if name.endswith(":") else {}
+    return [{"name": name + member, **says} for member, says in sorted(members.items())]
 
 
 def _declared(value: Any) -> str:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.errors import AccessError
-from bench.oracle.foreign import ForeignView
+from bench.oracle.foreign import ForeignView, Order
 from bench.served import ServedModel
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class Oracle:
     Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order. So do
     the queries of a sample that is named several times. A sample that was misclassified once, or that has spent its
     budget, gets no more answers: NaN scores, label -1, zero gradients. The ball and the box are checked before anything
-    is answered; minimum-norm attacks (``minimal``) are held to the box in their queries, and to the ball in what counts
-    as success and in what they return.
+    is answered; minimum-norm attacks (``minimal``) are held to the box in their queries, and those that look ahead
+    (``lookahead``) to nothing, but both to the ball and the box in what counts as success and in what they return.
     """
 
     __slots__ = ("__referee",)
@@ -34,6 +34,11 @@ class Oracle:
     def query_budget(self) -> int:
         """How many queries each sample may cost."""
         return self.__referee.query_budget
+
+    @property
+    def classes(self) -> int:
+        """How many classes the data have."""
+        return self.__referee.classes
 
     @property
     def surrogate(self) -> ServedModel:
@@ -93,9 +98,18 @@ class Oracle:
         self.__referee.charge(rows, answered)
         return logits.detach(), gradient
 
-    def as_module(self) -> nn.Module:
-        """The oracle in the shape that foreign attacks expect: a network that maps images to logits."""
-        return ForeignView(self.__referee)
+    def as_module(
+        self, rows: Tensor | None = None, order: Order = "ball", *, moved: bool = False, ends: bool = False
+    ) -> ForeignView:
+        """The oracle in the shape that foreign attacks expect: a network that maps images to logits.
+
+        See :class:`bench.oracle.foreign.ForeignView`, which says how it knows whose image it is asked about.
+
+        Raises:
+            AccessError: in this order that could not be told.
+        """
+        rows = torch.arange(self.__referee.size) if rows is None else rows
+        return ForeignView(self.__referee, rows.to(self.__referee.device), order, moved, ends)
 
     def __reduce__(self) -> NoReturn:
         raise AccessError("an attack tried to copy its oracle; queries to a copy would not count")

@@ -10,6 +10,7 @@ from bench.errors import AccessError, RefereeError, ThreatViolation
 from bench.losses import margin
 from bench.norms import lp_norm, per_sample
 from bench.oracle.attacker import Oracle
+from bench.oracle.bounds import TOLERANCE, limit
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.repeats import repeats
 from bench.oracle.rounding import check_levels, eight_bit
@@ -17,7 +18,6 @@ from bench.rng import SampleRng
 from bench.served import ServedModel
 from bench.threat import Threat
 
-TOLERANCE = 1e-6  # what float32 rounding may add to a distance; grows with radii above 1
 REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU
 
 
@@ -39,10 +39,13 @@ class Referee:
         quantise: round every query to 8 bit first, as a service that takes images does.
         minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
             misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
+        lookahead: a white-box attack looks where it does not go. Its queries may leave the ball and the box; only one
+            inside both can be a hit.
         averages: the k queries of a call are draws of its first image, whatever the others show, and are judged
             together: by the mean of the logits that were answered, k or as many as the budget leaves.
         alone: forward the queries of each row as a batch of their own, for an attack on defenses that couple a batch.
             What a row is answered then depends on its own queries alone; it costs a forward pass for each row.
+        classes: how many the data have.
         surrogate: the undefended network in plain float32, for an attack that declares ``surrogate``.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
@@ -58,24 +61,30 @@ class Referee:
         *,
         quantise: bool = False,
         minimal: bool = False,
+        lookahead: bool = False,
         averages: bool = False,
         alone: bool = False,
+        classes: int | None = None,
         surrogate: ServedModel | None = None,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
     ) -> None:
         if threat.query_budget is None:
             raise AccessError(f"{attack}: a threat without a query budget grants no queries")
+        if lookahead and threat.access != "gradients":
+            raise AccessError(f"{attack}: only attacks that differentiate may look ahead; a service is asked inside")
         if quantise:
             check_levels(x, threat)
         x, y = x.detach().clone(), y.clone()
         self.ledger = Ledger.blank(x)
         self.query_budget = threat.query_budget
         self.oracle = Oracle(self)
-        self._model, self._x, self._y, self._threat, self._rng = model, x, y, threat, rng
+        self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
         self._quantise, self._minimal, self._averages, self._alone = quantise, minimal, averages, alone
-        self._surrogate, self._attack, self._on_spent = surrogate, attack, on_spent
-        self._reach = math.inf if minimal else threat.eps  # how far queries may go
+        self._surrogate, self.attack, self._on_spent = surrogate, attack, on_spent
+        self._lookahead, self._classes = lookahead, classes
+        self.reach = math.inf if minimal or lookahead else threat.eps  # how far queries may go
+        self._margin = math.inf if lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active, self._active_x = self._all_rows(), x
         self._lent = self._active.clone()  # what attacks are given; the same object until somebody drops out
@@ -86,8 +95,29 @@ class Referee:
     def surrogate(self) -> ServedModel:
         """See :attr:`Oracle.surrogate`."""
         if self._surrogate is None:
-            raise AccessError(f"{self._attack} asked for the undefended network; declare surrogate = True")
+            raise AccessError(f"{self.attack} asked for the undefended network; declare surrogate = True")
         return self._surrogate
+
+    @property
+    def classes(self) -> int:
+        """See :attr:`Oracle.classes`."""
+        if self._classes is None:
+            raise AccessError(f"{self.attack} asked how many classes there are, and nobody has told the referee")
+        return self._classes
+
+    @property
+    def size(self) -> int:
+        """How many samples there are."""
+        return len(self._x)
+
+    @property
+    def device(self) -> torch.device:
+        """Where they are."""
+        return self._x.device
+
+    def images(self, rows: Tensor) -> Tensor:
+        """The clean images (n, C, H, W) of ``rows``, to be kept."""
+        return self._x[rows]
 
     @property
     def live(self) -> Tensor:
@@ -111,9 +141,9 @@ class Referee:
 
     def grant(self, *access: str) -> None:
         """Raise an AccessError unless the threat grants one of ``access``."""
-        if self._threat.access not in access:
+        if self.threat.access not in access:
             raise AccessError(
-                f"{self._attack} asked for {access[0]}, but its threat grants {self._threat.access}; "
+                f"{self.attack} asked for {access[0]}, but its threat grants {self.threat.access}; "
                 f"declare access = {access[0]!r}"
             )
 
@@ -137,12 +167,12 @@ class Referee:
                 self._compare_lent()
             rows, clean = self._active, self._active_x
         elif rows.dtype != torch.int64 or rows.ndim != 1:
-            raise ThreatViolation(f"{self._attack} named rows by {rows.dtype} {tuple(rows.shape)}; give (n,) positions")
+            raise ThreatViolation(f"{self.attack} named rows by {rows.dtype} {tuple(rows.shape)}; give (n,) positions")
         else:
             again, clean = repeats(rows), self._x[rows]
         if many.shape[:1] + many.shape[2:] != clean.shape:
             raise ThreatViolation(
-                f"{self._attack} asked about images {tuple(x.shape)} of {len(clean)} samples; "
+                f"{self.attack} asked about images {tuple(x.shape)} of {len(clean)} samples; "
                 f"expected {tuple(clean.shape)}, or k queries each, ({len(clean)}, k, C, H, W)"
             )
         if again is None:
@@ -164,14 +194,14 @@ class Referee:
         """
         if x_adv.shape != self._x.shape or x_adv.dtype != self._x.dtype:
             raise ThreatViolation(
-                f"{self._attack} returned {x_adv.dtype} {tuple(x_adv.shape)}; "
+                f"{self.attack} returned {x_adv.dtype} {tuple(x_adv.shape)}; "
                 f"expected x_adv like x, {self._x.dtype} {tuple(self._x.shape)}"
             )
         x_adv = x_adv.detach()
         if self._quantise:
-            x_adv = eight_bit(x_adv, self._x, self._threat, self._threat.eps)
+            x_adv = eight_bit(x_adv, self._x, self.threat, self.threat.eps)
         final = torch.where(per_sample(self.ledger.first_hit != NEVER), self.ledger.hits, x_adv)
-        self._legal(final[:, None], self._x, self._all_rows(), self._threat.eps)
+        self._legal(final[:, None], self._x, self._all_rows(), self.threat.eps, TOLERANCE)
         self._complain()
         self._compare_lent()
         self._on_spent(self.query_budget * len(self._x))
@@ -188,13 +218,13 @@ class Referee:
         if self._averages:
             probes = probes[:, :1].expand_as(probes)
         self._asked_since_refresh += k
-        legal = self._legal(probes.detach(), clean, rows, self._reach)
+        legal = self._legal(probes.detach(), clean, rows, self.reach, self._margin)
         if asked is not None:
             legal = legal & asked.repeat_interleave(each, dim=1)
         number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=rows.device)  # (n, k)
         images = probes.flatten(0, 1)
         if self._quantise:
-            images = eight_bit(images, clean.repeat_interleave(k, dim=0), self._threat, self._reach)
+            images = eight_bit(images, clean.repeat_interleave(k, dim=0), self.threat, self.reach)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
         if asked is None:
             logits = self._forward(images, streams, k)
@@ -230,9 +260,10 @@ class Referee:
         finite = logits.isfinite().all(dim=-1)
         wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None])
         counts = finite
-        if self._minimal:
-            distance = lp_norm((x - clean[:, None]).flatten(0, 1), self._threat.norm).view_as(wrong)
-            misclassified, inside = wrong, distance <= _limit(self._threat.eps)
+        if self._minimal or self._lookahead:
+            distance, outside_box = self._measure(x, clean)
+            misclassified = wrong & (outside_box <= TOLERANCE)
+            inside = (distance <= limit(self.threat.eps)) & (outside_box <= TOLERANCE)
             wrong, counts = wrong & inside, finite & inside
         earlier_hits = wrong.cumsum(dim=1) - wrong.long()
         answered = answered & (earlier_hits == 0)
@@ -253,43 +284,47 @@ class Referee:
             ledger.hits[rows] = torch.where(per_sample(hit), winner, ledger.hits[rows])
         return answered
 
-    def _legal(self, x: Tensor, clean: Tensor, rows: Tensor, radius: float) -> Tensor:
-        """Which queries (n, k) are in ``radius`` and in the box; trespasses are noted, and raised at once on a CPU."""
+    def _measure(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """How far (n, k) queries ``x`` (n, k, C, H, W) are from the clean images, and how far outside the box."""
         n, k = x.shape[:2]
-        delta = x - clean[:, None]
-        if self._threat.norm == "linf" and not x.is_cuda and self._all_inside(x, delta, radius):
-            return torch.ones(n, k, dtype=torch.bool)
-        distance = lp_norm(delta.flatten(0, 1), self._threat.norm).view(n, k)
         low, high = x.flatten(2).aminmax(dim=2)
-        outside = torch.maximum(torch.maximum(-low, high - 1), distance - radius)
-        legal = (distance <= _limit(radius)) & (low >= -TOLERANCE) & (high <= 1 + TOLERANCE)  # NaN is not legal
-        trespass = torch.where(legal, 0, outside.nan_to_num(torch.inf)).amax(dim=1)
+        return lp_norm((x - clean[:, None]).flatten(0, 1), self.threat.norm).view(n, k), torch.maximum(-low, high - 1)
+
+    def _legal(self, x: Tensor, clean: Tensor, rows: Tensor, radius: float, slack: float) -> Tensor:
+        """Which queries (n, k) are in ``radius`` and within ``slack`` of the box.
+
+        Trespasses are noted, and raised at once on a CPU.
+        """
+        if self.threat.norm == "linf" and not x.is_cuda and self._all_inside(x, clean, radius, slack):
+            return torch.ones(x.shape[:2], dtype=torch.bool)
+        distance, outside_box = self._measure(x, clean)
+        legal = (distance <= limit(radius)) & (outside_box <= slack)  # NaN is not legal
+        by = torch.maximum(outside_box, distance - radius).nan_to_num(torch.inf)
+        trespass = torch.where(legal, 0, by).amax(dim=1)
         self._excess[rows] = torch.maximum(self._excess[rows], trespass)
         if not x.is_cuda:
             self._complain()
         return legal
 
-    def _all_inside(self, x: Tensor, delta: Tensor, radius: float) -> bool:
+    def _all_inside(self, x: Tensor, clean: Tensor, radius: float, slack: float) -> bool:
         """Whether no pixel of any query leaves the linf ball or the box; extremes of all at once are found fastest."""
         if not len(x):
             return True
-        (low, high), (down, up) = x.aminmax(), delta.aminmax()
-        in_box = bool(low >= -TOLERANCE) and bool(high <= 1 + TOLERANCE)
-        return in_box and bool(-down <= _limit(radius)) and bool(up <= _limit(radius))  # NaN is not inside
+        (low, high), (down, up) = x.aminmax(), (x - clean[:, None]).aminmax()
+        in_box = bool(low >= -slack) and bool(high <= 1 + slack)
+        return in_box and bool(-down <= limit(radius)) and bool(up <= limit(radius))  # NaN is not inside
 
     def _compare_lent(self) -> None:
         if not torch.equal(self._lent, self._active):
-            raise RefereeError(f"{self._attack} wrote into the rows of oracle.active(); work on a copy of them")
+            raise RefereeError(f"{self.attack} wrote into the rows of oracle.active(); work on a copy of them")
 
     def _complain(self) -> None:
         worst = float(self._excess.max()) if len(self._excess) else 0.0
         if worst > 0:
+            count = f"{int((self._excess > 0).sum())} of {len(self._excess)} samples"
+            if worst == math.inf:
+                raise ThreatViolation(f"{self.attack} gave images that are not finite, on {count}; check its gradients")
             raise ThreatViolation(
-                f"{self._attack} left the {self._threat} ball or the box [0, 1] on {int((self._excess > 0).sum())} of "
-                f"{len(self._excess)} samples, by up to {worst:.3g}; project every query"
+                f"{self.attack} left the {self.threat} ball or the box [0, 1] on {count}, by up to {worst:.3g}; "
+                "project every query"
             )
-
-
-def _limit(radius: float) -> float:
-    """The largest distance that passes for ``radius``."""
-    return radius + TOLERANCE * max(1.0, radius)
