@@ -1,19 +1,22 @@
 """Two defenses on the same samples: paired differences at every budget, under each attack and the worst of them."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bench.errors import ConfigError
 from bench.identity import placeless
-from bench.marks import MARKS
-from bench.outcomes import Share, is_control, query_budget, restricted
+from bench.marks import MARKS, marks_of
+from bench.outcomes import Share, failure, is_control, network, query_budget, restricted, within
+from bench.ranking import Encounter, encounter
+from bench.settings import by_setting
 from bench.spec import parse_chain
-from bench.standings import tables
+from bench.standings import learned, worst_case
 from bench.stats import mcnemar, paired_bootstrap
 from bench.store import Row
 from bench.text import in_markdown, markdown_table, text_frame, tidy
+from bench.versions import by_version
 
 Style = Literal["md", "csv", "json"]
 
@@ -31,12 +34,12 @@ class Versus:
     @property
     def interval(self) -> tuple[float, float]:
         """95 %, of the difference: 10,000 paired bootstrap resamples."""
-        return paired_bootstrap(self.a.right, self.b.right)
+        return paired_bootstrap(self.a.by_sample, self.b.by_sample)
 
     @property
     def p_value(self) -> float:
         """Exact McNemar, two-sided."""
-        return mcnemar(self.a.right, self.b.right)
+        return mcnemar(self.a.by_sample, self.b.by_sample)
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Duel:
     n: int
     lines: list[Versus]
     unshared: dict[str, list[str]]  # attacks that only one of them has met, by defense
+    failed: list[str] = field(default_factory=list)  # rows with errors, and the last line of each
 
 
 def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = None) -> list[Duel]:
@@ -63,18 +67,21 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
         ConfigError: an unknown defense, the same one twice, or two that have no setting, attack, budget or sample in
             common.
     """
+    rows = by_version(rows).newest
     a, b = (_present(name, rows) for name in (a, b))
     if a == b:
         raise ConfigError(f"both defenses are {a}; name two of {_listed({row.cell.defense_name for row in rows})}")
-    of_a, of_b = (_by_setting(row for row in rows if row.cell.defense_name == name) for name in (a, b))
-    common = sorted(of_a.keys() & of_b.keys())
+    every = _sides(rows, a, b)
+    settings = by_setting([*every.a, *every.b])
+    common = {title: _sides(members, a, b) for title, members in settings.items()}
+    common = {title: both for title, both in common.items() if both.a and both.b}
     if not common:
-        on_a, on_b = (_listed(setting for setting, *_ in of) for of in (of_a, of_b))
+        on_a, on_b = (_listed(row.cell.setting for row in side) for side in every)
         raise ConfigError(
             f"{a} and {b} share no setting: {a} has run on {on_a}, {b} on {on_b} "
             "(data, weights and numerics must be equal, too); run both in one suite"
         )
-    return [_duel(of_a[key], of_b[key], budgets) for key in common]
+    return [_duel(title, both, budgets) for title, both in common.items()]
 
 
 def render_duels(duels: Sequence[Duel], style: Style) -> str:
@@ -104,6 +111,7 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
         notes += [
             in_markdown(f"only {name} has met {_listed(specs)}") for name, specs in duel.unshared.items() if specs
         ]
+        notes += [in_markdown(failed) for failed in duel.failed]
         notes.append(
             "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; p: exact McNemar, each line by itself."
         )
@@ -124,58 +132,103 @@ def _present(name: str, rows: Iterable[Row]) -> str:
     raise ConfigError(f"no rows of defense {name!r}; {hint}present: {_listed(present)}")
 
 
-def _by_setting(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
-    """Rows by what must be equal for two of them to compare."""
-    result: dict[tuple[str, ...], list[Row]] = {}
-    for row in rows:
-        cell = row.cell
-        result.setdefault((cell.setting, cell.data_hash, cell.weights_hash, cell.numerics), []).append(row)
-    return result
+class _Sides(NamedTuple):
+    """Rows of the one defense and of the other."""
+
+    a: list[Row]
+    b: list[Row]
 
 
-def _duel(of_a: Sequence[Row], of_b: Sequence[Row], budgets: Sequence[int] | None) -> Duel:
-    a, b, setting = of_a[0].cell.defense_name, of_b[0].cell.defense_name, of_a[0].cell.setting
-    rows_a, rows_b = _by_attack(of_a), _by_attack(of_b)
-    attacks = sorted(rows_a.keys() & rows_b.keys())
-    if not attacks:
+def _sides(rows: Sequence[Row], a: str, b: str) -> _Sides:
+    return _Sides(*([row for row in rows if row.cell.defense_name == name] for name in (a, b)))
+
+
+def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
+    a, b = (rows[0].cell.defense_name for rows in sides)
+    met_a, met_b = (_met(rows) for rows in sides)
+    shared = sorted(met_a.keys() & met_b.keys())
+    names_a, names_b = ({_name(*each) for each in met} for met in (met_a, met_b))
+    if not shared:
         raise ConfigError(
-            f"{a} and {b} share no finished attack on {setting}: {a} has met {_listed(rows_a)}, {b} {_listed(rows_b)}; "
-            "run both under one"
+            f"{a} and {b} share no finished attack on {setting}: {a} has met {_listed(names_a)}, "
+            f"{b} {_listed(names_b)}; run both under one"
         )
-    pairs = [(rows_a[attack], rows_b[attack]) for attack in attacks]
+    pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
     ids = set.intersection(*(set(row.records["sample_id"]) for pair in pairs for row in pair))
     if not ids:
         raise ConfigError(f"{a} and {b} have no samples in common on {setting}; run both with the same n")
-    pairs = [(restricted(row_a, ids), restricted(row_b, ids)) for row_a, row_b in pairs]
-    shown = _budgets([min(query_budget(row_a), query_budget(row_b)) for row_a, row_b in pairs], budgets, setting)
+    shown = _budgets([pair.queries for pair in pairs], budgets, setting)
     lines: list[Versus] = []
-    counted = [pair for pair in pairs if not is_control(pair[0])]
-    if len(counted) > 1 and not of_a[0].cell.learns:
-        lines += _versus(f"worst of {len(counted)}", [row for row, _ in counted], [row for _, row in counted], shown)
-    for attack, (row_a, row_b) in zip(attacks, pairs, strict=True):
-        lines += _versus(attack, [row_a], [row_b], shown)
-    unshared = {a: sorted(rows_a.keys() - rows_b.keys()), b: sorted(rows_b.keys() - rows_a.keys())}
-    return Duel(setting, a, b, len(ids), lines, unshared)
+    counted = [pair for pair in pairs if not is_control(pair.a)]
+    attacks = {row.cell.attack.spec for row, _ in counted} if network(pairs[0].a) is not None else counted
+    if len(attacks) > 1 and not pairs[0].a.cell.learns:
+        lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
+    for name, group in _lines(pairs).items():
+        lines += _versus(name, group, ids, shown)
+    failed = [f"{row.cell.defense_name} × {_name(*encounter(row))} failed: {failure(row)}"
+              for rows in sides for row in rows if row.errors]  # fmt: skip
+    unshared = {a: sorted(names_a - names_b), b: sorted(names_b - names_a)}
+    return Duel(setting, a, b, len(ids), lines, unshared, failed)
 
 
-def _versus(attack: str, rows_a: list[Row], rows_b: list[Row], budgets: Sequence[int]) -> list[Versus]:
-    """One line for each share that both sides have; of several rows, the worst case."""
-    a, b = (tables(rows, budgets)[0].lines[0] for rows in (rows_a, rows_b))
-    wanted = {f"@{budget}" for budget in budgets} | {"clean", "final", "test"}
+class _Pair(NamedTuple):
+    """Rows of both defenses under one attack and one seed."""
+
+    a: Row
+    b: Row
+
+    @property
+    def queries(self) -> int:
+        """How many queries both had."""
+        return min(query_budget(self.a), query_budget(self.b))
+
+    @property
+    def even(self) -> bool:
+        """Whether both had as many, so that what the attacks ended with compares, too."""
+        return query_budget(self.a) == query_budget(self.b)
+
+
+def _lines(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
+    """Pairs by the line they belong to: networks that seeds have trained are averaged, tries on one are not."""
+    result: dict[str, list[_Pair]] = {}
+    for pair in pairs:
+        spec, seed = encounter(pair.a)
+        result.setdefault(spec if network(pair.a) is not None else _name(spec, seed), []).append(pair)
+    return {name if len(group) == 1 else f"{name} · {len(group)} networks": group for name, group in result.items()}
+
+
+def _versus(attack: str, pairs: Sequence[_Pair], ids: Collection[int], budgets: Sequence[int]) -> list[Versus]:
+    """One line for each share that both sides have; of several rows, the worst case, with what both of a pair had."""
+    rows_a = [_even(pair.a, pair.queries, ids) for pair in pairs]
+    rows_b = [_even(pair.b, pair.queries, ids) for pair in pairs]
+    if pairs[0].a.cell.learns:
+        shares_a, shares_b = ({"test": learned(rows)} for rows in (rows_a, rows_b))
+    else:
+        shares_a, shares_b = (worst_case(rows, budgets).shares for rows in (rows_a, rows_b))
+    marks = frozenset().union(*(marks_of(row) for row in (*rows_a, *rows_b)))
+    wanted = {f"@{budget}" for budget in budgets} | {"clean", "test"}
+    wanted |= {"final"} if all(pair.even for pair in pairs) else set()
     return [
-        Versus(attack, name, share, b.shares[name], a.marks | b.marks)
-        for name, share in a.shares.items()
-        if name in wanted and name in b.shares and share.n and b.shares[name].n
+        Versus(attack, name, share, shares_b[name], marks)
+        for name, share in shares_a.items()
+        if name in wanted and share.n and shares_b[name].n
     ]
 
 
-def _by_attack(rows: Iterable[Row]) -> dict[str, Row]:
-    """Rows with records by their attack; of several budgets the largest."""
-    result: dict[str, Row] = {}
-    for row in sorted(rows, key=query_budget):
-        if len(row.records):
-            result[row.cell.attack.spec + (f", seed {row.cell.seed}" if row.cell.seed else "")] = row
-    return result
+def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
+    """``row`` on the samples, and with the queries, that both sides had."""
+    same = restricted(row, ids)
+    return same if query_budget(row) == queries else within(same, queries)
+
+
+def _met(rows: Iterable[Row]) -> dict[Encounter, Row]:
+    """Rows with records by attack and seed; of several, that with the most queries and samples."""
+    ordered = sorted(rows, key=lambda row: (query_budget(row), len(row.records)))
+    return {encounter(row): row for row in ordered if len(row.records)}
+
+
+def _name(spec: str, seed: int) -> str:
+    return spec + (f", seed {seed}" if seed else "")
 
 
 def _budgets(largest: Sequence[int], asked: Sequence[int] | None, setting: str) -> list[int]:

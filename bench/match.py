@@ -8,16 +8,16 @@ from typing import Any
 
 from bench.cell import Cell, Component
 from bench.compare import Style
-from bench.marks import UNRANKED
+from bench.marks import UNRANKED, marks_of
 from bench.metrics import query_statistics
 from bench.oracle import NEVER
 from bench.outcomes import Share, clean, column, figures, query_budget, robust, tested
 from bench.published import Figure, Published
 from bench.spec import Spec, parse_chain
-from bench.standings import tables
 from bench.store import Row
 from bench.text import in_markdown, markdown_table, text_frame, tidy
 from bench.threat import format_eps
+from bench.versions import by_version
 
 UNATTACKED = ("clean accuracy", "logit difference")
 SAME_RADIUS = 0.02  # radii that differ by less, such as 0.031 and 8/255, compare; the difference is named
@@ -72,10 +72,11 @@ def match(published: Published, rows: Iterable[Row]) -> Matches:
     model, number of samples, budget and copy of the data. What is measured on clean images needs no attack and comes
     once a model and defense, from the largest row.
     """
-    rows = sorted((row for row in rows if len(row.records)), key=lambda row: (-len(row.records), str(row.cell)))
+    newest = [row for row in by_version(rows).newest if len(row.records)]
+    rows = sorted(newest, key=lambda row: (-len(row.records), str(row.cell)))
     # A network that is a defense by itself compares with figures of that network alone.
     hardened = {str(Spec.parse(figure.spec.model or "")) for figure in published.figures if _is_defense(figure)}
-    marks = {row.cell.key: tables([row])[0].lines[0].marks for row in rows}
+    marks = {row.cell.key: marks_of(row) for row in rows}
     matches = Matches([], [])
     for figure in published.figures:
         found: dict[object, Match] = {}

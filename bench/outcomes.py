@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,14 @@ def restricted(row: Row, ids: Collection[int]) -> Row:
         return row
     kept = row.records[np.isin(column(row, "sample_id"), list(ids))]
     return Row(row.cell, kept.sort_values("sample_id", ignore_index=True), row.shards)
+
+
+def within(row: Row, budget: int) -> Row:
+    """``row`` as its first ``budget`` queries say; its final examples are still those of all that it had."""
+    threat = replace(row.cell.threat, query_budget=budget)
+    hits = column(row, "first_hit")
+    records = row.records.assign(first_hit=np.where(hits > budget, NEVER, hits)) if len(hits) else row.records
+    return Row(replace(row.cell, threat=threat), records, row.shards)
 
 
 def network(row: Row) -> int | None:

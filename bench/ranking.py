@@ -35,7 +35,7 @@ class Terms:
         rows = next((whole for choice in choices if (whole := [row for row in choice if not row.cell.limited])), every)
         budgets: dict[Encounter, int] = {}
         for row in rows:
-            budgets[_encounter(row)] = max(query_budget(row), budgets.get(_encounter(row), 0))
+            budgets[encounter(row)] = max(query_budget(row), budgets.get(encounter(row), 0))
         return cls(budgets, tuple(sorted(set.intersection(*(set(row.cell.ids) for row in rows)))))
 
     def bars(self, rows: Sequence[Row]) -> frozenset[str]:
@@ -43,9 +43,9 @@ class Terms:
         specs = {row.cell.attack.spec for row in rows}
         found = {"spared" for spec, _ in self.budgets if spec not in specs}
         needed = set(self.ids)
-        for encounter, budget in self.budgets.items():
-            same = [row for row in rows if _encounter(row) == encounter and query_budget(row) >= budget]
-            if encounter[0] in specs and not any(needed.issubset(row.cell.ids) for row in same):
+        for met, budget in self.budgets.items():
+            same = [row for row in rows if encounter(row) == met and query_budget(row) >= budget]
+            if met[0] in specs and not any(needed.issubset(row.cell.ids) for row in same):
                 found.add("short")
         return frozenset(found)
 
@@ -61,7 +61,7 @@ class Terms:
         by_network: dict[int | None, list[NDArray[np.bool_]]] = {}
         cut = self._more(rows)
         for row in rows:
-            spec, seed = _encounter(row)
+            spec, seed = encounter(row)
             if (spec in common and (spec, seed) not in self.budgets) or (
                 network(row) is not None and seed not in seeds
             ):
@@ -129,12 +129,13 @@ def counted(rows: Sequence[Row]) -> list[Row]:
 
 def _covers(row: Row, other: Row) -> bool:
     """Whether ``row`` is a whole run of the same attack with more queries or samples than ``other``, and no fewer."""
-    same = row is not other and _encounter(row) == _encounter(other) and not marks_of(row) & UNRANKED
+    same = row is not other and encounter(row) == encounter(other) and not marks_of(row) & UNRANKED
     if not same or ("rescaled" in row.cell.attack.traits and query_budget(row) != query_budget(other)):
         return False
     more = query_budget(row) >= query_budget(other) and set(row.cell.ids) >= set(other.cell.ids)
     return more and (query_budget(row), len(row.cell.ids)) != (query_budget(other), len(other.cell.ids))
 
 
-def _encounter(row: Row) -> Encounter:
+def encounter(row: Row) -> Encounter:
+    """The attack or the learner of a row, and its seed."""
     return row.cell.attack.spec, row.cell.seed

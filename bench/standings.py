@@ -95,7 +95,7 @@ def _served_lines(rows: list[Row], budgets: Sequence[int]) -> list[Line]:
     shown = _shown(rows, budgets)
     by_defense = _by_defense(rows)
     terms = Terms.of(by_defense)
-    worst = {name: _worst_case(counted(members), shown) for name, members in by_defense.items()}
+    worst = {name: worst_case(counted(members), shown) for name, members in by_defense.items()}
     worst = {name: replace(line, marks=line.marks | terms.bars(by_defense[name])) for name, line in worst.items()}
     held = {name: terms.held(counted(by_defense[name])) for name, line in worst.items() if not line.marks & UNRANKED}
     ranked = ranks({name: each.standing for name, each in held.items()})
@@ -136,7 +136,7 @@ def _older_line(row: Row, budgets: Sequence[int]) -> Line:
     return replace(line, defense=chain, attack=versioned(row.cell.attack) + _seed(row), marks=line.marks | {"older"})
 
 
-def _worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
+def worst_case(rows: list[Row], budgets: Sequence[int]) -> Line:
     """The line of a defense: each sample under whichever of the attacks beats it soonest.
 
     That is asked of each network by itself, and what several of them give is averaged: no one is served three networks.
@@ -180,9 +180,7 @@ def _released_lines(rows: list[Row]) -> list[Line]:
     by_defense = _by_defense(rows)
     terms = Terms.of(by_defense)
     learners = {name: _by_learner(members) for name, members in by_defense.items()}
-    reached = {
-        name: {learner: _reached(members) for learner, members in of_it.items()} for name, of_it in learners.items()
-    }
+    reached = {name: {each: learned(members) for each, members in of.items()} for name, of in learners.items()}
     best = {name: max(of_it, key=lambda learner: _known(of_it[learner].value)) for name, of_it in reached.items()}
     marks = {
         name: frozenset().union(terms.bars(members), *map(marks_of, members)) for name, members in by_defense.items()
@@ -223,7 +221,7 @@ def _over_networks(share: Share) -> dict[str, float]:
     return {"mean": share.value, "SD": share.spread} if share.networks > 1 else {}
 
 
-def _reached(rows: Sequence[Row]) -> Share:
+def learned(rows: Sequence[Row]) -> Share:
     """The test accuracy of a learner, of each network that it has trained, on the samples that all have met."""
     met = [row for row in rows if len(row.records)]
     if not met:

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from bench.cell import Component
 from bench.compare import Duel, duels, render_duels
 from bench.errors import ConfigError
 from bench.oracle import NEVER
@@ -110,3 +112,41 @@ def test_csv_and_json_hold_the_same_records():
     assert from_json[1]["difference"] == 0.5
     assert float(from_csv[1]["difference"]) == 0.5
     assert from_json[1]["p"] == 0.125
+
+
+def test_both_count_with_the_queries_that_both_had():
+    duel = only([row([NEVER] * 4 + [100] * 4, "a", budget=150), row([NEVER] * 8, "b", budget=2)])
+    assert values(duel) == {"clean": (1, 1), "@2": (1, 1)}, "what an attack ended with after more queries does not"
+    with pytest.raises(ConfigError, match="budget is 150"):
+        only([row(A, "a", budget=150), row(B, "b", budget=2)], [150])
+    uneven = [row([9] * 8, "a", budget=150), row([NEVER] * 8, "b", budget=2)]
+    uneven += [row([NEVER] * 8, name, "pgd", budget=150) for name in "ab"]
+    assert values(only(uneven), "worst of 2") == {"clean": (1, 1), "@2": (1, 1), "@100": (1, 1), "@150": (1, 1)}
+
+
+def test_numbers_and_seeds_that_differ_do_not_compare():
+    with pytest.raises(ConfigError, match="share no setting"):
+        only([row(A, "a"), row(B, "b", numerics="plain")])
+    with pytest.raises(ConfigError, match="share no finished attack"):
+        only([row(A, "a"), row(B, "b", seed=1)])
+
+
+def test_networks_of_several_seeds_are_averaged():
+    half = [NEVER] * 4 + [5] * 4
+    rows = [row(hits, name, seed=seed) for name in "ab" for seed, hits in enumerate((half, half[::-1]))]
+    assert values(only(rows), "square · 2 networks")["@100"] == (0.5, 0.5)
+    given = [Row(replace(each.cell, weights_hash="w"), each.records, each.shards) for each in rows]
+    assert values(only(given), "worst of 2")["@100"] == (0, 0)
+
+
+def test_the_newest_version_is_compared_and_a_failure_is_told():
+    old, new = row([5] * 8, "a"), row(A, "a")
+    for each, version, day in ((old, "1+aaaa", "01"), (new, "1+bbbb", "02")):
+        cell = replace(each.cell, defense=(Component("a", version=version),))
+        facts = {"finished": f"2026-01-{day}T00:00:00+00:00"}
+        shards = tuple(replace(shard, provenance=facts) for shard in each.shards)
+        old, new = new, Row(cell, each.records, shards)
+    failed = row([], "b", "nes", asked=8, error="Traceback\nRuntimeError: boom")
+    duel = only([old, new, row(B, "b"), failed])
+    assert values(duel)["@100"] == (6 / 8, 2 / 8)
+    assert "b × nes failed: RuntimeError: boom" in render_duels([duel], "md")

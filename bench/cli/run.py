@@ -96,7 +96,8 @@ def run(
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)
     console.print(Text(f"\n{render(shown, 'md', details=False)}"), soft_wrap=True)
-    write_flags(store.root / "flags.json", [flag for table in shown for flag in table.flags])
+    stored, _ = store.rows()  # flags are of the folder, whatever part of it has run now
+    write_flags(store.root / "flags.json", [flag for table in tables(stored) for flag in table.flags])
     write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(
         f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {out}; "
