@@ -1,4 +1,4 @@
-"""Which training images a data defense protects, how they go back among the others, and what it may release."""
+"""Which training images a data defense protects, how many at a time, and what it may release of them."""
 
 import math
 
@@ -14,6 +14,7 @@ from bench.threat import Threat
 
 CHUNK = 1 << 22  # values compared at a time, to bound memory
 ROUNDING = 1e-6  # what a distance may exceed its radius by, relative to radii above 1
+CIFAR = 3, 32, 32
 
 
 def check_share(share: float) -> None:
@@ -38,6 +39,14 @@ def protected_rows(split: Split, share: float, job: Job) -> Tensor:
     order = SampleRng.create(job.seed, torch.arange(len(split)), "protected rows").keys.argsort()
     rows, _ = order[: max(1, round(share * len(split)))].sort()
     return rows.to(split.labels.device)
+
+
+def fitting(most: int, shape: tuple[int, int, int]) -> int:
+    """How many images of ``shape`` (C, H, W) to take at a time: as many values as ``most`` of CIFAR's have, at most.
+
+    So memory is bounded for photographs, too, and small images go in the chunks that they always went in.
+    """
+    return max(1, min(most, most * math.prod(CIFAR) // math.prod(shape)))
 
 
 def merge(split: Split, rows: Tensor, protected: Tensor) -> Split:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
@@ -18,7 +18,7 @@ from defenses.levels import moved, rounded_in_l2
 WINDOW = 3   # a value follows from the eight others of the 3x3 window that it closes
 MARGIN = 4   # rows and columns that are generated first and cut off, with the random start among them
 POOL = 4     # groups of processes to choose from, for each class
-DRAWS = 256  # processes drawn at a time
+DRAWS = 256  # processes drawn at a time, for images of CIFAR's size
 TRIALS = 4   # starts on which a process is judged
 CHUNK = 256  # images at a time, to stay in the cache
 
@@ -64,7 +64,7 @@ class AutoRegressive:
         processes = find_processes(len(data.classes), data.train.shape, job.seed)
         streams, labels = SampleRng.create(job.seed, rows, "ar start"), data.train.labels[rows]
         protected = []
-        for chunk in torch.arange(len(rows)).split(CHUNK):
+        for chunk in torch.arange(len(rows)).split(fitting(CHUNK, data.train.shape)):
             delta = patterns(processes[labels[chunk]], data.train.shape, streams[chunk])
             delta *= 255 * self.eps / delta.flatten(1).norm(dim=1)[:, None, None, None]
             protected.append(moved(images[rows[chunk]], rounded_in_l2(delta, self.eps)))
@@ -86,10 +86,10 @@ def find_processes(classes: int, shape: tuple[int, int, int], seed: int) -> Tens
     and from those taken is the largest. A response is the l2 norm of what the filters of one make of the patterns of
     the other, over that of the patterns. Processes that grow louder than their start are not drawn.
     """
-    channels = shape[0]
+    channels, draws = shape[0], min(DRAWS, fitting(16 * DRAWS, shape))  # few of a draw are kept: see _steady
     drawn, grams, step = list[Tensor](), list[Tensor](), 0
     while sum(map(len, drawn)) < POOL * classes * channels:
-        ids = torch.arange(step * DRAWS, (step + 1) * DRAWS)
+        ids = torch.arange(step * draws, (step + 1) * draws)
         processes, gram = _steady(SampleRng.create(seed, ids, "ar process"), shape)
         drawn.append(processes)
         grams.append(gram)
@@ -115,8 +115,14 @@ def _steady(rng: SampleRng, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor
     processes /= processes.sum(dim=(2, 3), keepdim=True)
     trials = patterns(processes.expand(-1, TRIALS, -1, -1), (TRIALS, *shape[1:]), rng.fork("start"))
     steady = trials.square().mean(dim=(1, 2, 3)) <= 1  # the variance of the start; NaN is not
-    windows = trials[steady].unfold(2, WINDOW, 1).unfold(3, WINDOW, 1).flatten(4).flatten(1, 3)  # (n, T H W, 9)
-    return processes[steady, 0], windows.transpose(1, 2) @ windows
+    grams = [_moments(part) for part in trials[steady].split(fitting(DRAWS, shape))]
+    return processes[steady, 0], torch.cat(grams)
+
+
+def _moments(trials: Tensor) -> Tensor:
+    """The second moments (n, 9, 9) of all 3x3 windows of ``trials`` (n, T, H, W)."""
+    windows = trials.unfold(2, WINDOW, 1).unfold(3, WINDOW, 1).flatten(4).flatten(1, 3)  # (n, T H W, 9)
+    return windows.transpose(1, 2) @ windows
 
 
 def run(processes: Tensor, start: Tensor) -> Tensor:

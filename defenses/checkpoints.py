@@ -1,6 +1,6 @@
 """What defenses share that move training images along the gradients of one training run's own checkpoints."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench import numerics
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import merge, protected_rows
+from bench.protection import fitting, merge, protected_rows
 from bench.protocols import Job
 from bench.rng import SampleRng
 from bench.training import Recipe, fit, small_images
@@ -21,7 +21,8 @@ from defenses.unig import features_of
 CHUNK = 500  # images that go through the networks at a time
 
 ImageLoss = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W) in [0, 1] and target classes (B,) to losses (B,)
-Craft = Callable[[Tensor, Tensor, SampleRng], Tensor]  # grey levels (B, C, H, W), targets (B,) and streams to levels
+# Grey levels (B, C, H, W), targets (B,) and streams, to the levels after each step.
+Craft = Callable[[Tensor, Tensor, SampleRng], Iterator[Tensor]]
 
 
 def check_levels(eps: float) -> None:
@@ -118,11 +119,14 @@ def check_shift(shift: int, data: Dataset) -> None:
         )
 
 
-def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft: Craft) -> Split:
+def protect(
+    data: Dataset, share: float, shift: int, eps: float, job: Job, craft: Craft, steps: int = 1
+) -> Split:
     """The training split to release: ``share`` of its images as ``craft`` moves them, on the grid of grey levels.
 
-    The target of an image is the class ``shift`` after its own, in a circle. What ``craft`` returns is rounded to the
-    nearest levels and must be inside the ball of ``eps``. ``job.scratch`` keeps what is moved already.
+    The target of an image is the class ``shift`` after its own, in a circle. What ``craft`` comes to after ``steps``
+    steps is rounded to the nearest levels and must be inside the ball of ``eps``. ``job.progress`` hears of each step,
+    ``job.scratch`` keeps what is moved already.
     """
     rows = protected_rows(data.train, share, job)
     chosen = Split(grey_levels(data.train)[rows], data.train.labels[rows]).to(job.device)
@@ -131,9 +135,13 @@ def protect(data: Dataset, share: float, shift: int, eps: float, job: Job, craft
     while (kept := job.scratch.load(f"moved-{len(moved)}")) is not None:
         moved += kept
     saved = len(moved)
-    for part in torch.arange(len(rows), device=job.device).split(CHUNK)[len(moved) :]:
-        levels = chosen.images[part].float()
-        crafted = craft(levels, (chosen.labels[part] + shift) % len(data.classes), streams[part])
+    parts = torch.arange(len(rows), device=job.device).split(fitting(CHUNK, data.train.shape))
+    for done, part in enumerate(parts[saved:], saved):
+        crafted = levels = chosen.images[part].float()
+        target = (chosen.labels[part] + shift) % len(data.classes)
+        for step, after in enumerate(craft(levels, target, streams[part]), 1):
+            crafted = after
+            job.progress(done * steps + step, len(parts) * steps)
         assert ((crafted.round() - levels).abs() <= round(255 * eps)).all(), "outside the ball"
         moved.append(crafted.round().to(torch.uint8).cpu())
         if job.scratch.due():
@@ -187,8 +195,9 @@ def class_means(network: nn.Module, head: nn.Linear, split: Split, classes: int)
     if not counts.all():
         raise ConfigError(f"class {int(counts.argmin())} has no training images, so no mean feature; drop the class")
     sums = torch.zeros(classes, head.in_features, dtype=torch.float64, device=split.labels.device)
-    for start in range(0, len(split), CHUNK):
-        rows = slice(start, start + CHUNK)
+    chunk = fitting(CHUNK, split.shape)
+    for start in range(0, len(split), chunk):
+        rows = slice(start, start + chunk)
         with features_of(head) as seen:
             network(split.pixels(rows))
         sums.index_add_(0, split.labels[rows], seen[0].double())

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 import torch
 
 from bench.dataset import Dataset, Split, grey_levels
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
@@ -58,6 +58,6 @@ class DataNoise:
         streams, levels = SampleRng.create(job.seed, owners, "data noise"), whole_levels(self.eps)
         noisy = [
             moved(images[rows[chunk]], streams[chunk].integers(2 * levels + 1, *data.train.shape) - levels)
-            for chunk in torch.arange(len(rows)).split(CHUNK)
+            for chunk in torch.arange(len(rows)).split(fitting(CHUNK, data.train.shape))
         ]
         return merge(data.train, rows, torch.cat(noisy))

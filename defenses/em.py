@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.numerics import tf32
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.ranges import Count, Positive
 from bench.registry import defenses
@@ -91,7 +91,7 @@ class ErrorMinimising:
         recipe = Recipe.for_dataset(data, batch_size=self.batch_size, lr=self.lr)
         with seeded(own), tf32():
             noise = self.minimise(model, images, len(data.classes), recipe, own)
-        return merge(data.train, rows, moved(images.images, 255 * noise))
+        return merge(data.train, rows, with_noise(images, noise, torch.arange(len(images), device=noise.device)))
 
     def minimise(self, model: nn.Module, images: Split, classes: int, recipe: Recipe, job: Job) -> Tensor:
         """The noise (N, C, H, W) on the pixel scale of each of ``images``, for which ``model`` is trained in place."""
@@ -120,7 +120,7 @@ class ErrorMinimising:
                 lower = self.descend(model, images.pixels(rows), images.labels[rows], noise[owner[rows]], radius)
                 noise = means_by(owner[rows], lower, noise) if self.by == "class" else noise.index_copy_(0, rows, lower)
             job.progress(done, self.rounds)
-            released = Split(moved(images.images, 255 * noise[owner]), images.labels)
+            released = Split(with_noise(images, noise, owner), images.labels)
             if error(model, released) <= stop:
                 break
             if job.scratch.due():
@@ -146,6 +146,12 @@ def shuffled(count: int, batch_size: int, job: Job) -> Iterator[Tensor]:
         yield from order.tensor_split(math.ceil(count / batch_size))
 
 
+def with_noise(images: Split, noise: Tensor, owner: Tensor) -> Tensor:
+    """``images`` in whole grey levels with the ``noise`` (K, C, H, W) of the ``owner`` (N,) of each."""
+    parts = torch.arange(len(images), device=owner.device).split(fitting(CHUNK, images.shape))
+    return torch.cat([moved(images.images[rows], 255 * noise[owner[rows]]) for rows in parts])
+
+
 def means_by(owner: Tensor, values: Tensor, default: Tensor) -> Tensor:
     """The mean of those of ``values`` (B, ...) that each ``owner`` (B,) has, and ``default`` (K, ...) without any."""
     counts = torch.zeros(len(default), device=default.device).index_add_(0, owner, torch.ones_like(owner).float())
@@ -158,6 +164,6 @@ def means_by(owner: Tensor, values: Tensor, default: Tensor) -> Tensor:
 def error(model: nn.Module, images: Split) -> float:
     """The share of ``images`` that ``model`` misclassifies in eval mode."""
     with frozen(model):
-        parts = torch.arange(len(images), device=images.labels.device).split(CHUNK)
+        parts = torch.arange(len(images), device=images.labels.device).split(fitting(CHUNK, images.shape))
         wrong = [(model(images.pixels(rows)).argmax(1) != images.labels[rows]).sum() for rows in parts]
     return float(torch.stack(wrong).sum()) / len(images)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
@@ -19,6 +19,7 @@ from defenses.levels import moved, rounded_in_l2
 PUBLISHED_EPS = 6 / 255 * math.sqrt(3 * 32 * 32)  # 1.304: six grey levels in every value of a CIFAR image
 SEPARATION = 10  # from the middle to each face of the hypercube, against clusters that are mixtures of unit normals
 CORNER_BITS = 16  # so many of a corner's coordinates make it unlike those of the other classes
+COORDINATES = 8192
 CHUNK = 256  # images at a time, to stay in the cache
 
 
@@ -72,9 +73,9 @@ class LinearlySeparable:
 
         rows, images = protected_rows(data.train, self.share, job), grey_levels(data.train)
         labels, protected = data.train.labels[rows], images[rows]
-        streams = SampleRng.create(job.seed, rows, "lsp point")
+        streams, chunk = SampleRng.create(job.seed, rows, "lsp point"), fitting(CHUNK, data.train.shape)
         for label in range(len(data.classes)):
-            for members in (labels == label).nonzero().squeeze(1).split(CHUNK):
+            for members in (labels == label).nonzero().squeeze(1).split(chunk):
                 points = clusters.points(label, streams[members]).view(-1, *grid)
                 delta = points.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[..., :height, :width]
                 delta *= 255 * self.eps / delta.flatten(1).norm(dim=1)[:, None, None, None]
@@ -86,6 +87,11 @@ class Clusters:
     """A Gaussian for each of ``classes`` in ``size`` dimensions, about corners of a hypercube that all differ."""
 
     def __init__(self, classes: int, size: int, seed: int) -> None:
+        if size > COORDINATES:
+            raise ConfigError(
+                f"{size:,} patches; a cluster has at most {COORDINATES:,} coordinates, whose mixing takes the square "
+                "of that in memory: take a larger patch"
+            )
         bits = min(size, CORNER_BITS)
         if classes > 2**bits:
             raise ConfigError(

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.registry import added, defenses
 from bench.threat import Norm
@@ -137,5 +137,9 @@ def colours(channels: int) -> Tensor:
 
 def _power_sums(images: Tensor) -> tuple[Tensor, Tensor]:
     """Sums over the images of x and of x squared, both (C, H, W) int64."""
-    squares = [chunk.int().square().sum(dim=0) for chunk in torch.split(images, CHUNK)]  # int32 sums become int64
-    return images.sum(dim=0, dtype=torch.int64), torch.stack(squares).sum(dim=0)
+    shape = images.shape[1], images.shape[2], images.shape[3]
+    sums = squares = torch.zeros(shape, dtype=torch.int64, device=images.device)
+    for chunk in images.split(fitting(CHUNK, shape)):
+        x = chunk.int()
+        sums, squares = sums + x.sum(dim=0), squares + x.square().sum(dim=0)  # int32 sums become int64
+    return sums, squares

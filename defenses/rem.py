@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from bench.dataset import Dataset, Split, grey_levels
 from bench.errors import ConfigError
 from bench.norms import project
-from bench.protection import check_share, merge, protected_rows
+from bench.protection import check_share, fitting, merge, protected_rows
 from bench.protocols import Job, Stage
 from bench.ranges import Count, Positive
 from bench.registry import defenses
@@ -100,7 +100,7 @@ class RobustErrorMinimising:
         images, rng = images.to(job.device), SampleRng.create(own.seed, rows.to(job.device), "final noise")
         protected = [
             moved(images.images[part], 255 * (self.minimise(model, x, images.labels[part], rng[part], recipe) - x))
-            for part in torch.arange(len(images), device=job.device).split(CHUNK)
+            for part in torch.arange(len(images), device=job.device).split(fitting(CHUNK, images.shape))
             for x in [images.pixels(part)]
         ]
         return merge(data.train, rows, torch.cat(protected))

@@ -4,7 +4,7 @@ The checkpoints of a run are an ensemble for free; their authors find the gradie
 orthogonal. A network trained on the examples learns features of the class that each of them was moved to.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,17 +98,22 @@ class SelfEnsemble:
         check_shift(shift, data)
         direction = self.direction(self.ensemble(data, job), data, job)
 
-        def craft(levels: Tensor, target: Tensor, _: SampleRng) -> Tensor:
-            return self.move(direction, levels, target)
+        def craft(levels: Tensor, target: Tensor, _: SampleRng) -> Iterator[Tensor]:
+            return self.walk(direction, levels, target)
 
-        return protect(data, self.share, shift, self.eps, job, craft)
+        return protect(data, self.share, shift, self.eps, job, craft, self.steps)
 
     def move(self, direction: Direction, levels: Tensor, target: Tensor) -> Tensor:
         """The grey levels (B, C, H, W), whole numbers as floats, that ``levels`` come to after all steps."""
+        *_, moved = self.walk(direction, levels, target)
+        return moved
+
+    def walk(self, direction: Direction, levels: Tensor, target: Tensor) -> Iterator[Tensor]:
+        """The grey levels (B, C, H, W) after each step."""
         box, moved = LevelBox.around(levels, self.eps), levels
         for step in range(self.steps):
             moved = box.project(moved - direction(moved, target, box, step).sign())
-        return moved
+            yield moved
 
     def ensemble(self, data: Dataset, job: Job) -> list[nn.Module]:
         """The checkpoints of a training run on clean data, oldest first, frozen and in fast numbers."""

@@ -1,5 +1,6 @@
 """TAP, targeted adversarial poisons: adversarial examples against one trained network, released as training images."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -89,12 +90,12 @@ class TargetedPoisons:
         def seen(rng: SampleRng) -> ImageLoss:
             return lambda x, target: loss(augment(x, data.flip, data.shift, rng), target)
 
-        def craft(levels: Tensor, target: Tensor, rng: SampleRng) -> Tensor:
+        def craft(levels: Tensor, target: Tensor, rng: SampleRng) -> Iterator[Tensor]:
             box = LevelBox.around(levels, self.eps)
             moved = box.project(levels + 255 * self.eps * rng.fork("start").normal(*levels.shape[1:]))
             for step in range(self.steps):
                 slope = gradient(seen(rng.fork(step)), moved, target)
                 moved = box.project(moved - 255 * self.eps * self.rel_step * slope.sign())
-            return moved
+                yield moved
 
-        return protect(data, self.share, self.shift, self.eps, job, craft)
+        return protect(data, self.share, self.shift, self.eps, job, craft, self.steps)

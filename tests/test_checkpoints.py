@@ -160,7 +160,7 @@ def test_only_the_share_moves_and_each_image_meets_its_own_target(digits):
     def craft(levels, target, rng):
         assert len(rng) == len(levels)
         targets.update({tuple(level.flatten().tolist()): int(y) for level, y in zip(levels, target, strict=True)})
-        return LevelBox.around(levels, 2 / 255).project(levels + 1.6)  # rounded to 2 levels where there is room
+        yield LevelBox.around(levels, 2 / 255).project(levels + 1.6)  # rounded to 2 levels where there is room
 
     released = protect(digits, 0.25, 3, 2 / 255, Job(), craft)
     change = released.images.int() - digits.train.images.int()
