@@ -89,11 +89,10 @@ class Dataset:
         """A hash of the three splits."""
         return sha256("".join(split.fingerprint() for split in self._splits().values()).encode()).hexdigest()
 
-    def clone(self) -> "Dataset":
-        """The same data set in memory of its own, to be lent."""
-        return replace(
-            self, train=self.train.clone(), calibration=self.calibration.clone(), test=self.test.clone()
-        )
+    def lent(self) -> "Dataset":
+        """What components are given: train and calibration images in memory of their own, and no test images."""
+        unseen = self.test.subset(slice(0)).clone()
+        return replace(self, train=self.train.clone(), calibration=self.calibration.clone(), test=unseen)
 
     def released(self, train: Split) -> "Dataset":
         """This data set with another training split, as a data defense releases it."""

@@ -18,6 +18,7 @@ from bench.audit import audit, confirm
 from bench.dataset import Dataset, Split
 from bench.errors import RefereeError
 from bench.grid import Task
+from bench.lent import own
 from bench.losses import margin
 from bench.norms import lp_norm
 from bench.oracle import Referee
@@ -74,7 +75,9 @@ def attack_served(
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages", "alone")}
-    surrogate = target.undefended if getattr(attack, "surrogate", False) else None
+    surrogate = None
+    if getattr(attack, "surrogate", False):
+        surrogate = replace(target.undefended, module=own(target.undefended.module, task.build))
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, **rules,
         classes=len(task.data.classes), surrogate=surrogate, attack=cell.attack.spec,
@@ -183,7 +186,7 @@ def learn_released(
         history[epoch:] = [_judge(ServedModel(network), x, y, unused).accuracy]
         job.scratch.save(piece, history)
 
-    network: nn.Module = task.attack(build, released.clone(), replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
+    network: nn.Module = task.attack(build, released.lent(), replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
     model = ServedModel(network)
     judged = _judge(model, x, y, unused)
     train = released.train

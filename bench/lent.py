@@ -1,6 +1,7 @@
 """What components are lent: a network of their own, and what of ours has changed in their hands."""
 
 import copy
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from hashlib import sha256
@@ -12,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import RefereeError
+from bench.user_code import PREFIX
 
 NUMBERS = (int, float, complex, bool)
 PLAIN = (*NUMBERS, str, bytes, type(None))
 BEHAVIOUR = (FunctionType, classmethod, staticmethod, property)  # what of a class decides how its networks answer
-Contents = Mapping[str | tuple[type, str], Any]
+VALUES = (*PLAIN, Tensor, np.ndarray)                              # and so do values that all of them share
+Place = type | ModuleType                                          # where such values are
+Contents = Mapping[str | tuple[Place, str], Any]
 STORES = frozenset({"_parameters", "_buffers", "_modules"})      # attributes of a module, looked at one by one
 MODULE = frozenset(vars(nn.Module()))                            # attributes of every module
 
@@ -24,12 +28,16 @@ MODULE = frozenset(vars(nn.Module()))                            # attributes of
 def fingerprint(network: nn.Module) -> str:
     """A hash of what decides the answers of ``network`` beside its classes: the same in every process and folder.
 
-    Tensors and numbers among its parameters, buffers and attributes, and the code of compiled parts.
+    Tensors and numbers among its parameters, buffers and attributes and in a user's own classes and modules, such as a
+    table that is loaded where it is defined, and the code of compiled parts.
     """
     digest = sha256()
     for name, value in contents(network).items():
         if isinstance(name, str) and name.rpartition(".")[2] not in MODULE:
             digest.update(repr((name, _numbers(value))).encode())
+    for place in _places(network):
+        for key, value in sorted(_values_in(place).items()):
+            digest.update(repr((place.__name__.partition(".")[2], key, _numbers(_value(value, {})))).encode())
     for part in network.modules():
         if isinstance(part, torch.jit.ScriptModule) and hasattr(part, "code"):
             digest.update(part.code.encode())
@@ -63,9 +71,10 @@ def own(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:
 def contents(network: nn.Module) -> Contents:
     """All that decides the answers of ``network``, to be compared with what is there later.
 
-    Parameters, buffers, hooks and other attributes of each part by name, and the functions of their classes.
+    Parameters, buffers, hooks and other attributes of each part by name, the functions of their classes, and what the
+    classes and modules of a user's own code hold of numbers and tensors, which all networks of theirs share.
     """
-    found: dict[str | tuple[type, str], Any] = {}
+    found: dict[str | tuple[Place, str], Any] = {}
     for name, part in network.named_modules():
         tensors = dict((*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)))
         attributes = {key: value for key, value in vars(part).items() if key not in STORES}
@@ -74,16 +83,21 @@ def contents(network: nn.Module) -> Contents:
         found |= {f"{name}.{key}".lstrip("."): value for key, value in {**values, **parts}.items()}
         for kind in type(part).__mro__:
             found |= {(kind, key): _Same(value) for key, value in vars(kind).items() if isinstance(value, BEHAVIOUR)}
+    for place in _places(network):
+        found |= {(place, key): _Shared(value) for key, value in _values_in(place).items()}
     return found
 
 
 def changes(before: Contents, now: Contents) -> list[str]:
-    """The names under which two :func:`contents` differ, those of functions with their class."""
-    return [name if isinstance(name, str) else f"{name[0].__name__}.{name[1]}" for name in _changed(before, now)]
+    """The names under which two :func:`contents` differ, those of what networks share with its class or module."""
+    return [
+        name if isinstance(name, str) else f"{name[0].__name__.rpartition('.')[2]}.{name[1]}"
+        for name in _changed(before, now)
+    ]
 
 
-def restore_classes(before: Contents, now: Contents) -> None:
-    """Give the classes in ``now`` the functions of ``before`` again, for networks that are not made yet."""
+def restore_shared(before: Contents, now: Contents) -> None:
+    """Give the classes and modules in ``now`` what they held ``before``, for networks that are not made yet."""
     for name in _changed(before, now):
         if not isinstance(name, str):
             if name in before:
@@ -92,7 +106,7 @@ def restore_classes(before: Contents, now: Contents) -> None:
                 delattr(*name)
 
 
-def _changed(before: Contents, now: Contents) -> list[str | tuple[type, str]]:
+def _changed(before: Contents, now: Contents) -> list[str | tuple[Place, str]]:
     missing = object()
     return [name for name in {**before, **now} if before.get(name, missing) != now.get(name, missing)]
 
@@ -112,6 +126,19 @@ class _Same:
         return isinstance(other, _Same) and self.held is other.held
 
     __hash__ = None  # type: ignore[assignment]  # compared and never looked up
+
+
+class _Shared:
+    """Equal to what has the same value; ``held`` is that value, in memory of its own."""
+
+    def __init__(self, value: Any) -> None:
+        self.held = value.detach().clone() if isinstance(value, Tensor) else copy.copy(value)
+        self._value = _value(value, {})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shared) and bool(self._value == other._value)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Array(NamedTuple):
@@ -152,6 +179,18 @@ def _digest(value: Tensor) -> str:
         return repr(value)
     bytes_ = value.detach().resolve_conj().cpu().contiguous().reshape(-1).view(torch.uint8)
     return sha256(bytes_.numpy().data).hexdigest()
+
+
+def _places(network: nn.Module) -> list[Place]:
+    """The classes of ``network`` that a user's own code defines, and the modules of that code, each once."""
+    kinds = {kind for part in network.modules() for kind in type(part).__mro__ if kind.__module__.startswith(PREFIX)}
+    packages = {kind.__module__.partition(".")[0] for kind in kinds}
+    modules = [module for name, module in sys.modules.items() if name.partition(".")[0] in packages]
+    return [*sorted(kinds, key=lambda kind: kind.__qualname__), *sorted(modules, key=lambda module: module.__name__)]
+
+
+def _values_in(place: Place) -> dict[str, Any]:
+    return {key: value for key, value in vars(place).items() if isinstance(value, VALUES) and not key.startswith("__")}
 
 
 def _again(network: nn.Module, build: Callable[[], nn.Module]) -> nn.Module:

@@ -18,7 +18,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import RefereeError
 from bench.grid import Task, weights_hash
 from bench.kept import keep_tensors, kept_tensors
-from bench.lent import Contents, changes, contents, own, restore_classes, some
+from bench.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
 from bench.protection import check_release, declared_threat
@@ -130,7 +130,7 @@ class Pipeline:
         assert self._last is not None
         before, now = self._last.contents, contents(self._last.module)
         if changed := changes(before, now):
-            restore_classes(before, now)
+            restore_shared(before, now)
             self._last = None  # the next cell makes its own
             raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
         self.check_data(task)
@@ -153,7 +153,7 @@ class Pipeline:
         recipe: Any = task.chain.get("training") or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
-            network = _bare(task, recipe(task.build, released.clone(), job).cpu().eval())
+            network = _bare(task, recipe(task.build, released.lent(), job).cpu().eval())
             self.check_data(task)
             keep_tensors(path, network.state_dict(), key)
         return network
@@ -163,7 +163,7 @@ class Pipeline:
             return kept
         with self._job(task, key, progress) as job:
             defense = task.chain["data"]
-            protected = check_release(defense(task.data.clone(), job), task.data.train, declared_threat(defense))
+            protected = check_release(defense(task.data.lent(), job), task.data.train, declared_threat(defense))
             self.check_data(task)
             keep_tensors(self._path(key), {"images": protected.images}, key)
         return protected

@@ -235,7 +235,7 @@ def _short(value: Any, name: str) -> str:
 
 def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
     """The images (N, C, H, W) uint8 as the defense releases them."""
-    released = component(data.clone(), job)
+    released = component(data.lent(), job)
     try:
         return check_release(released, data.train, declared_threat(component)).images
     except RefereeError as error:

@@ -23,7 +23,11 @@ import torch
 from torch import nn
 from sklearn.datasets import load_digits
 
+GAIN = 1.0
+
 class Net(nn.Module):
+    scale, table = 1.0, torch.ones(1)
+
     def __init__(self, change=""):
         super().__init__()
         bunch = load_digits()
@@ -43,7 +47,7 @@ class Net(nn.Module):
             x.detach().numpy()[:] *= 0.9
         elif self.change == "none":
             x = x * 0.9
-        return self.linear(x.flatten(1))
+        return self.linear(x.flatten(1)) * (GAIN * self.scale * self.table)
 """
 
 DEFENSES = """
@@ -75,6 +79,33 @@ class Patching(Output):
         kind.forward = lambda self, x: plain(self, x).roll(1, dims=-1)
         return model
 
+def kind_of(model):
+    return next(type(part) for part in model.modules() if hasattr(part, "change"))
+
+class ClassNumber(Output):
+    def __call__(self, model, calibration, seed):
+        kind_of(model).scale = -1.0
+        return model
+
+class ClassTensor(Output):
+    def __call__(self, model, calibration, seed):
+        kind_of(model).table.fill_(-1)
+        return model
+
+class ModuleNumber(Output):
+    def __call__(self, model, calibration, seed):
+        kind_of(model).forward.__globals__["GAIN"] = -1.0
+        return model
+
+class Surrogate:
+    access, norms, version, paper, surrogate = "scores", frozenset({"linf"}), 1, "", True
+
+    def __call__(self, oracle, x, y, threat, rng):
+        with torch.no_grad():
+            for parameter in oracle.surrogate.module.parameters():
+                parameter.zero_()
+        return x
+
 class MovesTheBall(Output):
     def __init__(self, inplace=True):
         self.inplace = inplace
@@ -105,6 +136,12 @@ class Corrupting:
             split.labels.zero_()
         return released
 
+class Peeking:
+    stage, version, paper = "training", 1, ""
+
+    def __call__(self, build, data, job):
+        raise ValueError(f"sees {len(data.train)}, {len(data.calibration)}, {len(data.test)} of {data.test.shape}")
+
 class HookedTraining:
     stage, version, paper = "training", 1, ""
 
@@ -123,11 +160,11 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def rows(folder: Path, **grid) -> list[Row]:
+def rows(folder: Path, batch_size: int = 256, **grid) -> list[Row]:
     settings = {"dataset": "digits", "model": "net.py:Net", "attack": "square", "n": 24, "eps": 0.2, "queries": 10}
     tasks = expand(load_suite(None, settings | {"numerics": "plain"} | grid), Loader(None, None))
-    store, pipeline = Store(folder).open(), Pipeline(folder / "networks", torch.device("cpu"), 256)
-    run(tasks, store, pipeline, 256, 256, Silent())
+    store, pipeline = Store(folder).open(), Pipeline(folder / "networks", torch.device("cpu"), batch_size)
+    run(tasks, store, pipeline, 256, batch_size, Silent())
     return [store.row(task.cell) for task in tasks]
 
 
@@ -146,13 +183,18 @@ def test_what_a_defense_does_to_its_network_stays_in_its_cell(here, name, numeri
     assert list(defended.records["twin_pred"]) == list(alone.records["twin_pred"])
 
 
-def test_a_changed_class_fails_the_cell_that_changed_it_by_name(here):
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [("Patching", "Net.forward"), ("ClassNumber", "Net.scale"), ("ClassTensor", "Net.table"),
+     ("ModuleNumber", "net.GAIN")],
+)  # fmt: skip
+def test_what_networks_share_fails_the_cell_that_changed_it_by_name(here, name, changed):
     (alone,) = rows(here / "alone", defense="none")
-    row, none = rows(here / "both", defense=["mine.py:Patching", "none"])
+    row, none = rows(here / "both", defense=[f"mine.py:{name}", "none"])
     assert not row.complete
     assert same(none, alone)
-    assert "mine.py:Patching" in row.errors[0]
-    assert "Net.forward" in row.errors[0]
+    assert f"mine.py:{name}" in row.errors[0]
+    assert changed in row.errors[0]
 
 
 @pytest.mark.parametrize("change", ["operator", "data", "numpy"])
@@ -171,6 +213,12 @@ def test_an_output_defense_that_writes_into_its_input_moves_no_ball(here):
     assert written.records["norm_linf"].max() <= 0.2 + 1e-6
 
 
+def test_what_an_attack_does_to_its_surrogate_stays_with_it(here):
+    (row,) = rows(here / "rows", attack="mine.py:Surrogate", batch_size=8)
+    assert row.records["twin_pred"].equals(row.records["clean_pred"])
+    assert not [found["flag"] for found in row.shards[0].findings if found["fired"]]
+
+
 def test_a_data_defense_cannot_reach_the_baseline(here):
     shown = {"model": "cnn(width=4)", "attack": "standard(epochs=1)"}
     (alone,) = rows(here / "alone", defense="none", **shown)
@@ -178,6 +226,11 @@ def test_a_data_defense_cannot_reach_the_baseline(here):
     assert corrupted.complete
     assert same(none, alone)
     assert same(corrupted, alone)  # it releases what it was given
+
+
+def test_who_trains_sees_no_test_images(here):
+    (row,) = rows(here / "rows", model="cnn(width=4)", defense="mine.py:Peeking")
+    assert "sees 1000, 297, 0 of (1, 8, 8)" in row.errors[0]
 
 
 def test_a_trained_network_is_its_weights_and_nothing_around_them(here):

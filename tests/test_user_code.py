@@ -117,6 +117,24 @@ def test_equal_files_beside_other_weights_are_other_cells(tmp_path):
     assert [part.model.label for part in keys[:2]] == [f"net.py:Net #{local_hash(tmp_path / 'a' / 'net.py')[:6]}"] * 2
 
 
+@pytest.mark.parametrize(
+    "code",
+    ["class Net(nn.Module):\n    table = {load}\n    def forward(self, x): return x.flatten(1) @ self.table",
+     "TABLE = {load}\nclass Net(nn.Module):\n    def forward(self, x): return x.flatten(1) @ TABLE"],
+    ids=["class", "module"],
+)  # fmt: skip
+def test_a_table_that_is_loaded_where_it_is_defined_decides_the_cell(tmp_path, code):
+    head = "from pathlib import Path\nimport numpy as np, torch\nfrom torch import nn\n"
+    load = "torch.from_numpy(np.load(Path(__file__).parent / 'table.npy'))"
+    keys = []
+    for folder, content in (("a", 0.0), ("b", 1.0), ("copy", 0.0)):
+        written(tmp_path / folder, net=head + code.format(load=load))
+        np.save(tmp_path / folder / "table.npy", np.full((64, 10), content, np.float32))
+        keys.append(cell(f"{tmp_path / folder / 'net.py'}:Net").key)
+    assert keys[0] != keys[1]
+    assert keys[0] == keys[2]
+
+
 def test_a_network_that_draws_without_a_seed_is_one_network(tmp_path):
     file = written(tmp_path, net=NET) / "net.py"
     torch.manual_seed(1)
