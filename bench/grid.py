@@ -17,6 +17,7 @@ from bench.lent import fingerprint
 from bench.models import FromFile, check_logits, resolve
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
+from bench.process_state import undisturbed
 from bench.protection import declared_threat
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.registry import attacks, datasets, defenses
@@ -108,7 +109,8 @@ def expand(suite: Suite, loader: Loader, limit: int | None = None) -> list[Task]
     for grid in suite.grid:
         for model, defense, attack, seed in product(grid.model, grid.defense, grid.attack, grid.seed):
             try:
-                task = _task(grid, model, defense, attack, seed, loader, limit)
+                with undisturbed(importing=True):
+                    task = _task(grid, model, defense, attack, seed, loader, limit)
             except BenchError as error:
                 raise type(error)(f"{grid.dataset} | {model} | {defense} | {attack}: {error}") from error
             tasks.setdefault(task.cell.key, task)
@@ -197,6 +199,8 @@ def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
         if ".py:" not in text:
             raise
         raise ConfigError(f"data set {text!r}: {error}; it is called with the data folder") from error
+    except SystemExit as error:
+        raise ConfigError(f"data set {text!r} exits ({error}) where it is to give a data set") from error
     if not isinstance(data, Dataset):
         raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.dataset.Dataset")
     return data

@@ -22,8 +22,6 @@ PRINTED = 10_000  # characters of what the components of a cell print that are s
 # What is kept, as pairs of a function that reads it and one that puts it back.
 _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (lambda: os.getcwd(), os.chdir),  # noqa: PTH109 - a path for chdir
-    (lambda: dict(os.environ), lambda kept: _restore(os.environ, kept)),
-    (lambda: list(sys.path), lambda kept: sys.path.__setitem__(slice(None), kept)),
     (lambda: sys.getrecursionlimit(), lambda kept: sys.setrecursionlimit(kept)),
     (gc.isenabled, lambda kept: gc.enable() if kept else gc.disable()),
     (lambda: _handlers(), lambda kept: [signal.signal(number, handler) for number, handler in kept.items()]),
@@ -43,16 +41,26 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
 )
 
 
+# And what a file that is imported may have set for what it imports later.
+_IMPORTS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
+    (lambda: dict(os.environ), lambda kept: _restore(os.environ, kept)),
+    (lambda: list(sys.path), lambda kept: sys.path.__setitem__(slice(None), kept)),
+)
+
+
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def undisturbed(*, importing: bool = False) -> Iterator[None]:
     """Leave the process as it is now, whatever the components that run inside do to it.
 
     That is the working directory, the environment, the import path, warning filters, signal handlers, numpy's error
     handling, the global random generators (Python's, numpy's, torch's), and torch's default dtype and device, thread
     count, gradient and anomaly modes, determinism and precision. What is printed inside goes to the standard error
     stream, up to ``PRINTED`` characters.
+
+    Args:
+        importing: users' files are imported inside, so the environment and the import path stay as those leave them.
     """
-    kept = [(_read(read), write) for read, write in _SETTINGS]
+    kept = [(_read(read), write) for read, write in (*_SETTINGS, *(() if importing else _IMPORTS))]
     shown = _Bounded(sys.stderr)
     try:
         with warnings.catch_warnings(), redirect_stdout(shown), redirect_stderr(shown):

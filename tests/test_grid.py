@@ -121,6 +121,33 @@ def test_a_network_of_another_shape_is_refused(tmp_path):
     assert "fails on images (1, 8, 8)" in refusal(model=f"{tmp_path / 'net.py'}:linear")
 
 
+@pytest.mark.parametrize("name", ["Answers", "takes", "Source"])
+def test_a_file_that_exits_where_cells_are_made_is_refused_by_name(tmp_path, name):
+    file = tmp_path / "quits.py"
+    file.write_text(
+        "import sys\nfrom torch import nn\n"
+        "class Answers(nn.Module):\n    def forward(self, x): sys.exit(0)\n"
+        "class Source:\n    def __call__(self, data_dir): sys.exit(0)\n"
+        "def takes(classes, shape, model_dir): sys.exit(0)\n"
+    )
+    assert "quits.py" in refusal(**{"dataset" if name == "Source" else "model": f"{file}:{name}"})
+
+
+def test_what_a_file_does_to_the_process_on_import_reaches_no_cell(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "import torch\ntorch.set_default_dtype(torch.float64)\ntorch.set_grad_enabled(False)\n"
+        "torch.set_num_threads(torch.get_num_threads() + 1)\n"
+        "class Same:\n    stage, random, version, paper = 'output', False, 1, ''\n"
+        "    def __call__(self, model, calibration, seed): return model\n"
+    )
+    threads = torch.get_num_threads()
+    plan(defense=f"{file}:Same")
+    assert (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads()) == (
+        torch.float32, True, threads
+    )  # fmt: skip
+
+
 def test_samples_are_ascending_and_nested(digits):
     ids = {n: sample_ids(digits, n) for n in (1, 10, 100, 500)}
     for n, chosen in ids.items():

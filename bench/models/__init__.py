@@ -57,6 +57,8 @@ class FromFile:
             network = build()
             found = _answer(own(network, build), shape)
             return (_Logits if hasattr(found, "logits") else _itself)(own(network, build)).eval()
+        except SystemExit as error:
+            raise ConfigError(f"model {self.spec!r} exits ({error}) where it is to give a network") from error
         except RefereeError as error:
             raise ConfigError(f"model {self.spec!r}: {error}") from error
 
@@ -122,7 +124,7 @@ def check_logits(module: nn.Module, classes: int, shape: tuple[int, int, int]) -
     """
     name = type(module).__name__
     logits = _answer(module, shape)
-    if isinstance(logits, Exception):
+    if isinstance(logits, Exception | SystemExit):
         reason = (str(logits).strip().splitlines() or [type(logits).__name__])[0]
         raise ConfigError(f"{name} fails on images {shape}: {reason}; choose a model for this shape") from logits
     if not isinstance(logits, Tensor):
@@ -147,6 +149,6 @@ def _answer(module: nn.Module, shape: tuple[int, int, int]) -> object:
         answer: object = module(torch.full((2, *shape), 0.5, device=somewhere))
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever the network's own code may raise
+    except (Exception, SystemExit) as error:  # whatever the network's own code may raise
         return error
     return answer
