@@ -8,6 +8,8 @@ from pathlib import Path
 
 from bench.errors import StoreError
 
+BESIDE = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # a file in the making, which a kill may leave (see replace_file)
+
 
 def slug(*names: str) -> str:
     """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""

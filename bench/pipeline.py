@@ -1,7 +1,7 @@
 """From the training images of a cell to what its attack meets: a released data set, or a served model."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
 from hashlib import sha256
@@ -24,7 +24,7 @@ from bench.numerics import Converted, Numerics
 from bench.protection import check_release, declared_threat
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
-from bench.scratch import scratch
+from bench.scratch import scratch, sweep
 from bench.served import ServedModel, Target
 from bench.threads import training_threads
 from bench.training import initialised
@@ -111,7 +111,12 @@ class Pipeline:
 
     def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
-        return self._job(task, task.cell.key[:32], progress)
+        return self._job(task, _learner_key(task), progress)
+
+    def sweep(self, done: Iterable[Task]) -> None:
+        """Drop unfinished work that nothing can go on from; the learners of cells that are ``done`` need none."""
+        learnt = {_learner_key(task) for task in done}
+        sweep(self.folder / "unfinished", self._code, lambda key: key in learnt or self._path(key).exists())
 
     @contextmanager
     def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
@@ -230,6 +235,11 @@ def release_key(task: Task) -> str:
     assert defense is not None
     recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}
     return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _learner_key(task: Task) -> str:
+    """The name of the unfinished work of a learner."""
+    return task.cell.key[:32]
 
 
 def _recipe_key(task: Task) -> str:

@@ -16,10 +16,11 @@ class Screen:
 
     def __init__(self, console: Console, cells: int) -> None:
         self.console, self.cells = console, cells
-        self.count = 0
+        self._places: dict[str, int] = {}  # of cells, in the order in which they were started first
         self._progress = _progress(console)
         self._bar: TaskID | None = None
         self._last = (0, 1, "")
+        self._waiting = False
 
     def __enter__(self) -> "Screen":
         self.console.file = self.console.file  # what components print may be sent elsewhere; this goes on here
@@ -31,9 +32,8 @@ class Screen:
         self.console._file = None  # whatever standard output is by then
 
     def start(self, task: Task, samples: int) -> None:
-        self.count += 1
         label = f"{task.cell.defense_name} × {task.cell.attack.spec}, {samples} samples"
-        self._bar = self._progress.add_task(in_terminal(f"[{self.count}/{self.cells}] {label}"), total=None)
+        self._bar = self._progress.add_task(in_terminal(f"{self._place(task)} {label}"), total=None)
 
     def work(self, done: int, total: int, unit: str) -> None:
         assert self._bar is not None
@@ -46,11 +46,22 @@ class Screen:
         assert self._bar is not None
         self._progress.remove_task(self._bar)
         style = "red" if row.errors else "default"
-        place = f"[{self.count}/{self.cells}]"
-        told = f"{place} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
+        told = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
         line = Text(in_terminal(told), style=style)
         line.append(f"  ({duration(seconds)})", style="dim")
         self.console.print(line, soft_wrap=True)
+
+    def leave(self, task: Task) -> None:
+        assert self._bar is not None
+        self._progress.remove_task(self._bar)
+
+    def wait(self, cells: int) -> None:
+        if not self._waiting:
+            self.console.print(f"waiting for {cells} of {self.cells} cells that other runs are at", style="dim")
+        self._waiting = True
+
+    def _place(self, task: Task) -> str:
+        return f"[{self._places.setdefault(task.cell.key, len(self._places) + 1)}/{self.cells}]"
 
 
 class Steps:

@@ -2,9 +2,9 @@
 
 import json
 import os
-import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, is_dataclass
 from functools import partial
 from hashlib import sha256
@@ -19,10 +19,11 @@ from pydantic import BaseModel, field_validator
 from torch import Tensor
 
 import bench
+from bench.claims import Held
 from bench.contact_sheet import contact_sheet
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, RefereeError, StoreError
-from bench.files import keep_file, reachable
+from bench.files import BESIDE, keep_file, reachable
 from bench.identity import pin
 from bench.images import Frame, in_parallel
 from bench.kept import keep_tensors, kept_tensors
@@ -40,7 +41,6 @@ from bench.threads import training_threads
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
 UNFINISHED = "unfinished"            # there: what the defense is at
-BESIDE = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # what a killed job may leave (see replace_file)
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def protect(
     if made is None:
         Store(out).open()
         bar.step(f"running {spec.name}", unit="steps")
-        with scratch(out / STATE / UNFINISHED, code + recipe) as unfinished, training_threads():
+        with _alone(out), scratch(out / STATE / UNFINISHED, code + recipe) as unfinished, training_threads():
             images = _released(component, source.data, Job(seed, device, bar.work, scratch=unfinished), str(spec))
             keep_file(out / STATE / JOB, json.dumps(job).encode())
             keep_tensors(kept, made := {"images": images}, recipe)
@@ -118,6 +118,14 @@ def protect(
     keep_file(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     shutil.rmtree(out / STATE)
     return Protected(manifest, repeated=False)
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except Held:
+        raise StoreError(f"another process is at work in {out}; wait for it, or choose another --out") from None
 
 
 def report(done: Protected, out: Path) -> list[str]:

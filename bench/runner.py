@@ -4,13 +4,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
 import pandas as pd
 import torch
 
+from bench.claims import CLAIMS, Held, claim, present
 from bench.errors import StoreError
 from bench.evaluate import Inspector, Measured, attack_served, learn_released
 from bench.grid import Task
@@ -22,6 +23,8 @@ from bench.served import Target
 from bench.shards import Shard
 from bench.store import Row, Store
 from bench.witness import Witness
+
+PAUSE = 1.0  # seconds between two looks at what other runs are at
 
 
 class Reporter(Protocol):
@@ -39,10 +42,18 @@ class Reporter(Protocol):
         """The cell has ended, well or badly."""
         ...
 
+    def leave(self, task: Task) -> None:
+        """What is left of the cell is with other runs; it is started again later."""
+        ...
+
+    def wait(self, cells: int) -> None:
+        """Other runs are at all that is left, which is in so many cells."""
+        ...
+
 
 @dataclass(frozen=True)
 class Outcome:
-    """How many cells ran, were done before, and failed."""
+    """How many cells ran, were done before or by other runs meanwhile, and failed."""
 
     ran: int
     kept: int
@@ -55,46 +66,103 @@ def run(
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
     An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
-    other way out that it takes, such as ``sys.exit``.
+    other way out that it takes, such as ``sys.exit``. Work that another run on the folder is at is taken last: done by
+    then, or free because that run has ended.
 
     Raises:
         StoreError: the store cannot be written or read.
         Stopped: the process was asked to end.
     """
-    with stoppable() as check:
-        return _run(tasks, store, pipeline, shard_size, batch_size, reporter, check)
-
-
-def _run(
-    tasks: Sequence[Task],
-    store: Store,
-    pipeline: Pipeline,
-    shard_size: int,
-    batch_size: int,
-    reporter: Reporter,
-    check: Callable[[], None],
-) -> Outcome:
-    ran = kept = failed = 0
-    inspect = Inspector(pipeline.device)
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
-    for task in tasks:
-        todo = missing[task.cell.key]
-        if not todo:
-            kept += 1
-            continue
-        reporter.start(task, len(todo))
-        started = time.perf_counter()
-        fine, ended = True, 0
-        # A learner's training serves all samples at once.
-        for start, stop in stretches(todo, len(task.cell.ids) if task.learns else shard_size):
-            count = _Count(reporter, task.cell.threat.query_budget or 0, ended, len(todo))
-            fine &= _run_shard(task, start, stop, store, pipeline, inspect, batch_size, count)
-            check()
-            ended += stop - start
-        ran += fine
-        failed += not fine
-        reporter.finish(task, store.row(task.cell), time.perf_counter() - started)
-    return Outcome(ran, kept, failed)
+    done = [task for task in tasks if not missing[task.cell.key]]
+    with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
+        inspect = Inspector(pipeline.device)
+        work = _Work(store, pipeline, inspect, batch_size, reporter, check)
+        cells = [_CellWork(task, _shards(task, missing[task.cell.key], shard_size)) for task in tasks]
+        left = [cell for cell in cells if cell.shards]
+        while left:
+            held = [cell for cell in left if not work.advance(cell)]
+            if len(held) == len(left):  # all that is left is with other runs
+                reporter.wait(len(held))
+                time.sleep(PAUSE)
+                check()
+            left = held
+    return Outcome(
+        ran=sum(cell.ours and not cell.failed for cell in cells),
+        kept=sum(not cell.ours and not cell.failed for cell in cells),
+        failed=sum(cell.failed for cell in cells),
+    )
+
+
+def _shards(task: Task, positions: Sequence[int], size: int) -> list[Shard]:
+    """The stretches of the cell that are stored one by one; a learner's training serves all samples at once."""
+    if not positions:
+        return []
+    size = len(task.cell.ids) if task.learns else size
+    return [Shard(task.cell, start, stop) for start, stop in stretches(positions, size)]
+
+
+@dataclass
+class _CellWork:
+    """What is left of a cell: its unfinished ``shards``; and how it went so far."""
+
+    task: Task
+    shards: list[Shard]
+    ours: bool = False     # whether this run has measured any of it
+    failed: bool = False
+    seconds: float = 0.0
+    seen: dict[str, int | None] = field(default_factory=dict)  # when its shards had failed before this run
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one run works with."""
+
+    store: Store
+    pipeline: Pipeline
+    inspect: Inspector
+    batch_size: int
+    reporter: Reporter
+    check: Callable[[], None]
+
+    def advance(self, cell: _CellWork) -> bool:
+        """Run the shards of ``cell`` that no other run is at; whether it is done with, by us or by others."""
+        if not cell.seen:
+            cell.seen = {shard.stem: self.store.settled(shard)[1] for shard in cell.shards}
+        samples = sum(shard.stop - shard.start for shard in cell.shards)
+        began, ended, held = time.perf_counter(), 0, []
+        self.reporter.start(cell.task, samples)
+        for shard in cell.shards:
+            try:
+                with claim(self.store.root / CLAIMS / f"{cell.task.cell.key[:16]}-{shard.stem}.lock"):
+                    self._settle(cell, shard, _Count(self.reporter, _budget(cell.task), ended, samples))
+                ended += shard.stop - shard.start
+            except Held:
+                held.append(shard)
+            self.check()
+        cell.shards = held
+        cell.seconds += time.perf_counter() - began
+        if held:
+            self.reporter.leave(cell.task)
+            return False
+        self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
+        return True
+
+    def _settle(self, cell: _CellWork, shard: Shard, count: "_Count") -> None:
+        """Measure ``shard``, unless another run has done so since, well or badly."""
+        finished, failed = self.store.settled(shard)
+        if finished:
+            return
+        if failed != cell.seen[shard.stem]:
+            cell.failed = True
+            return
+        fine = _run_shard(cell.task, shard, self.store, self.pipeline, self.inspect, self.batch_size, count)
+        cell.ours = True
+        cell.failed |= not fine
+
+
+def _budget(task: Task) -> int:
+    return task.cell.threat.query_budget or 0
 
 
 def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
@@ -110,17 +178,19 @@ def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
 
 def _run_shard(
     task: Task,
-    start: int,
-    stop: int,
+    shard: Shard,
     store: Store,
     pipeline: Pipeline,
     inspect: Inspector,
     batch_size: int,
     count: "_Count",
 ) -> bool:
-    """Measure one shard and store it; False if it failed."""
-    began = time.perf_counter()
-    shard = Shard(task.cell, start, stop)
+    """Measure one shard and store it; False if it failed.
+
+    Raises:
+        Held: another process makes what it needs.
+    """
+    began, start, stop = time.perf_counter(), shard.start, shard.stop
 
     def save(measured: Measured) -> None:
         whole = replace(shard, figures=measured.figures, findings=measured.findings)
@@ -132,7 +202,7 @@ def _run_shard(
                 _learn(task, start, stop, pipeline, count, save)
             else:
                 save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
-    except (Stopped, StoreError):
+    except (Held, Stopped, StoreError):
         raise
     except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
         store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))

@@ -4,16 +4,15 @@ import io
 import pickle
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
-from bench.errors import StoreError
+from bench.claims import claim
 from bench.files import keep_file
 
 SEAL = sha256().digest_size
@@ -79,25 +78,26 @@ class Scratch:
 
 @contextmanager
 def scratch(folder: Path, code: str) -> Iterator[Scratch]:
-    """The scratch in ``folder``, for one process at a time: any other gets one that keeps nothing.
+    """The scratch in ``folder``, for one process at a time.
 
     Raises:
+        Held: another process is at this job.
         StoreError: the folder cannot be made.
     """
-    file = folder.with_name(f"{folder.name}.lock")
-    lock = FileLock(file)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(blocking=False)
-    except (Timeout, FileNotFoundError):  # at work, or just tidying up
-        yield Scratch()
-        return
-    except OSError as error:
-        raise StoreError(f"cannot lock {folder}: {error.strerror or error}; choose another --out") from None
-    try:
+    with claim(folder.with_name(f"{folder.name}.lock")):
         yield Scratch(folder, code)
-    finally:
-        file.unlink(missing_ok=True)
-        lock.release()
-        with suppress(OSError):  # others are at work beside it
-            folder.parent.rmdir()
+
+
+def sweep(folder: Path, code: str, finished: Callable[[str], bool]) -> None:
+    """Drop the scratches in ``folder`` that nothing can go on from: of ``finished`` jobs, by name, and of other code.
+
+    No process may be at work there.
+    """
+    for lock in folder.glob("*.lock"):
+        lock.unlink(missing_ok=True)
+    for job in folder.glob("*/"):
+        kept = Scratch(job, code)
+        if finished(job.name) or all(kept.load(piece.name) is None for piece in job.iterdir()):
+            kept.clear()
+    with suppress(OSError):  # there is something to go on from, or there is no folder
+        folder.rmdir()

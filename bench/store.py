@@ -89,6 +89,15 @@ class Store:
         done = _positions(shard for row in self._whole(cell) for shard in row.shards if shard.error is None)
         return [position for position in range(len(cell.ids)) if position not in done]
 
+    def settled(self, shard: Shard) -> tuple[bool, int | None]:
+        """Whether exactly this shard is finished, and when it failed last, in ns; other runs may change both."""
+        finished = self._folder(shard.cell) / f"{shard.stem}.json"
+        failed = finished.with_name(f"{shard.stem}.failed.json")
+        try:
+            return finished.exists(), failed.stat().st_mtime_ns
+        except FileNotFoundError:
+            return finished.exists(), None
+
     def row(self, cell: Cell) -> Row:
         """Everything that is stored about ``cell``.
 
