@@ -29,7 +29,8 @@ class Transfer:
         steps, rel_step: of PGD.
         restarts: examples for each sample, from different random starts; the budget may allow fewer.
 
-    Source: the check by transfer of Carlini et al., 2019, arXiv:1902.06705; PGD as in :class:`attacks.pgd.PGD`.
+    Source: the check by transfer of Carlini et al., 2019, arXiv:1902.06705; PGD in equal steps on the margin, as in
+        :class:`attacks.pgd.PGD`.
     """
 
     steps: int = 100
@@ -63,6 +64,6 @@ class Transfer:
 
     def _craft(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """PGD's examples on the twin; their oracle has a ball of radius 0, in which none falls: all take every step."""
-        pgd = PGD(steps=self.steps, rel_step=self.rel_step)
+        pgd = PGD(steps=self.steps, rel_step=self.rel_step, loss="margin", schedule="constant")
         white_box = replace(threat, eps=0.0, access="gradients", query_budget=pgd.most_queries)
         return pgd(Referee(oracle.surrogate, x, y, white_box, rng, minimal=True).oracle, x, y, threat, rng)
