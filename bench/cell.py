@@ -120,7 +120,7 @@ class Cell:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Cell":
-        """The cell that ``as_json`` wrote; of an older one, registered names tell what it does not say.
+        """The cell that ``as_json`` wrote; what follows from a name is taken from it where it is registered.
 
         Raises:
             KeyError, TypeError: the data is not a cell.
@@ -128,15 +128,13 @@ class Cell:
         fields = dict(data)
         for name in ("dataset", "model"):
             fields[name] = Component.from_json(fields[name])
-        control = attacks.declared(fields["attack"]["spec"], "surrogate", False)
-        fields["attack"] = Component.from_json(
-            {"control": control, **fields["attack"], "title": _title(attacks, fields["attack"])}
-        )
+        attack = fields["attack"]
+        control = attacks.declared(attack["spec"], "surrogate", False, attack.get("control"))
+        fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
         fields["defense"] = tuple(
-            Component.from_json(
-                {"stage": defenses.declared(part["spec"], "stage", ""), **part, "title": _title(defenses, part)}
-            )
+            Component.from_json({**part, "stage": stage, "title": _title(defenses, part)})
             for part in fields["defense"]
+            for stage in [defenses.declared(part["spec"], "stage", "", part.get("stage"))]
         )
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])

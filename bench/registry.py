@@ -105,13 +105,15 @@ class Registry(Generic[T]):
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names())}"
         raise ConfigError(f"no {self.kind} is named {name!r}; {hint}")
 
-    def declared(self, spec: str, attribute: str, default: Value) -> Value:
-        """What the class that is registered under the name in ``spec`` declares; ``default`` where none does.
+    def declared(self, spec: str, attribute: str, default: Value, stored: Value | None = None) -> Value:
+        """What the class that is registered under the name in ``spec`` declares; ``default`` where it does not.
 
-        For readers of results: makes no component, reads no arguments and imports no user's file.
+        For readers of results: makes no component, reads no arguments and imports no user's file. What a row has
+        ``stored`` counts only where no class has the name, so nobody can say of ours what it is not.
         """
         load_plugins()
-        value = getattr(self._factories.get(spec.partition("(")[0]), attribute, default)
+        factory = self._factories.get(spec.partition("(")[0])
+        value = stored if factory is None else getattr(factory, attribute, default)
         return value if isinstance(value, type(default)) else default
 
     def defaults(self, spec: str) -> dict[str, Any]:

@@ -121,6 +121,16 @@ def test_old_rows_get_stage_and_control_from_registered_names_alone():
     assert not Cell.from_json(cell(attack="theirs/evil.py:transfer").as_json()).attack.control
 
 
+def test_no_row_can_say_of_a_registered_name_what_it_is_not():
+    written = cell(defense="rnd(sigma=0.1)", attack="square")
+    lie = replace(
+        written, attack=replace(written.attack, control=True), defense=(replace(written.defense[0], stage="data"),)
+    )
+    read = Cell.from_json(lie.as_json())
+    assert not read.attack.control, "or the worst case would be without it"
+    assert read.defense[0].stage == "output"
+
+
 def test_stage_and_control_of_a_row_are_its_own_and_stay_out_of_the_key():
     plain = cell(defense="theirs/evil.py:Defense", attack="theirs/evil.py:Attack")
     (defense,) = plain.defense
