@@ -25,7 +25,7 @@ from bench.oracle import Referee
 from bench.perturbation import perturbation
 from bench.protocols import Attack, Job
 from bench.rng import SampleRng
-from bench.served import ServedModel, Target
+from bench.served import ServedModel, Target, as_module
 
 INSPECTED = 256  # images that a served model is probed with
 ROUNDS = 6  # of timing, the first to warm up
@@ -186,8 +186,8 @@ def learn_released(
         history[epoch:] = [_judge(ServedModel(network), x, y, unused).accuracy]
         job.scratch.save(piece, history)
 
-    network: nn.Module = task.attack(build, released.lent(), replace(job, watch=watch))  # type: ignore[call-arg, arg-type, assignment]
-    model = ServedModel(network)
+    network: object = task.attack(build, released.lent(), replace(job, watch=watch))  # type: ignore[call-arg, arg-type]
+    model = ServedModel(as_module(network, task.cell.attack.label))
     judged = _judge(model, x, y, unused)
     train = released.train
     fitted = _judge(model, train.pixels().to(job.device), train.labels.to(job.device), unused)

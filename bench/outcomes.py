@@ -1,8 +1,10 @@
 """What the records of a row say: who was right when clean, after so many queries and in the end, and every figure."""
 
 import math
+import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,9 @@ from bench.metrics import (
 from bench.oracle import NEVER
 from bench.stats import wilson
 from bench.store import Row
+
+_FRAME = re.compile(r'^ +File "(.+)", line (\d+)', re.MULTILINE)  # of a traceback
+_OUR_ERROR = re.compile(r"^bench\.errors\.\w+: ")  # whose message says it all
 
 
 @dataclass(frozen=True)
@@ -148,9 +153,15 @@ def network(row: Row) -> int | None:
 
 
 def failure(row: Row) -> str:
-    """The last line of its last error; empty where none of its shards has failed."""
-    lines = row.errors[-1].strip().splitlines() if row.errors else [""]
-    return lines[-1].strip() if lines else "an error without a message"
+    """The last line of its last error, and where in a user's file; empty where none of its shards has failed."""
+    if not row.errors:
+        return ""
+    trace = row.errors[-1].strip()
+    said = _OUR_ERROR.sub("", trace.splitlines()[-1].strip()) if trace else "an error without a message"
+    named = " ".join(component.spec for component in (row.cell.model, *row.cell.defense, row.cell.attack))
+    places = [(Path(file).name, line) for file, line in _FRAME.findall(trace)]
+    own = [f" ({file}, line {line})" for file, line in places if re.search(rf"(?<![\w.-]){re.escape(file)}:", named)]
+    return said + (own[-1] if own else "")
 
 
 def figures(row: Row) -> dict[str, float]:

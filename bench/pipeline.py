@@ -25,7 +25,7 @@ from bench.protection import check_release, declared_threat
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch, sweep
-from bench.served import ServedModel, Target
+from bench.served import ServedModel, Target, as_module
 from bench.threads import training_threads
 from bench.training import initialised
 
@@ -158,7 +158,8 @@ class Pipeline:
         recipe: Any = task.chain.get("training") or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
-            network = _bare(task, recipe(task.build, released.lent(), job).cpu().eval())
+            learned = as_module(recipe(task.build, released.lent(), job), _trainer(task))
+            network = _bare(task, learned.cpu().eval())
             self.check_data(task)
             keep_tensors(path, network.state_dict(), key)
         return network
@@ -210,7 +211,8 @@ def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device,
     converted = _in_numbers(task, network, mode, device)
     served, random = converted.module, False
     if (defense := task.chain.get("output")) is not None:
-        served = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed).eval()
+        made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
+        served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
         random = defense.random
     return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts)
 

@@ -11,6 +11,17 @@ from bench.errors import RefereeError
 from bench.rng import SampleRng
 
 
+def as_module(made: object, maker: str) -> nn.Module:
+    """What a defense or a learner of the name ``maker`` has returned.
+
+    Raises:
+        RefereeError: it is no module.
+    """
+    if not isinstance(made, nn.Module):
+        raise RefereeError(f"{maker} returned a {type(made).__name__}; return a torch.nn.Module")
+    return made
+
+
 @dataclass(frozen=True)
 class ServedModel:
     """Logits (B, K) from images (B, C, H, W) in [0, 1], at most ``batch_size`` images in each forward.

@@ -11,6 +11,7 @@ import pytest
 from bench.cell import Component
 from bench.leaderboard import render, summary
 from bench.oracle import NEVER
+from bench.outcomes import failure
 from bench.standings import Line, Table, tables
 from bench.store import Row
 from bench.threat import Threat
@@ -265,6 +266,17 @@ def test_details_say_what_queries_achieved():
 @pytest.mark.parametrize("style", ["md", "csv", "latex", "json"])
 def test_no_tables_are_no_error(style):
     assert render([Table("empty", [])][:0], style).strip() in ("", "[]")
+
+
+def test_a_failure_names_the_line_of_the_users_file_and_not_our_own_classes():
+    trace = (
+        'Traceback (most recent call last):\n  File "bench/served.py", line 41, in _forward\n    self.module(x)\n'
+        '  File "some where/mine.py", line 27, in forward\n    self.one(x)\n  File "torch/module.py", line 3, in f\n'
+    )
+    mine = row([], "mine.py:Rounded", asked=2, error=f"{trace}RuntimeError: boom\n")
+    assert failure(mine) == "RuntimeError: boom (mine.py, line 27)"
+    assert failure(row([], asked=2, error=f"{trace}RuntimeError: boom\n")) == "RuntimeError: boom"
+    assert failure(row([], asked=2, error="bench.errors.RefereeError: no scores")) == "no scores"
 
 
 def test_a_summary_says_in_one_phrase_how_a_cell_went():

@@ -1,6 +1,7 @@
 """Nobody's cell changes another's: networks, images, labels and answers are everybody's own."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,19 @@ class Hooking(Output):
         for part in model.modules():
             part.register_forward_hook(lambda part, given, out: out.roll(1, dims=-1))
         return model
+
+class Nothing(Output):
+    def __call__(self, model, calibration, seed):
+        pass
+
+class NothingTrained(Nothing):
+    stage = "training"
+
+class NothingLearned:
+    access, version, paper = "training-data", 1, ""
+
+    def __call__(self, build, data, job):
+        pass
 
 class Writing(Output):
     def __call__(self, model, calibration, seed):
@@ -231,6 +245,20 @@ def test_a_data_defense_cannot_reach_the_baseline(here):
 def test_who_trains_sees_no_test_images(here):
     (row,) = rows(here / "rows", model="cnn(width=4)", defense="mine.py:Peeking")
     assert "sees 1000, 297, 0 of (1, 8, 8)" in row.errors[0]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"defense": "mine.py:Nothing"},
+        {"model": "cnn(width=4)", "defense": "mine.py:NothingTrained"},
+        {"model": "cnn(width=4)", "attack": "mine.py:NothingLearned"},
+    ],
+)
+def test_what_forgets_to_return_a_network_is_told_to(here, grid):
+    (row,) = rows(here / "rows", **grid)
+    said = row.errors[0].strip()
+    assert re.search(r"mine\.py:Nothing\w* #\w+ returned a NoneType; return a torch\.nn\.Module$", said), said
 
 
 def test_a_trained_network_is_its_weights_and_nothing_around_them(here):

@@ -74,6 +74,11 @@ def read_arrays(file: Path, keys: Sequence[str] | None = None) -> dict[str, NDAr
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             wanted = [key for key in (archive.files if keys is None else keys) if key in archive]
+            if keys is not None and not wanted:
+                raise DataError(
+                    f"{file} holds {', '.join(archive.files)[:200] or 'no arrays'}; name the images x_test and their "
+                    "labels y_test, those to train on x_train and y_train"
+                )
             check_memory(sum(_claimed(archive.zip, key) for key in wanted), f"the arrays in {file}")
             return {key: archive[key] for key in wanted}
     except DataError:
@@ -111,7 +116,7 @@ def pair(arrays: Mapping[str, NDArray[Any]], part: str, file: Path) -> Split:
     """
     for key in (f"x_{part}", f"y_{part}"):
         if key not in arrays:
-            raise DataError(f"{file} has no {key}, only {', '.join(arrays) or 'other names'}; add it")
+            raise DataError(f"{file} has no {key}, only {', '.join(arrays)}; add it")
     labels = arrays[f"y_{part}"]
     if labels.ndim != 1 or labels.dtype.kind not in "iu":
         raise DataError(f"{file}: y_{part} is {labels.dtype} {labels.shape}; expected integers (N,)")
