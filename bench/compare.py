@@ -122,11 +122,13 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
 
 
 def _present(name: str, rows: Iterable[Row]) -> str:
-    """The chain ``name`` as rows write it."""
+    """The chain ``name`` as rows write it: as it was given, or with files of users by their names alone."""
     present = {row.cell.defense_name for row in rows}
-    written = " + ".join(str(placeless(spec)) for spec in parse_chain(name)) or "none"
-    if written in present:
-        return written
+    given = parse_chain(name)
+    written, *_ = ways = [" + ".join(map(str, chain)) or "none" for chain in (map(placeless, given), given)]
+    for way in ways:
+        if way in present:
+            return way
     near = get_close_matches(written, sorted(present), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"no rows of defense {name!r}; {hint}present: {_listed(present)}")
