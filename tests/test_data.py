@@ -244,7 +244,7 @@ def test_npz_without_training_images_has_empty_splits(tmp_path):
         ({"x_test": noise(0, 3, 8, 8), "y_test": np.zeros(0, int)}, "x_test is empty"),
         ({"x_test": noise(5, 3, 8, 8)}, "has no y_test, only x_test"),
         ({"x": noise(5, 3, 8, 8), "y": np.zeros(5, int)}, "holds x, y; name the images x_test and their labels y_test"),
-        ({"x_test": noise(5, 3, 8, 8), "y_test": np.array([None] * 5)}, "not a readable .npz file of plain arrays"),
+        ({"x_test": noise(5, 3, 8, 8), "y_test": np.array([None] * 5)}, "y_test holds Python objects"),
         (
             {"x_test": noise(5, 3, 8, 8), "y_test": np.zeros(5, int), "x_train": noise(5, 3, 9, 9)},
             "has no y_train",

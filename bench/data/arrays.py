@@ -102,6 +102,8 @@ def _claimed(archive: zipfile.ZipFile, key: str) -> int:
         version = np.lib.format.read_magic(opened)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, _, dtype = header(opened)
+        if dtype.hasobject:
+            raise ValueError(f"{key} holds Python objects, not numbers")
         size = math.prod(shape) * dtype.itemsize
         if size != entry.file_size - opened.tell() or entry.file_size > DEFLATED * max(entry.compress_size, 1):
             raise ValueError(f"{key} claims {size:,} bytes, which it does not hold")
