@@ -36,7 +36,7 @@ _SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], object]], ...] = (
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.is_anomaly_enabled, torch.set_anomaly_enabled),
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    (lambda: _determinism(), lambda kept: torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])),
+    (lambda: _determinism(), lambda kept: _restore_determinism(kept)),
     (lambda: _backends(), lambda kept: _restore_backends(kept)),
 )
 
@@ -132,6 +132,11 @@ def _restore_default_device(kept: torch.device) -> None:
 
 def _determinism() -> tuple[bool, bool]:
     return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+def _restore_determinism(kept: tuple[bool, bool]) -> None:
+    if _determinism() != kept:  # setting it imports torch's compiler, which takes seconds and may fail
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
 
 
 def _backends() -> dict[tuple[Any, str], bool]:
