@@ -93,6 +93,11 @@ class Cell:
         return " + ".join(component.spec for component in self.defense) or "none"
 
     @property
+    def defense_title(self) -> str:
+        """The chain as one would write it today, where a default has changed since."""
+        return " + ".join(component.title or component.spec for component in self.defense) or "none"
+
+    @property
     def defense_label(self) -> str:
         """The chain as tables show it, which tells versions of a user's code apart."""
         return " + ".join(component.label for component in self.defense) or "none"

@@ -70,7 +70,7 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
     rows = by_version(rows).newest
     a, b = (_present(name, rows) for name in (a, b))
     if a == b:
-        raise ConfigError(f"both defenses are {a}; name two of {_listed({row.cell.defense_name for row in rows})}")
+        raise ConfigError(f"both defenses are {a}; name two of {_listed({row.cell.defense_title for row in rows})}")
     every = _sides(rows, a, b)
     settings = by_setting([*every.a, *every.b])
     common = {title: _sides(members, a, b) for title, members in settings.items()}
@@ -123,7 +123,7 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
 
 def _present(name: str, rows: Iterable[Row]) -> str:
     """The chain ``name`` as rows write it: as it was given, or with files of users by their names alone."""
-    present = {row.cell.defense_name for row in rows}
+    present = {row.cell.defense_title for row in rows}
     given = parse_chain(name)
     written, *_ = ways = [" + ".join(map(str, chain)) or "none" for chain in (map(placeless, given), given)]
     for way in ways:
@@ -142,11 +142,11 @@ class _Sides(NamedTuple):
 
 
 def _sides(rows: Sequence[Row], a: str, b: str) -> _Sides:
-    return _Sides(*([row for row in rows if row.cell.defense_name == name] for name in (a, b)))
+    return _Sides(*([row for row in rows if row.cell.defense_title == name] for name in (a, b)))
 
 
 def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
-    a, b = (rows[0].cell.defense_name for rows in sides)
+    a, b = (rows[0].cell.defense_title for rows in sides)
     met_a, met_b = (_met(rows) for rows in sides)
     shared = sorted(met_a.keys() & met_b.keys())
     names_a, names_b = ({_name(*each) for each in met} for met in (met_a, met_b))
@@ -167,7 +167,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
         lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
     for name, group in _lines(pairs).items():
         lines += _versus(name, group, ids, shown)
-    failed = [f"{row.cell.defense_name} × {_name(*encounter(row))} failed: {failure(row)}"
+    failed = [f"{row.cell.defense_title} × {_name(*encounter(row))} failed: {failure(row)}"
               for rows in sides for row in rows if row.errors]  # fmt: skip
     unshared = {a: sorted(names_a - names_b), b: sorted(names_b - names_a)}
     return Duel(setting, a, b, len(ids), lines, unshared, failed)

@@ -255,7 +255,7 @@ def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str,
         for each in matches
     ]
     seed = f", seed {cell.seed}" if cell.seed else ""
-    head = f"### {in_markdown(f'{cell.defense_name} · {cell.attack.spec}{seed}')}"
+    head = f"### {in_markdown(f'{cell.defense_title} · {cell.attack.spec}{seed}')}"
     setting = in_markdown(f"{cell.setting} · {n} samples, {_copy(cell, copies)}")
     by_kind: dict[tuple[str, str], dict[str, None]] = {}
     for difference in chain.from_iterable(each.differences for each in matches):
@@ -321,7 +321,7 @@ def _record(figure: Figure, each: Match | None = None, copies: Mapping[str, str]
     cell = each.cell if each else None
     record |= {
         "our model": cell.model.spec if cell else None,
-        "our defense": cell.defense_name if cell else None,
+        "our defense": cell.defense_title if cell else None,
         "our attack": cell.attack.spec if cell else None,
         "seed": cell.seed if cell else None,
         "data": _copy(cell, copies or {}) if cell else None,

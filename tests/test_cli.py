@@ -272,16 +272,19 @@ def test_committed_rows_stand_beside_published_figures(style):
 
 def test_two_defenses_are_compared_on_committed_rows():
     folder = ROOT / "leaderboards" / "query-cifar10"
-    chains = ("--defense", "unig", "--defense", "rnd( sigma=0.02 )")  # both met the same attacks
+    name = "unig(variant=stateless)"
+    chains = ("--defense", name, "--defense", "rnd( sigma=0.02 )")  # both met the same attacks
     ended = bench("compare", folder, *chains, "--budget", 2500, "--format", "json")
     assert (ended.code, ended.err) == (0, "")
     worst = next(record for record in json.loads(ended.out) if record["at"] == "@2500")
     board = json.loads(bench("leaderboard", folder, "--format", "json").out)
     # The first line of a defense is its worst case.
     of = {line["defense"]: line["@2500"] for line in reversed(board) if line.get("@2500")}
-    assert (worst["a accuracy"], worst["b accuracy"]) == (of["unig"], of["rnd(sigma=0.02)"])
+    assert (worst["a accuracy"], worst["b accuracy"]) == (of[name], of["rnd(sigma=0.02)"])
     assert worst["difference low"] < worst["difference"] < worst["difference high"]
     assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 100
+    line = complaint(bench("compare", folder, "--defense", "unig", "--defense", "none"))
+    assert "no rows of defense 'unig'" in line, "which means another variant today"
     line = complaint(bench("compare", folder, "--defense", "aaa-linear", "--defense", "none"))
     assert "no rows of defense 'aaa-linear'" in line
     assert "aaa-linear(temperature=tuned)" in line

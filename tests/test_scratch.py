@@ -124,15 +124,15 @@ def test_images_that_are_moved_already_are_not_moved_again(few, tmp_path, monkey
     monkeypatch.setattr("defenses.checkpoints.CHUNK", 64)
     defense = defenses.create("sep(epochs=2, checkpoints=1, steps=2, network=cnn(width=4))")
     whole, moves = defense(few, Job(seed=1)).images, []
-    move = type(defense).move
+    walk = type(defense).walk
 
     def watched(self, direction, levels, target):
         moves.append(len(levels))
         if len(moves) == 3:
             raise Stopped(signal.SIGTERM)
-        return move(self, direction, levels, target)
+        return walk(self, direction, levels, target)
 
-    monkeypatch.setattr(type(defense), "move", watched)
+    monkeypatch.setattr(type(defense), "walk", watched)
     with pytest.raises(Stopped):
         defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job")))
     assert torch.equal(defense(few, Job(seed=1, scratch=Scratch(tmp_path / "job"))).images, whole)
