@@ -201,6 +201,12 @@ def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
         raise ConfigError(f"data set {text!r}: {error}; it is called with the data folder") from error
     except SystemExit as error:
         raise ConfigError(f"data set {text!r} exits ({error}) where it is to give a data set") from error
+    except BenchError:
+        raise
+    except Exception as error:
+        if ".py:" not in text:
+            raise
+        raise ConfigError(f"data set {text!r} fails ({type(error).__name__}: {error}); mend its file") from error
     if not isinstance(data, Dataset):
         raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.dataset.Dataset")
     return data

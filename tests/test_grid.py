@@ -121,14 +121,15 @@ def test_a_network_of_another_shape_is_refused(tmp_path):
     assert "fails on images (1, 8, 8)" in refusal(model=f"{tmp_path / 'net.py'}:linear")
 
 
+@pytest.mark.parametrize("ends", ["sys.exit(0)", "{}['no such key']", "1 / 0"])
 @pytest.mark.parametrize("name", ["Answers", "takes", "Source"])
-def test_a_file_that_exits_where_cells_are_made_is_refused_by_name(tmp_path, name):
+def test_a_file_that_ends_where_cells_are_made_is_refused_by_name(tmp_path, name, ends):
     file = tmp_path / "quits.py"
     file.write_text(
         "import sys\nfrom torch import nn\n"
-        "class Answers(nn.Module):\n    def forward(self, x): sys.exit(0)\n"
-        "class Source:\n    def __call__(self, data_dir): sys.exit(0)\n"
-        "def takes(classes, shape, model_dir): sys.exit(0)\n"
+        f"class Answers(nn.Module):\n    def forward(self, x): {ends}\n"
+        f"class Source:\n    def __call__(self, data_dir): {ends}\n"
+        f"def takes(classes, shape, model_dir): {ends}\n"
     )
     assert "quits.py" in refusal(**{"dataset" if name == "Source" else "model": f"{file}:{name}"})
 

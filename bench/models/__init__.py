@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bench.errors import ConfigError, RefereeError
+from bench.errors import BenchError, ConfigError, RefereeError
 from bench.lent import own
 from bench.protocols import Architecture
 from bench.registry import import_all, models
@@ -61,6 +61,10 @@ class FromFile:
             raise ConfigError(f"model {self.spec!r} exits ({error}) where it is to give a network") from error
         except RefereeError as error:
             raise ConfigError(f"model {self.spec!r}: {error}") from error
+        except (BenchError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever the user's own code may raise
+            raise ConfigError(f"model {self.spec!r} fails ({type(error).__name__}: {error}); mend its file") from error
 
 
 class _Logits(nn.Module):
