@@ -71,6 +71,6 @@ def test_no_streams_or_too_few_are_refused():
 
 
 def test_an_impossible_deviation_is_refused():
-    for sigma in ("-1", "inf"):
-        with pytest.raises(ConfigError, match="a standard deviation is zero or more"):
+    for sigma, why in {"-1": "a standard deviation is zero or more", "inf": "should be a finite number"}.items():
+        with pytest.raises(ConfigError, match=why):
             defenses.create(f"output-noise(sigma={sigma})")
