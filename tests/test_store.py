@@ -21,7 +21,7 @@ def cell(attack: str = "square", n: int = 10) -> Cell:
     return Cell(
         dataset=Component("digits"),
         model=Component("cnn", params={"width": 32}),
-        defense=(Component("rnd(sigma=0.1)", traits=("random",)),),
+        defense=(Component("rnd(sigma=0.1)", traits=("random",), stage="output"),),
         attack=Component(attack, version="1+abc"),
         threat=Threat("linf", 8 / 255, "scores", 100),
         ids=tuple(range(100, 100 + n)),
