@@ -5,11 +5,15 @@ from bench.registry import load_plugins  # before torch: bench says how threads 
 import torch
 # isort: on
 
+import signal
+
 import pytest
 
 # The tests' networks are tiny: a second thread gains nothing, and loses much when other work shares the cores.
 torch.set_num_threads(1)
 load_plugins()
+# A shell starts jobs in the background with Ctrl-C ignored, which the commands under test would inherit and respect.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
