@@ -59,11 +59,18 @@ class Pipeline:
             RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
         """
         mode = task.cell.numerics
-        yield Target(
-            self.served(task, mode), self.served(task, "plain"),
-            self.undefended(task, mode), self.undefended(task, "plain"),
-        )  # fmt: skip
-        self._compare(task)
+        self.train(task, lambda done, total: None)
+        assert self._last is not None
+        try:
+            with _unchanged(task, self._last.module, self._last.contents):
+                yield Target(
+                    self.served(task, mode), self.served(task, "plain"),
+                    self.undefended(task, mode), self.undefended(task, "plain"),
+                )  # fmt: skip
+        except BaseException:
+            self._last = None  # the next cell makes its own
+            raise
+        self.check_data(task)
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
@@ -120,8 +127,10 @@ class Pipeline:
 
     @contextmanager
     def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
+        sample = initialised(task.build, Job(task.cell.seed))
         with scratch(self.folder / "unfinished" / key, self._code) as kept, training_threads():
-            yield Job(task.cell.seed, self.device, progress, scratch=kept)
+            with _unchanged(task, sample, contents(sample)):
+                yield Job(task.cell.seed, self.device, progress, scratch=kept)
             kept.clear()
 
     def _own_network(self, task: Task) -> nn.Module:
@@ -129,16 +138,6 @@ class Pipeline:
         self.train(task, lambda done, total: None)
         assert self._last is not None
         return own(self._last.module, task.build)
-
-    def _compare(self, task: Task) -> None:
-        """Whether nobody has changed what the next cell will take up."""
-        assert self._last is not None
-        before, now = self._last.contents, contents(self._last.module)
-        if changed := changes(before, now):
-            restore_shared(before, now)
-            self._last = None  # the next cell makes its own
-            raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
-        self.check_data(task)
 
     def check_data(self, task: Task) -> None:
         """Whether the data set of ``task``, which other cells share, is what it was.
@@ -177,6 +176,24 @@ class Pipeline:
     def _path(self, key: str) -> Path:
         """Where what the recipe ``key`` made is kept."""
         return self.folder / f"{key}.safetensors"
+
+
+@contextmanager
+def _unchanged(task: Task, network: nn.Module, before: Contents) -> Iterator[None]:
+    """Whether all that decides the answers of ``network`` is afterwards what it was ``before``, however it ends.
+
+    What its class and its file share with other networks is put back where it is not.
+
+    Raises:
+        RefereeError: it is not.
+    """
+    try:
+        yield
+    finally:
+        now = contents(network)
+        if changed := changes(before, now):
+            restore_shared(before, now)
+            raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
 
 
 def _bare(task: Task, network: nn.Module) -> nn.Module:

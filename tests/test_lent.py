@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bench.errors import RefereeError
-from bench.grid import Loader, expand
+from bench.grid import Loader, Task, expand
 from bench.lent import changes, contents, own
 from bench.pipeline import Pipeline
 from bench.rng import SampleRng
@@ -101,6 +101,19 @@ class ClassNumber(Output):
         kind_of(model).scale = -1.0
         return model
 
+class ClassNumberThenFails(Output):
+    def __call__(self, model, calibration, seed):
+        kind_of(model).scale = -1.0
+        raise RuntimeError("gave up")
+
+class ClassNumberInTraining:
+    stage, version, paper = "training", 1, ""
+
+    def __call__(self, build, data, job):
+        network = build()
+        type(network).scale = -1.0
+        return network
+
 class ClassTensor(Output):
     def __call__(self, model, calibration, seed):
         kind_of(model).table.fill_(-1)
@@ -174,9 +187,18 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+FEW = {"dataset": "digits", "attack": "square", "n": 24, "eps": 0.2, "queries": 10, "numerics": "plain"}
+
+
 def rows(folder: Path, batch_size: int = 256, **grid) -> list[Row]:
-    settings = {"dataset": "digits", "model": "net.py:Net", "attack": "square", "n": 24, "eps": 0.2, "queries": 10}
-    tasks = expand(load_suite(None, settings | {"numerics": "plain"} | grid), Loader(None, None))
+    return run_all(folder, cells(**({"model": "net.py:Net"} | grid)), batch_size)
+
+
+def cells(**grid) -> list[Task]:
+    return expand(load_suite(None, FEW | grid), Loader(None, None))
+
+
+def run_all(folder: Path, tasks: list[Task], batch_size: int = 256) -> list[Row]:
     store, pipeline = Store(folder).open(), Pipeline(folder / "networks", torch.device("cpu"), batch_size)
     run(tasks, store, pipeline, 256, batch_size, Silent())
     return [store.row(task.cell) for task in tasks]
@@ -209,6 +231,36 @@ def test_what_networks_share_fails_the_cell_that_changed_it_by_name(here, name, 
     assert same(none, alone)
     assert f"mine.py:{name}" in row.errors[0]
     assert changed in row.errors[0]
+
+
+def test_what_networks_share_is_put_back_by_a_cell_that_fails_for_another_reason(here):
+    """The next cell has a network of its own, which is first looked at when it is made."""
+    other = {"model": "net.py:Net(change=none)"}
+    (alone,) = rows(here / "alone", defense="none", **other)
+    tasks = [
+        *cells(model="net.py:Net", defense="mine.py:ClassNumberThenFails"),
+        *cells(**other),
+    ]
+    broken, none = run_all(here / "both", tasks)
+    assert "mine.py:ClassNumberThenFails" in broken.errors[0]
+    assert "Net.scale" in broken.errors[0]
+    assert "gave up" in broken.errors[0]
+    assert same(none, alone)
+
+
+def test_a_training_that_changes_what_networks_share_fails_by_name(here):
+    Path("net.py").write_text(
+        MODEL + "\n\nclass Late:\n    trained, version, paper = False, 1, ''\n\n"
+        "    def __call__(self, classes, shape, model_dir):\n        return Net()\n"
+    )
+    tasks = [
+        *cells(model="net.py:Late", defense="mine.py:ClassNumberInTraining"),
+        *cells(model="net.py:Net"),
+    ]
+    trained, none = run_all(here / "both", tasks)
+    assert "mine.py:ClassNumberInTraining" in trained.errors[0]
+    assert "Net.scale" in trained.errors[0]
+    assert none.records["clean_pred"].eq(none.records["y"]).mean() > 0.8
 
 
 @pytest.mark.parametrize("change", ["operator", "data", "numpy"])
