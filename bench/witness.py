@@ -45,7 +45,7 @@ class Witness:
         images = max((len(x) for x, _, _ in self._kept), default=0)
         try:
             share = max((self._changed(*call) for call in self._kept), default=0.0)
-        except Exception as error:  # the model's own code, which had an answer for the attack
+        except (Exception, SystemExit) as error:  # the model's own code, which had an answer for the attack
             why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
             return Finding(FLAG, True, 1.0, RARE, images, f"its copies cannot answer what an attack asked ({why})")
         return Finding(

@@ -47,10 +47,14 @@ class LongMemory(Honest):
 
 
 class BreaksWhenNew(Honest):
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
     def forward(self, x):
         self.calls += 1
         if self.calls == 1 and not torch.equal(x, X):
-            raise RuntimeError("asked too early")
+            raise self.error("asked too early")
         return self.body(x)
 
 
@@ -95,10 +99,11 @@ def test_one_that_changes_a_little_with_each_call_is_seen():
     assert witnessed(LongMemory()).fired
 
 
-def test_one_that_fails_when_asked_again_is_seen_and_costs_nothing():
-    finding = witnessed(BreaksWhenNew())
+@pytest.mark.parametrize("error", [RuntimeError, SystemExit])
+def test_one_that_fails_when_asked_again_is_seen_and_costs_nothing(error):
+    finding = witnessed(BreaksWhenNew(error))
     assert finding.fired
-    assert "asked too early" in finding.evidence
+    assert f"{error.__name__}: asked too early" in finding.evidence
 
 
 def test_rows_say_so(tmp_path):
