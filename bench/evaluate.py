@@ -191,7 +191,8 @@ def learn_released(
     judged = _judge(model, x, y, unused)
     train = released.train
     fitted = _judge(model, train.pixels().to(job.device), train.labels.to(job.device), unused)
-    table = {"final_pred": judged.prediction, "final_margin": judged.margin}
+    broken = ~judged.logits.isfinite().all(dim=1)
+    table = {"final_pred": judged.prediction, "final_margin": judged.margin, "invalid": broken}
     figures = {"train_accuracy": fitted.accuracy, "last_test_accuracy": judged.accuracy}
     if history:  # a learner of a user's own may have none
         peak = max(history)

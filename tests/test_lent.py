@@ -11,6 +11,7 @@ from torch import nn
 from bench.errors import RefereeError
 from bench.grid import Loader, Task, expand
 from bench.lent import changes, contents, own
+from bench.marks import marks_of
 from bench.pipeline import Pipeline
 from bench.rng import SampleRng
 from bench.runner import run
@@ -76,6 +77,15 @@ class NothingLearned:
 
     def __call__(self, build, data, job):
         pass
+
+class LearnsNan:
+    access, version, paper = "training-data", 1, ""
+
+    def __call__(self, build, data, job):
+        network = build()
+        with torch.no_grad():
+            network.linear.weight.fill_(float("nan"))
+        return network
 
 class Writing(Output):
     def __call__(self, model, calibration, seed):
@@ -311,6 +321,20 @@ def test_what_forgets_to_return_a_network_is_told_to(here, grid):
     (row,) = rows(here / "rows", **grid)
     said = row.errors[0].strip()
     assert re.search(r"mine\.py:Nothing\w* #\w+ returned a NoneType; return a torch\.nn\.Module$", said), said
+
+
+def test_a_learner_that_returns_nan_is_marked(here):
+    (row,) = rows(here / "rows", model="cnn(width=4)", attack="mine.py:LearnsNan")
+    assert row.complete
+    assert row.records["invalid"].all()
+    assert "invalid" in marks_of(row)
+
+
+def test_a_gradient_attack_says_what_is_wrong_with_a_network_that_gives_none(here):
+    Path("net.py").write_text(MODEL.replace("    def forward", "    @torch.no_grad()\n    def forward"))
+    scores, gradients = rows(here / "rows", attack=["noise", "pgd(steps=2)"])
+    assert scores.complete
+    assert "gives no gradients" in gradients.errors[0]
 
 
 def test_a_trained_network_is_its_weights_and_nothing_around_them(here):

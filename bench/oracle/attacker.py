@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from bench.errors import AccessError
+from bench.errors import AccessError, RefereeError
 from bench.oracle.foreign import ForeignView, Order
 from bench.served import ServedModel
 
@@ -87,12 +87,18 @@ class Oracle:
 
         Raises:
             AccessError: the threat grants no gradients.
+            RefereeError: the served model has none to give.
             ThreatViolation: a query outside the ball or the box.
         """
         self.__referee.grant("gradients")
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
             logits, answered = self.__referee.ask(x, rows)
+            if not logits.requires_grad:
+                raise RefereeError(
+                    "the served model gives no gradients (its forward is under no_grad, or detaches); use attacks that "
+                    "ask for scores or labels"
+                )
             values = torch.where(answered, loss(logits.nan_to_num(), self.__referee.truth(rows)), 0)
             (gradient,) = torch.autograd.grad(values.sum(), x)  # a sum keeps the samples independent
         self.__referee.charge(rows, answered)
