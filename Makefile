@@ -18,7 +18,7 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --dist loadfile
 
 # An hour of new input of every kind; FUZZ_EXAMPLES=200 takes a minute or two.
 FUZZ_EXAMPLES ?= 10000

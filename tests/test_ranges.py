@@ -37,7 +37,7 @@ def refused(registry, name, field, value):
     return False
 
 
-@pytest.mark.parametrize(("registry", "name"), NAMES, ids=lambda value: str(value))
+@pytest.mark.parametrize(("registry", "name"), NAMES, ids=lambda value: getattr(value, "kind", value))
 def test_every_default_is_in_its_range(registry, name):
     factory = registry.factory(name)
     hints = get_type_hints(factory, include_extras=True)
