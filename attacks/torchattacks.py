@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.extras import library
 from bench.norms import per_sample
 from bench.oracle import Oracle
 from bench.oracle.bounds import apart, inside
 from bench.oracle.foreign import Order, Over
 from bench.registry import attacks
 from bench.rng import SampleRng
+from bench.system.extras import library
 from bench.threat import Access, Norm, Threat
 
 

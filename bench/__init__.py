@@ -2,6 +2,6 @@
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported (see bench/threads.py)
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read once, when torch is imported (see bench/system/threads.py)
 
 __version__ = "0.1.0"

@@ -15,12 +15,12 @@ from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, get_type_hints
 
-from bench import user_code
 from bench.errors import ConfigError
-from bench.interrupt import Stopped
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
 from bench.ranges import convert
 from bench.spec import Spec
+from bench.system import user_code
+from bench.system.interrupt import Stopped
 from bench.threat import Access
 
 GROUP = "bench.plugins"  # of entry points

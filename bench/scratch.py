@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from bench.claims import claim
-from bench.files import keep_file
+from bench.system.claims import claim
+from bench.system.files import keep_file
 
 SEAL = sha256().digest_size
 PAUSE = 30.0  # seconds of work that a kill may cost beside the step in work: an epoch, a turn, a chunk of images

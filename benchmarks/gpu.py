@@ -43,20 +43,20 @@ from torch import Tensor, nn
 
 from bench import numerics
 from bench.dataset import Dataset, Split
-from bench.files import keep_file
-from bench.grid import Loader, Task, expand
-from bench.metrics import calibration_error
+from bench.measure.pipeline import Pipeline, deploy
 from bench.models import resolve
 from bench.models.weights import save_parts
 from bench.oracle import Referee
-from bench.pipeline import Pipeline, deploy
+from bench.oracle.served import ServedModel
+from bench.plan.suite import Suite
+from bench.plan.tasks import Loader, Task, expand
 from bench.protocols import Job
 from bench.registry import attacks, code_hash, defenses, load_plugins
+from bench.report.metrics import calibration_error
+from bench.results.store import Row, Store
 from bench.rng import SampleRng
-from bench.runner import run
-from bench.served import ServedModel
-from bench.store import Row, Store
-from bench.suite import Suite
+from bench.run.runner import run
+from bench.system.files import keep_file
 
 SHARES = {1: 30, 2: 100, 3: 180, 4: 60, 5: 20}  # seconds of each step, of 480
 PART = 15 * 2**20  # bytes of tensors in a file

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bench.data.cifar import Cifar10
 from bench.models import resolve
 from bench.oracle import NEVER, Referee
+from bench.oracle.served import ServedModel
 from bench.protocols import Attack
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.threat import Threat
 
 
@@ -100,7 +100,7 @@ def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> flo
 
 def machine(device: str) -> str:
     """One line about where this runs."""
-    from bench.provenance import provenance
+    from bench.results.provenance import provenance
 
     facts = provenance(torch.device(device))
     return f"{facts['hardware']}, {facts['threads']} threads, torch {torch.__version__}, {device}"

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bench.losses import margin
 from bench.oracle import Referee
+from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.threat import Access, Norm, Threat
 
 

@@ -5,11 +5,11 @@ from typing import Any
 
 import pandas as pd
 
-from bench.cell import Cell, Component
 from bench.oracle import NEVER
+from bench.plan.cell import Cell, Component
 from bench.registry import defenses
-from bench.shards import Shard
-from bench.store import Row
+from bench.results.shards import Shard
+from bench.results.store import Row
 from bench.threat import Threat
 
 

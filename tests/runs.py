@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 
-from bench import runner, scratch
-from bench.grid import Loader, expand
-from bench.pipeline import Pipeline
+from bench import scratch
+from bench.measure.pipeline import Pipeline
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
 from bench.registry import load_plugins
-from bench.store import Store
-from bench.suite import load_suite
+from bench.results.store import Store
+from bench.run import runner
 
 SUITE = {"dataset": "digits", "n": 24, "eps": 0.15, "queries": 20, "model": ["cnn(width=4)"], "seed": [0]}
 SERVED = {"attack": ["square"], "defense": ["ops + pgd-at(epochs=1, steps=1) + rnd(sigma=0.1)"]}

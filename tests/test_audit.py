@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import grad
 
-from bench.audit import Finding, _Probe, audit, confirm, sawtooth
 from bench.losses import margin
+from bench.measure.audit import Finding, _Probe, audit, confirm, sawtooth
+from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.threat import Threat
 from tests.problems import Noisy
 

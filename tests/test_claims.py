@@ -5,8 +5,8 @@ import time
 
 import pytest
 
-from bench.claims import CLAIMS, Held, claim, present
 from bench.scratch import Scratch, sweep
+from bench.system.claims import CLAIMS, Held, claim, present
 
 
 def test_a_claim_is_exclusive_and_leaves_nothing(tmp_path):

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from bench.cli import main
-from bench.store import Store
+from bench.results.store import Store
 
 ROOT = Path(__file__).parents[1]
 

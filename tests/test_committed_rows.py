@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from bench.leaderboard import render
-from bench.standings import tables
-from bench.store import Store
+from bench.report.leaderboard import render
+from bench.report.standings import tables
+from bench.results.store import Store
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in (ROOT / "leaderboards").iterdir() if path.is_dir() and path.name != "published")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench.cell import Component
-from bench.compare import Duel, duels, render_duels
 from bench.errors import ConfigError
 from bench.oracle import NEVER
-from bench.stats import mcnemar, paired_bootstrap
-from bench.store import Row
+from bench.plan.cell import Component
+from bench.report.compare import Duel, duels, render_duels
+from bench.report.stats import mcnemar, paired_bootstrap
+from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
 

@@ -15,11 +15,11 @@ from torch import nn
 from bench.dataset import Dataset, Split
 from bench.norms import lp_norm
 from bench.oracle import NEVER
+from bench.oracle.served import ServedModel
 from bench.protection import protected_rows
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses, parameters
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from tests.problems import attack_with, referee
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]

@@ -3,11 +3,11 @@
 import pytest
 from PIL import Image
 
-from bench import outcomes
 from bench.cli.run import run
-from bench.standings import tables
-from bench.stats import mcnemar
-from bench.store import Store
+from bench.report import outcomes
+from bench.report.standings import tables
+from bench.report.stats import mcnemar
+from bench.results.store import Store
 
 DEFENSES = ["none", "data-noise(eps=32/255)", "ops(pixels=8)"]
 LEARNERS = ["standard(epochs=10)", "jpeg(epochs=10)"]

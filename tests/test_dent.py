@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
-from bench.identity import pin
 from bench.models.resnet import ResNet20
+from bench.plan.identity import pin
 from bench.registry import defenses, describe
 from defenses.dent import Adapted, entropy
 

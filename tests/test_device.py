@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from bench.dataset import Dataset, Split
+from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import attack_with, referee
 from tests.test_conformance import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small

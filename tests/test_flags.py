@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from bench.errors import StoreError
-from bench.flags import flags, write_flags
 from bench.oracle import NEVER
-from bench.standings import tables
-from bench.store import Row
+from bench.report.flags import flags, write_flags
+from bench.report.standings import tables
+from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import defends, learner, row
 from tests.test_cli import MODEL, bench

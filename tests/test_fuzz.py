@@ -22,9 +22,9 @@ import bench.models  # noqa: F401 registers them
 from bench.errors import BenchError
 from bench.models import resolve
 from bench.models.weights import load_weights
+from bench.plan.suite import load_suite
 from bench.registry import attacks, datasets, defenses, models
 from bench.spec import parse_chain
-from bench.suite import load_suite
 
 EXAMPLES = os.environ.get("FUZZ_EXAMPLES")
 fuzz = settings(

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from bench.norms import lp_norm
+from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, defenses
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.training import Recipe
 from tests.problems import attack_with, referee
 from tests.test_conformance import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.store import Store
+from bench.results.store import Store
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from bench.cell import Cell, Component
 from bench.dataset import Dataset
 from bench.errors import BenchError
-from bench.grid import Loader, Task, expand, sample_ids
+from bench.plan.cell import Cell, Component
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, Task, expand, sample_ids
 from bench.registry import load_plugins
-from bench.suite import load_suite
 from bench.threat import Threat
 
 load_plugins()

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from bench.data.folders import files_below
+from bench.data.images import Frame, read_pictures
 from bench.errors import ConfigError, DataError
-from bench.images import Frame, read_pictures
 from tests.test_data import load, noise, save
 
 

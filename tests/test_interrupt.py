@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from bench.interrupt import SIGNALS, Stopped, stoppable
+from bench.system.interrupt import SIGNALS, Stopped, stoppable
 
 
 @pytest.mark.parametrize("number", SIGNALS)

@@ -5,8 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bench.errors import StoreError
-from bench.kept import keep_tensors, kept_tensors
-from bench.pipeline import Pipeline
+from bench.measure.pipeline import Pipeline
+from bench.system.kept import keep_tensors, kept_tensors
 from tests.test_runner import grid
 
 

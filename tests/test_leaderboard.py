@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 
-from bench.cell import Component
-from bench.leaderboard import render, summary
 from bench.oracle import NEVER
-from bench.outcomes import failure
-from bench.standings import Line, Table, tables
-from bench.store import Row
+from bench.plan.cell import Component
+from bench.report.leaderboard import render, summary
+from bench.report.outcomes import failure
+from bench.report.standings import Line, Table, tables
+from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
 
@@ -270,7 +270,8 @@ def test_no_tables_are_no_error(style):
 
 def test_a_failure_names_the_line_of_the_users_file_and_not_our_own_classes():
     trace = (
-        'Traceback (most recent call last):\n  File "bench/served.py", line 41, in _forward\n    self.module(x)\n'
+        'Traceback (most recent call last):\n'
+        '  File "bench/oracle/served.py", line 41, in _forward\n    self.module(x)\n'
         '  File "some where/mine.py", line 27, in forward\n    self.one(x)\n  File "torch/module.py", line 3, in f\n'
     )
     mine = row([], "mine.py:Rounded", asked=2, error=f"{trace}RuntimeError: boom\n")

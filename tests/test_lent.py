@@ -9,15 +9,15 @@ import torch
 from torch import nn
 
 from bench.errors import RefereeError
-from bench.grid import Loader, Task, expand
-from bench.lent import changes, contents, own
-from bench.marks import marks_of
-from bench.pipeline import Pipeline
+from bench.measure.pipeline import Pipeline
+from bench.models.lent import changes, contents, own
+from bench.oracle.served import ServedModel
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, Task, expand
+from bench.report.marks import marks_of
+from bench.results.store import Row, Store
 from bench.rng import SampleRng
-from bench.runner import run
-from bench.served import ServedModel
-from bench.store import Row, Store
-from bench.suite import load_suite
+from bench.run.runner import run
 from tests.test_runner import Silent
 
 MODEL = """

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from bench.cell import Component
-from bench.match import Match, match, render_matches
 from bench.oracle import NEVER
-from bench.published import Figure, Ours, Published
-from bench.stats import wilson
-from bench.store import Row
+from bench.plan.cell import Component
+from bench.report.match import Match, match, render_matches
+from bench.report.published import Figure, Ours, Published
+from bench.report.stats import wilson
+from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
 

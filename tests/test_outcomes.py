@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from bench.grid import Loader, expand
-from bench.outcomes import figures, final, robust
-from bench.pipeline import Pipeline
+from bench.measure.pipeline import Pipeline
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
+from bench.report.outcomes import figures, final, robust
+from bench.results.store import Store
 from bench.rng import SampleRng
-from bench.runner import run
-from bench.store import Store
-from bench.suite import load_suite
+from bench.run.runner import run
 from tests.test_runner import Silent
 
 DEFENSES = ["none", "temperature(temperature=4)", "output-noise(sigma=2)"]

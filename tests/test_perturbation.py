@@ -8,7 +8,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from bench.dataset import Split
-from bench.perturbation import perturbation, ssim
+from bench.measure.perturbation import perturbation, ssim
 
 
 def split(images: torch.Tensor) -> Split:

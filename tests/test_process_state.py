@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench.process_state import PRINTED, undisturbed
+from bench.system.process_state import PRINTED, undisturbed
 
 
 def swallowing(*arguments):

@@ -17,15 +17,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from bench.contact_sheet import MARGIN, NAMES, contact_sheet
 from bench.data.cifar import Cifar10
+from bench.data.images import Frame
 from bench.dataset import Dataset, Split
 from bench.errors import BenchError, ConfigError, DataError, StoreError
-from bench.images import Frame
-from bench.layouts import read_source
-from bench.perturbation import perturbation
-from bench.protect import protect
+from bench.measure.perturbation import perturbation
 from bench.protocols import Job
+from bench.release.contact_sheet import MARGIN, NAMES, contact_sheet
+from bench.release.layouts import read_source
+from bench.release.protect import protect
 from defenses.ops import OnePixelShortcut
 from tests.test_cli import ROOT, bench, complaint
 from tests.test_data import load, noise, png, save, write_parquet

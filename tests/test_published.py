@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 
 from bench.errors import ConfigError
-from bench.match import match
-from bench.published import LEADERBOARDS, MEASURES, Figure, load_published
 from bench.registry import attacks, defenses, load_plugins, models
+from bench.report.match import match
+from bench.report.published import LEADERBOARDS, MEASURES, Figure, load_published
+from bench.results.store import Store
 from bench.spec import parse_chain
-from bench.store import Store
 
 PUBLISHED = load_published()
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from bench.cli.run import run
-from bench.flags import flags
-from bench.outcomes import clean, column, robust
-from bench.stats import mcnemar
-from bench.store import Store
+from bench.report.flags import flags
+from bench.report.outcomes import clean, column, robust
+from bench.report.stats import mcnemar
+from bench.results.store import Store
 
 N = 40  # of the suite's 200 images
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from bench.cell import Cell, Component
 from bench.oracle import NEVER
-from bench.shards import Shard
-from bench.store import Store
+from bench.plan.cell import Cell, Component
+from bench.results.shards import Shard
+from bench.results.store import Store
 from bench.threat import Threat
 from tests.test_cli import bench
 

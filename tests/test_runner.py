@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from bench.grid import Loader, expand
-from bench.pipeline import Pipeline
-from bench.runner import run, stretches
-from bench.store import Store
-from bench.suite import load_suite
+from bench.measure.pipeline import Pipeline
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
+from bench.results.store import Store
+from bench.run.runner import run, stretches
 from tests.test_cli import MODEL
 
 

@@ -9,18 +9,18 @@ import torch
 
 from attacks.learners.standard import Standard
 from bench import scratch as module
-from bench.claims import Held
 from bench.errors import StoreError
-from bench.grid import Loader, expand
-from bench.interrupt import Stopped
+from bench.measure.pipeline import Pipeline
 from bench.models import resolve
-from bench.pipeline import Pipeline
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
 from bench.protocols import Job
 from bench.registry import datasets, defenses
-from bench.runner import run
+from bench.results.store import Store
+from bench.run.runner import run
 from bench.scratch import Scratch, scratch
-from bench.store import Store
-from bench.suite import load_suite
+from bench.system.claims import Held
+from bench.system.interrupt import Stopped
 from tests.test_runner import Silent
 
 

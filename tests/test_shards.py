@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bench.cell import Cell, Component
 from bench.errors import StoreError
-from bench.leaderboard import render
-from bench.outcomes import figures
-from bench.shards import Shard, read_shard, write_json
-from bench.standings import tables
-from bench.store import Row, Store, united
+from bench.plan.cell import Cell, Component
+from bench.report.leaderboard import render
+from bench.report.outcomes import figures
+from bench.report.standings import tables
+from bench.results.shards import Shard, read_shard, write_json
+from bench.results.store import Row, Store, united
 from bench.threat import Threat
 from tests.test_store import cell as small
 from tests.test_store import records as small_records

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.cell import Cell, Component
-from bench.leaderboard import render, summary
 from bench.oracle import NEVER
-from bench.outcomes import Share
-from bench.shards import Shard
-from bench.standings import Line, tables
-from bench.stats import mcnemar, paired_bootstrap
-from bench.store import Row
+from bench.plan.cell import Cell, Component
+from bench.report.leaderboard import render, summary
+from bench.report.outcomes import Share
+from bench.report.standings import Line, tables
+from bench.report.stats import mcnemar, paired_bootstrap
+from bench.results.shards import Shard
+from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.stats import holm, mcnemar, paired_bootstrap, wilson
+from bench.report.stats import holm, mcnemar, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(

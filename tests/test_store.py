@@ -10,10 +10,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from bench.cell import Cell, Component
 from bench.errors import StoreError
-from bench.shards import Shard
-from bench.store import Store
+from bench.plan.cell import Cell, Component
+from bench.results.shards import Shard
+from bench.results.store import Store
 from bench.threat import Threat
 
 
@@ -207,7 +207,7 @@ FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path
 from bench.errors import StoreError
-from bench.store import Store
+from bench.results.store import Store
 from tests.test_store import records, save
 store = Store(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit is an OSError then

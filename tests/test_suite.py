@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from bench.errors import ConfigError
-from bench.suite import load_suite, suite_names
+from bench.plan.suite import load_suite, suite_names
 
 GRID = """
 [[grid]]

@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 from rich.table import Table
 
-from bench.leaderboard import render
+from bench.cli.terminal import Terminal
 from bench.oracle import NEVER
-from bench.standings import tables
-from bench.store import Row
-from bench.terminal import Terminal
-from bench.text import in_csv, in_latex, in_markdown, in_terminal, latex_table, markdown_table, tidy
+from bench.report.leaderboard import render
+from bench.report.standings import tables
+from bench.report.text import in_csv, in_latex, in_markdown, in_terminal, latex_table, markdown_table, tidy
+from bench.results.store import Row
 from tests.rows import row
 
 ESCAPE, OVERRIDE, SURROGATE = "\x1b[2Jgone", "right\u202etfel", "half\ud800"

@@ -10,9 +10,9 @@ import torch
 
 from attacks.learners.standard import Standard
 from bench.dataset import Split
+from bench.measure.pipeline import Pipeline
 from bench.models import resolve
-from bench.pipeline import Pipeline
-from bench.threads import TRAINING, spare, training_threads, use_spare_threads
+from bench.system.threads import TRAINING, spare, training_threads, use_spare_threads
 from tests.test_runner import grid
 
 ROOT = Path(__file__).parents[1]

@@ -10,13 +10,13 @@ from attacks.learners.standard import Standard
 from bench.data.digits import Digits
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
-from bench.evaluate import learn_released
-from bench.grid import Loader, expand
+from bench.measure.evaluate import learn_released
 from bench.norms import lp_norm
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
 from bench.protocols import Job, Learner
 from bench.registry import describe
 from bench.rng import SampleRng
-from bench.suite import load_suite
 from bench.training import Recipe, augment, fit, frozen, initialised
 from defenses.pgd_at import PGDAdversarialTraining
 

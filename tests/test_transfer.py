@@ -10,8 +10,8 @@ from attacks.transfer import Transfer
 from bench.dataset import Split
 from bench.errors import AccessError, ConfigError
 from bench.oracle import NEVER
+from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from defenses.aaa import AAALinear
 from tests.problems import Linear, attack_with, images, referee
 

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
-from bench.identity import pin
 from bench.models.resnet import ResNet20
+from bench.plan.identity import pin
 from bench.registry import defenses
 from bench.rng import SampleRng
 from defenses.unig import Head, Unified, UniG, _from_neighbours, last_linear

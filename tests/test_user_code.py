@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from bench.cell import Cell
 from bench.errors import ConfigError
-from bench.grid import Loader, expand
-from bench.suite import load_suite
-from bench.user_code import load, local_hash, named_file
+from bench.plan.cell import Cell
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
+from bench.system.user_code import load, local_hash, named_file
 
 NET = """
 import torch

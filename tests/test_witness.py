@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from bench.grid import Loader, expand
-from bench.pipeline import Pipeline
+from bench.measure.pipeline import Pipeline
+from bench.measure.witness import FLAG, Witness
+from bench.oracle.served import ServedModel
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
 from bench.registry import defenses
+from bench.results.store import Store
 from bench.rng import SampleRng
-from bench.runner import run
-from bench.served import ServedModel
-from bench.store import Store
-from bench.suite import load_suite
-from bench.witness import FLAG, Witness
+from bench.run.runner import run
 from tests.test_lent import MODEL
 from tests.test_runner import Silent
 

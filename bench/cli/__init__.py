@@ -7,10 +7,10 @@ import typer
 
 from bench.cli import compare, leaderboard, ls, protect, run, version
 from bench.cli.console import complain, say_stopped, warn
+from bench.cli.terminal import abandon_output, is_of_output, speak_plainly
 from bench.errors import BenchError, ConfigError
-from bench.interrupt import Stopped, stoppable
 from bench.registry import load_plugins
-from bench.terminal import abandon_output, is_of_output, speak_plainly
+from bench.system.interrupt import Stopped, stoppable
 
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # the name under which typer has it differs by version
 

@@ -6,11 +6,11 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, path
-from bench.compare import Style, duels, render_duels
 from bench.errors import ConfigError, StoreError
-from bench.match import match, render_matches
-from bench.published import load_published, result_folders
-from bench.store import Row, Store, united
+from bench.report.compare import Style, duels, render_duels
+from bench.report.match import match, render_matches
+from bench.report.published import load_published, result_folders
+from bench.results.store import Row, Store, united
 
 
 def compare(

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 import typer
 
+from bench.cli.terminal import Terminal
 from bench.errors import BenchError, ConfigError
-from bench.identity import code_files
+from bench.plan.identity import code_files
 from bench.spec import Spec
-from bench.terminal import Terminal
 
 console = Terminal()
 errors = Terminal(stderr=True)

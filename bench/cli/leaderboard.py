@@ -7,9 +7,9 @@ import typer
 
 from bench.cli.console import complain, path
 from bench.errors import ConfigError
-from bench.leaderboard import Format, render
-from bench.standings import tables
-from bench.store import Store
+from bench.report.leaderboard import Format, render
+from bench.report.standings import tables
+from bench.results.store import Store
 
 
 def leaderboard(

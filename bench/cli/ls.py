@@ -14,9 +14,9 @@ from rich.text import Text
 
 from bench.cli.console import console
 from bench.errors import ConfigError
+from bench.plan.suite import suite_names
 from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, models, parameters
-from bench.suite import suite_names
-from bench.text import in_terminal
+from bench.report.text import in_terminal
 
 Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
 REGISTRIES: dict[str, Registry[Any]] = {

@@ -8,13 +8,13 @@ import typer
 
 from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
+from bench.data.images import Crop, Frame
 from bench.errors import ConfigError
-from bench.images import Crop, Frame
-from bench.interrupt import Stopped
-from bench.progress import Steps, duration
-from bench.protect import protect as protect_images
-from bench.protect import report
+from bench.release.protect import protect as protect_images
+from bench.release.protect import report
+from bench.run.progress import Steps, duration
 from bench.spec import parse_chain
+from bench.system.interrupt import Stopped
 
 
 def protect(

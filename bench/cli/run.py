@@ -10,20 +10,20 @@ from rich.text import Text
 
 from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
-from bench.contact_sheet import write_sheets
-from bench.estimate import Estimate, estimate
-from bench.flags import write_flags
-from bench.grid import Loader, expand
-from bench.interrupt import Stopped
-from bench.leaderboard import render
-from bench.pipeline import Pipeline
-from bench.progress import Screen, duration
-from bench.runner import run as run_tasks
+from bench.measure.pipeline import Pipeline
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
+from bench.release.contact_sheet import write_sheets
+from bench.report.flags import write_flags
+from bench.report.leaderboard import render
+from bench.report.standings import tables
+from bench.results.store import Store
+from bench.run.estimate import Estimate, estimate
+from bench.run.progress import Screen, duration
+from bench.run.runner import run as run_tasks
 from bench.spec import Spec, parse_chain
-from bench.standings import tables
-from bench.store import Store
-from bench.suite import load_suite
-from bench.threads import TRAINING, use_spare_threads
+from bench.system.interrupt import Stopped
+from bench.system.threads import TRAINING, use_spare_threads
 
 CHOICE = "may be repeated. What the suite has is picked by its name; anything else takes the place of what it has."
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from bench.data.holdout import find, hold_out
 from bench.dataset import Dataset, Split, numbered
 from bench.errors import DataError
-from bench.memory import check_memory
 from bench.ranges import Few, Whole
 from bench.registry import datasets
+from bench.system.memory import check_memory
 
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 DEFLATED = 1032  # deflate shrinks to no less than so many times

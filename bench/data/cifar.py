@@ -15,14 +15,14 @@ from PIL import Image, features
 from PIL import __version__ as pillow
 
 from bench.data.holdout import hold_out, require_folder
+from bench.data.images import COLOUR, GREY, in_parallel
 from bench.data.tables import read_table
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, StoreError
-from bench.extras import library
-from bench.files import slug
-from bench.images import COLOUR, GREY, in_parallel
-from bench.kept import cache_folder, keep_tensors, kept_tensors
 from bench.registry import added, datasets
+from bench.system.extras import library
+from bench.system.files import slug
+from bench.system.kept import cache_folder, keep_tensors, kept_tensors
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off

@@ -9,9 +9,9 @@ from typing import ClassVar
 import torch
 
 from bench.data.holdout import find, held_out
+from bench.data.images import SUFFIXES, Frame, read_pictures
 from bench.dataset import Dataset, Split
 from bench.errors import DataError
-from bench.images import SUFFIXES, Frame, read_pictures
 from bench.ranges import Few
 from bench.registry import added, datasets
 
@@ -29,8 +29,8 @@ class ImageFolder:
     otherwise a tenth of the training images does (at most 1,000), spread evenly over the files. The shorter side is
     resized to ``size`` pixels (bilinear, antialiased) and the centre is cropped; smaller images are refused unless
     ``enlarge=true``. Classes are the sorted folder names; folders inside them are searched, too, as torchvision does,
-    and hidden ones left out. Transparent images are refused; for the rest see :mod:`bench.images`. Everything is held
-    in memory, ``3 * size * size`` bytes for each image.
+    and hidden ones left out. Transparent images are refused; for the rest see :mod:`bench.data.images`. Everything is
+    held in memory, ``3 * size * size`` bytes for each image.
     """
 
     path: str

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from bench.dataset import Split
 from bench.errors import DataError
-from bench.files import reachable
+from bench.system.files import reachable
 
 
 def held_out(n: int) -> int:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import BenchError, ConfigError, RefereeError
-from bench.lent import own
+from bench.models.lent import own
 from bench.protocols import Architecture
 from bench.registry import import_all, models
 from bench.spec import Spec
-from bench.user_code import named_file
+from bench.system.user_code import named_file
 
 import_all(__name__)
 

@@ -4,7 +4,6 @@ import glob
 import pickle
 import warnings
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import WeightsError
-from bench.files import reachable
+from bench.system.files import reachable
+from bench.system.kept import fingerprint
 
 SHOWN = 3  # how many keys of each kind an error names
 
@@ -52,15 +52,6 @@ def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path, arch
 def state_fingerprint(module: nn.Module) -> str:
     """A hash of all tensors in the state dict: see :func:`fingerprint`."""
     return fingerprint({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)})
-
-
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of the names, types, shapes and bytes of ``tensors``, wherever they live."""
-    digest = sha256()
-    for name, value in sorted(tensors.items()):
-        digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def save_parts(state: Mapping[str, Tensor], path: Path, most: int) -> list[Path]:

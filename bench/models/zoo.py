@@ -19,10 +19,10 @@ import torch
 from torch import nn
 
 from bench.errors import BenchError, ConfigError, WeightsError
-from bench.extras import library
 from bench.models.normalise import Normalise, usual
 from bench.models.weights import load_weights
 from bench.registry import models
+from bench.system.extras import library
 
 
 @models("robustbench:")

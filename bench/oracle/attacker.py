@@ -8,7 +8,7 @@ from torch import Tensor
 
 from bench.errors import AccessError, RefereeError
 from bench.oracle.foreign import ForeignView, Order
-from bench.served import ServedModel
+from bench.oracle.served import ServedModel
 
 if TYPE_CHECKING:
     from bench.oracle.referee import Referee

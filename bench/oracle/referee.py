@@ -14,8 +14,8 @@ from bench.oracle.bounds import TOLERANCE, limit
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.repeats import repeats
 from bench.oracle.rounding import check_levels, eight_bit
+from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
-from bench.served import ServedModel
 from bench.threat import Threat
 
 REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU

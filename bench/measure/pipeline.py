@@ -1,0 +1,276 @@
+"""From the training images of a cell to what its attack meets: a released data set, or a served model."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from bench import numerics
+from bench.dataset import Dataset, Split
+from bench.errors import RefereeError
+from bench.measure.audit import ROUNDED, difference
+from bench.models.lent import Contents, changes, contents, own, restore_shared, some
+from bench.models.weights import put_weights
+from bench.numerics import Converted, Numerics
+from bench.oracle.served import ServedModel, Target, as_module
+from bench.plan.cell import Component
+from bench.plan.tasks import Task, weights_hash
+from bench.protection import check_release, declared_threat
+from bench.protocols import Job
+from bench.registry import attacks, code_hash
+from bench.scratch import scratch, sweep
+from bench.system.kept import keep_tensors, kept_tensors
+from bench.system.threads import training_threads
+from bench.training import initialised
+
+Progress = Callable[[int, int], None]
+COMPARED = 64  # training images on which a trained network and its stored weights must agree
+
+
+class _Network(NamedTuple):
+    key: str
+    module: nn.Module
+    contents: Contents  # as it was made
+
+
+class Pipeline:
+    """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``.
+
+    So is the unfinished work on them and on learners, until it is done.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
+        self.folder, self.device, self.batch_size = folder, device, batch_size
+        self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
+        self._last: _Network | None = None  # neighbouring cells share their network
+        self._released: tuple[str, Split] | None = None  # and their released training images
+
+    @contextmanager
+    def serving(self, task: Task) -> Iterator[Target]:
+        """What the attack of ``task`` meets, each model with a network of its own.
+
+        Raises:
+            RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
+        """
+        mode = task.cell.numerics
+        self.train(task, lambda done, total: None)
+        assert self._last is not None
+        try:
+            with _unchanged(task, self._last.module, self._last.contents):
+                yield Target(
+                    self.served(task, mode), self.served(task, "plain"),
+                    self.undefended(task, mode), self.undefended(task, "plain"),
+                )  # fmt: skip
+        except BaseException:
+            self._last = None  # the next cell makes its own
+            raise
+        self.check_data(task)
+
+    def served(self, task: Task, mode: Numerics) -> ServedModel:
+        """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
+        return deploy(task, self._own_network(task), mode, self.device, self.batch_size)
+
+    def undefended(self, task: Task, mode: Numerics) -> ServedModel:
+        """The network of ``task`` without its output defense."""
+        converted = _in_numbers(task, self._own_network(task), mode, self.device)
+        return ServedModel(converted.module, batch_size=self.batch_size, numbers=converted.facts)
+
+    def released(self, task: Task, progress: Progress) -> Dataset:
+        """The data set of ``task`` as its data defense releases it; only the training split can differ."""
+        if "data" not in task.chain:
+            return task.data
+        key = release_key(task)
+        if self._released is None or self._released[0] != key:
+            self._released = key, self._protected(task, key, progress)
+        return task.data.released(self._released[1])
+
+    def kept_release(self, task: Task) -> Split | None:
+        """The released training images of ``task`` if they were made in this folder.
+
+        Raises:
+            StoreError: what is kept there is not what the defense released.
+        """
+        if "data" not in task.chain:
+            return None
+        key = release_key(task)
+        kept = kept_tensors(self._path(key), key)
+        return None if kept is None else Split(kept["images"], task.data.train.labels)
+
+    def train(self, task: Task, progress: Progress) -> None:
+        """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
+        key = _recipe_key(task)
+        if self._last is not None and self._last.key == key:
+            return
+        if task.architecture.trained:
+            network = task.build()
+            if weights_hash(network, task.architecture) != task.cell.weights_hash:
+                raise RefereeError(f"{task.cell.model.label} gives other weights at each call; seed what it draws")
+        else:
+            network = self._trained(task, key, progress)
+        network = numerics.plain(network.to(self.device))
+        self._last = _Network(key, network, contents(network))
+
+    def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
+        """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
+        return self._job(task, _learner_key(task), progress)
+
+    def sweep(self, done: Iterable[Task]) -> None:
+        """Drop unfinished work that nothing can go on from; the learners of cells that are ``done`` need none."""
+        learnt = {_learner_key(task) for task in done}
+        sweep(self.folder / "unfinished", self._code, lambda key: key in learnt or self._path(key).exists())
+
+    @contextmanager
+    def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
+        sample = initialised(task.build, Job(task.cell.seed))
+        with scratch(self.folder / "unfinished" / key, self._code) as kept, training_threads():
+            with _unchanged(task, sample, contents(sample)):
+                yield Job(task.cell.seed, self.device, progress, scratch=kept)
+            kept.clear()
+
+    def _own_network(self, task: Task) -> nn.Module:
+        """A copy of the network of ``task``, to be changed at will."""
+        self.train(task, lambda done, total: None)
+        assert self._last is not None
+        return own(self._last.module, task.build)
+
+    def check_data(self, task: Task) -> None:
+        """Whether the data set of ``task``, which other cells share, is what it was.
+
+        Raises:
+            RefereeError: it is not.
+        """
+        if replace(task.data).fingerprint != task.cell.data_hash:  # a new object, which has no hash yet
+            raise RefereeError(f"{task.cell} has changed images or labels of the data set that other cells share")
+
+    def _trained(self, task: Task, key: str, progress: Progress) -> nn.Module:
+        path = self._path(key)
+        if (kept := kept_tensors(path, key)) is not None:
+            stored: nn.Module = task.build()
+            put_weights(stored, kept, path)
+            return stored
+        recipe: Any = task.chain.get("training") or attacks.create("standard")
+        released = self.released(task, progress)
+        with self._job(task, key, progress) as job:
+            learned = as_module(recipe(task.build, released.lent(), job), _trainer(task))
+            network = _bare(task, learned.cpu().eval())
+            self.check_data(task)
+            keep_tensors(path, network.state_dict(), key)
+        return network
+
+    def _protected(self, task: Task, key: str, progress: Progress) -> Split:
+        if (kept := self.kept_release(task)) is not None:
+            return kept
+        with self._job(task, key, progress) as job:
+            defense = task.chain["data"]
+            protected = check_release(defense(task.data.lent(), job), task.data.train, declared_threat(defense))
+            self.check_data(task)
+            keep_tensors(self._path(key), {"images": protected.images}, key)
+        return protected
+
+    def _path(self, key: str) -> Path:
+        """Where what the recipe ``key`` made is kept."""
+        return self.folder / f"{key}.safetensors"
+
+
+@contextmanager
+def _unchanged(task: Task, network: nn.Module, before: Contents) -> Iterator[None]:
+    """Whether all that decides the answers of ``network`` is afterwards what it was ``before``, however it ends.
+
+    What its class and its file share with other networks is put back where it is not.
+
+    Raises:
+        RefereeError: it is not.
+    """
+    try:
+        yield
+    finally:
+        now = contents(network)
+        if changed := changes(before, now):
+            restore_shared(before, now)
+            raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
+
+
+def _bare(task: Task, network: nn.Module) -> nn.Module:
+    """The network of ``task`` with the weights of ``network``: what is kept, and what a later run will find.
+
+    Raises:
+        RefereeError: it does not answer as ``network`` does, which then has more to it than weights.
+    """
+    bare = initialised(task.build, Job(task.cell.seed)).eval()
+    x = task.data.train.pixels(slice(COMPARED))
+    try:
+        bare.load_state_dict(network.state_dict())
+        with torch.no_grad():
+            gap = float(difference(network(x.clone()), bare(x.clone())).amax())
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise RefereeError(f"{_trainer(task)} returned another network than it was given to train: {error}") from error
+    if gap > ROUNDED:
+        raise RefereeError(
+            f"{_trainer(task)} returned a network that answers otherwise than its weights do (by {gap:.2g} of the "
+            "logits): a hook, an attribute or a layer around it would be lost when it is kept; train weights alone"
+        )
+    return bare
+
+
+def _trainer(task: Task) -> str:
+    return next((part.label for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "training"),
+                "the standard training")  # fmt: skip
+
+
+def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
+    """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
+    converted = _in_numbers(task, network, mode, device)
+    served, random = converted.module, False
+    if (defense := task.chain.get("output")) is not None:
+        made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
+        served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
+        random = defense.random
+    return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts)
+
+
+def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.device) -> Converted:
+    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them."""
+    if mode == "plain":
+        return Converted(numerics.plain(network))
+    fold = not getattr(task.chain.get("output"), "needs_batch_norm", False)
+    return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)
+
+
+def data_defense(task: Task) -> Component | None:
+    """The defense of ``task`` that releases training images, if there is one."""
+    stages = zip(task.cell.defense, task.chain, strict=True)
+    return next((component for component, stage in stages if stage == "data"), None)
+
+
+def release_key(task: Task) -> str:
+    """A hash of all that decides the protected training images of ``task``, which has a data defense."""
+    defense = data_defense(task)
+    assert defense is not None
+    recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _learner_key(task: Task) -> str:
+    """The name of the unfinished work of a learner."""
+    return task.cell.key[:32]
+
+
+def _recipe_key(task: Task) -> str:
+    """A hash of all that decides the weights of the network of ``task``."""
+    cell = task.cell
+    early = [defense for defense, stage in zip(cell.defense, task.chain, strict=True) if stage != "output"]
+    recipe: dict[str, Any] = {
+        "data": cell.data_hash,
+        "model": asdict(cell.model),
+        "weights": cell.weights_hash,
+        "defenses": [asdict(defense) for defense in early],
+        "learner": getattr(attacks.create("standard"), "version", 1),
+        "seed": cell.seed if not task.architecture.trained else 0,
+    }
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,0 +1,221 @@
+"""A suite, split into cells; every cell is checked before any runs."""
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.dataset import Dataset
+from bench.errors import BenchError, ConfigError
+from bench.models import FromFile, check_logits, resolve
+from bench.models.lent import fingerprint
+from bench.models.weights import state_fingerprint
+from bench.oracle import check_levels
+from bench.plan.cell import Cell, Component
+from bench.plan.identity import pin
+from bench.plan.suite import Grid, Suite
+from bench.protection import declared_threat
+from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
+from bench.registry import attacks, datasets, defenses
+from bench.rng import SampleRng, global_generators
+from bench.spec import parse_chain
+from bench.system.process_state import undisturbed
+from bench.threat import Norm, Threat
+
+STAGES = ("data", "training", "output")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A cell and the components that it names, ready to run."""
+
+    cell: Cell
+    data: Dataset
+    architecture: Architecture
+    chain: dict[str, Any]  # the defense at each stage that has one, in the order of cell.defense
+    attack: Attack | Learner
+    model_dir: Path | None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the attack trains on released data; otherwise it queries a served model."""
+        return self.cell.learns
+
+    @property
+    def trains(self) -> bool:
+        """Whether a network has to be trained before anything can be attacked."""
+        return not self.learns and not self.architecture.trained
+
+    def build(self) -> torch.nn.Module:
+        """The network of the cell, with its weights where it comes with some."""
+        return build(self.architecture, self.data, self.model_dir)
+
+
+def build(architecture: Architecture, data: Dataset, model_dir: Path | None) -> torch.nn.Module:
+    """The network of ``architecture`` for ``data``; one that comes with weights may draw, and draws the same each time.
+
+    Of an untrained one, whoever trains it seeds the initial weights.
+    """
+    with global_generators(0) if architecture.trained else nullcontext():
+        return architecture(len(data.classes), data.test.shape, model_dir)
+
+
+def weights_hash(network: torch.nn.Module, architecture: Architecture) -> str:
+    """A hash of the weights that ``network`` came with, of a user's own also of what else is in it; "" for none."""
+    if not architecture.trained:
+        return ""
+    return fingerprint(network) if isinstance(architecture, FromFile) else state_fingerprint(network)
+
+
+class Loader:
+    """Makes components from their names and keeps what is slow to make."""
+
+    def __init__(self, data_dir: Path | None, model_dir: Path | None) -> None:
+        self.data_dir, self.model_dir = data_dir, model_dir
+        self._datasets: dict[str, Dataset] = {}
+        self._weights: dict[tuple[str, str], str] = {}
+
+    def dataset(self, text: str) -> tuple[Component, Dataset]:
+        """The data set that ``text`` names."""
+        source = datasets.create(text)
+        if text not in self._datasets:
+            self._datasets[text] = _load(text, source, self.data_dir)
+        return pin(text, source, hashed=True), self._datasets[text]
+
+    def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
+        """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
+        if (text, data_name) not in self._weights:
+            with torch.random.fork_rng([]):  # on the CPU
+                network = build(architecture, data, self.model_dir)
+            check_logits(network, len(data.classes), data.test.shape)
+            self._weights[text, data_name] = weights_hash(network, architecture)
+        return self._weights[text, data_name]
+
+
+def expand(suite: Suite, loader: Loader, limit: int | None = None) -> list[Task]:
+    """Every cell of ``suite``, in the order that reuses networks best, each checked; equal cells come once.
+
+    Args:
+        limit: the most samples a cell gets; cells that lose some are marked ``limited``.
+
+    Raises:
+        BenchError: something in a cell makes no sense or is not there; the message says which cell.
+    """
+    tasks: dict[str, Task] = {}
+    for grid in suite.grid:
+        for model, defense, attack, seed in product(grid.model, grid.defense, grid.attack, grid.seed):
+            try:
+                with undisturbed(importing=True):
+                    task = _task(grid, model, defense, attack, seed, loader, limit)
+            except BenchError as error:
+                raise type(error)(f"{grid.dataset} | {model} | {defense} | {attack}: {error}") from error
+            tasks.setdefault(task.cell.key, task)
+    return list(tasks.values())
+
+
+def sample_ids(data: Dataset, n: int) -> tuple[int, ...]:
+    """``n`` rows of the test split, ascending; a fixed choice that is nested in ``n`` and blind to the file's order."""
+    order = SampleRng.create(0, torch.arange(len(data.test)), "sample ids").keys.argsort()
+    return tuple(sorted(order[:n].tolist()))
+
+
+def _task(
+    grid: Grid, model: str, defense: str, attack_text: str, seed: int, loader: Loader, limit: int | None
+) -> Task:
+    data_component, data = loader.dataset(grid.dataset)
+    if grid.n > len(data.test):
+        raise ConfigError(f"n is {grid.n}, but {grid.dataset} has {len(data.test)} test images; lower n")
+    architecture = resolve(model)
+    specs = parse_chain(defense)
+    chain = _chain([(str(spec), defenses.create(spec)) for spec in specs])
+    attack = attacks.create(attack_text)
+    learns = attack.access == "training-data"
+    _check_training(learns, chain, architecture, model, grid.dataset, data)
+    released = declared_threat(chain["data"][1]) if "data" in chain else Threat("linf", 0.0, "training-data")
+    threat = released if learns else _served_threat(grid, attack)
+    n = min(grid.n, limit or grid.n)
+    ids = sample_ids(data, n)
+    if hasattr(attack, "check"):
+        attack.check(len(data.classes), data.test.shape)
+    if grid.quantise and not learns:
+        check_levels(data.test.pixels(torch.tensor(ids)), threat)
+    cell = Cell(
+        dataset=data_component,
+        model=pin(model, architecture, hashed=True),
+        defense=tuple(pin(*named) for named in chain.values()),
+        attack=pin(attack_text, attack),
+        threat=threat,
+        ids=ids,
+        seed=seed,
+        numerics=grid.numerics,
+        quantise=grid.quantise,
+        data_hash=data.fingerprint,
+        weights_hash=loader.weights_hash(model, architecture, grid.dataset, data),
+        limited=n < grid.n,
+    )
+    components = {stage: component for stage, (_, component) in chain.items()}
+    return Task(cell, data, architecture, components, attack, loader.model_dir)
+
+
+def _chain(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense]]:
+    """Defenses by stage, in the order in which they act."""
+    by_stage: dict[str, tuple[str, Defense]] = {}
+    for text, component in named:
+        if component.stage in by_stage:
+            raise ConfigError(
+                f"{by_stage[component.stage][0]} and {text} both act at the {component.stage} stage; "
+                "a chain holds one defense for each stage"
+            )
+        by_stage[component.stage] = text, component
+    return {stage: by_stage[stage] for stage in STAGES if stage in by_stage}
+
+
+def _check_training(
+    learns: bool, chain: dict[str, Any], architecture: Architecture, model: str, dataset: str, data: Dataset
+) -> None:
+    """Whether what this cell trains, if anything, can be trained."""
+    late = [chain[stage][0] for stage in ("training", "output") if stage in chain]
+    if learns and late:
+        raise ConfigError(f"a learner trains a network of its own, so {late[0]} has no say; use data defenses or none")
+    early = [chain[stage][0] for stage in ("data", "training") if stage in chain]
+    if architecture.trained and (learns or early):
+        raise ConfigError(
+            f"{'the learner' if learns else early[0]} needs a network to train, but {model} comes with its weights; "
+            "name an untrained model, such as resnet20 without weights"
+        )
+    if not architecture.trained and len(data.train) == 0:
+        raise ConfigError(f"{model} has no weights and {dataset} no training images; give weights or training images")
+
+
+def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
+    """Call a data source, which may be a user's, and see that it gives a data set."""
+    try:
+        data: object = source(data_dir)
+    except TypeError as error:
+        if ".py:" not in text:
+            raise
+        raise ConfigError(f"data set {text!r}: {error}; it is called with the data folder") from error
+    except SystemExit as error:
+        raise ConfigError(f"data set {text!r} exits ({error}) where it is to give a data set") from error
+    except BenchError:
+        raise
+    except Exception as error:
+        if ".py:" not in text:
+            raise
+        raise ConfigError(f"data set {text!r} fails ({type(error).__name__}: {error}); mend its file") from error
+    if not isinstance(data, Dataset):
+        raise ConfigError(f"data set {text!r} gave a {type(data).__name__}; return a bench.dataset.Dataset")
+    return data
+
+
+def _served_threat(grid: Grid, attack: Attack | Learner) -> Threat:
+    norms: frozenset[Norm] = getattr(attack, "norms", frozenset())
+    if not norms:
+        raise ConfigError('this attack does not declare its norms; add norms = frozenset({"linf"}) to it')
+    if grid.norm not in norms:
+        raise ConfigError(f"this attack works in {', '.join(sorted(norms))}, not in {grid.norm}; change norm or attack")
+    return Threat(grid.norm, grid.eps, attack.access, grid.queries)

@@ -1,0 +1,1 @@
+"""A data owner's own images, protected for release (bench protect)."""

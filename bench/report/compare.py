@@ -1,0 +1,258 @@
+"""Two defenses on the same samples: paired differences at every budget, under each attack and the worst of them."""
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal, NamedTuple
+
+from bench.errors import ConfigError
+from bench.plan.identity import placeless
+from bench.report.marks import MARKS, marks_of
+from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
+from bench.report.ranking import Encounter, encounter
+from bench.report.settings import by_setting
+from bench.report.standings import learned, worst_case
+from bench.report.stats import mcnemar, paired_bootstrap
+from bench.report.text import in_markdown, markdown_table, text_frame, tidy
+from bench.report.versions import by_version
+from bench.results.store import Row
+from bench.spec import parse_chain
+
+Style = Literal["md", "csv", "json"]
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Two defenses under one attack, or the worst of several, up to one budget: outcomes on the same samples."""
+
+    attack: str
+    at: str
+    a: Share
+    b: Share
+    marks: frozenset[str]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 %, of the difference: 10,000 paired bootstrap resamples."""
+        return paired_bootstrap(self.a.by_sample, self.b.by_sample)
+
+    @property
+    def p_value(self) -> float:
+        """Exact McNemar, two-sided."""
+        return mcnemar(self.a.by_sample, self.b.by_sample)
+
+
+@dataclass(frozen=True)
+class Duel:
+    """Everything two defenses have in common in one setting."""
+
+    setting: str
+    a: str
+    b: str
+    n: int
+    lines: list[Versus]
+    unshared: dict[str, list[str]]  # attacks that only one of them has met, by defense
+    failed: list[str] = field(default_factory=list)  # rows with errors, and the last line of each
+
+
+def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = None) -> list[Duel]:
+    """Defenses ``a`` and ``b`` on the same samples, in every setting where rows have both.
+
+    Args:
+        rows: what :meth:`bench.results.store.Store.rows` read.
+        a, b: chains as suites write them.
+        budgets: query budgets to compare at; by default 100, 1000 and the largest, where rows reach them.
+
+    Raises:
+        ConfigError: an unknown defense, the same one twice, or two that have no setting, attack, budget or sample in
+            common.
+    """
+    rows = by_version(rows).newest
+    a, b = (_present(name, rows) for name in (a, b))
+    if a == b:
+        raise ConfigError(f"both defenses are {a}; name two of {_listed({row.cell.defense_title for row in rows})}")
+    every = _sides(rows, a, b)
+    settings = by_setting([*every.a, *every.b])
+    common = {title: _sides(members, a, b) for title, members in settings.items()}
+    common = {title: both for title, both in common.items() if both.a and both.b}
+    if not common:
+        on_a, on_b = (_listed(row.cell.setting for row in side) for side in every)
+        raise ConfigError(
+            f"{a} and {b} share no setting: {a} has run on {on_a}, {b} on {on_b} "
+            "(data, weights and numerics must be equal, too); run both in one suite"
+        )
+    return [_duel(title, both, budgets) for title, both in common.items()]
+
+
+def render_duels(duels: Sequence[Duel], style: Style) -> str:
+    """The comparisons as Markdown, a table for each setting; or as CSV or JSON, a record for each line."""
+    if style != "md":
+        return tidy([_versus_record(duel, line) for duel in duels for line in duel.lines], style)
+    parts = []
+    for duel in duels:
+        cells = []
+        previous = None
+        for line in duel.lines:
+            signs = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
+            low, high = (100 * end for end in line.interval)
+            digits = 0 if duel.n < 1000 else 1
+            cells.append(
+                {
+                    "attack": "" if line.attack == previous else f"{line.attack} {signs}".strip(),
+                    "at": line.at,
+                    "A": str(line.a),
+                    "B": str(line.b),
+                    "A − B": f"{100 * (line.a.value - line.b.value):+.1f} [{low:+.{digits}f}, {high:+.{digits}f}]",
+                    "p": "<0.0001" if line.p_value < 1e-4 else f"{line.p_value:.4f}",
+                }
+            )
+            previous = line.attack
+        notes = [f"{MARKS[name][0]} {MARKS[name][1]}" for name in MARKS if any(name in x.marks for x in duel.lines)]
+        notes += [
+            in_markdown(f"only {name} has met {_listed(specs)}") for name, specs in duel.unshared.items() if specs
+        ]
+        notes += [in_markdown(failed) for failed in duel.failed]
+        notes.append(
+            "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; p: exact McNemar, each line by itself."
+        )
+        head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
+        setting = f"{in_markdown(duel.setting)} · {duel.n} samples in common"
+        parts.append("\n\n".join((head, setting, markdown_table(text_frame(cells)), "  \n".join(notes))))
+    return "\n\n".join(parts)
+
+
+def _present(name: str, rows: Iterable[Row]) -> str:
+    """The chain ``name`` as rows write it: as it was given, or with files of users by their names alone."""
+    present = {row.cell.defense_title for row in rows}
+    given = parse_chain(name)
+    written, *_ = ways = [" + ".join(map(str, chain)) or "none" for chain in (map(placeless, given), given)]
+    for way in ways:
+        if way in present:
+            return way
+    near = get_close_matches(written, sorted(present), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"no rows of defense {name!r}; {hint}present: {_listed(present)}")
+
+
+class _Sides(NamedTuple):
+    """Rows of the one defense and of the other."""
+
+    a: list[Row]
+    b: list[Row]
+
+
+def _sides(rows: Sequence[Row], a: str, b: str) -> _Sides:
+    return _Sides(*([row for row in rows if row.cell.defense_title == name] for name in (a, b)))
+
+
+def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
+    a, b = (rows[0].cell.defense_title for rows in sides)
+    met_a, met_b = (_met(rows) for rows in sides)
+    shared = sorted(met_a.keys() & met_b.keys())
+    names_a, names_b = ({_name(*each) for each in met} for met in (met_a, met_b))
+    if not shared:
+        raise ConfigError(
+            f"{a} and {b} share no finished attack on {setting}: {a} has met {_listed(names_a)}, "
+            f"{b} {_listed(names_b)}; run both under one"
+        )
+    pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
+    ids = set.intersection(*(set(row.records["sample_id"]) for pair in pairs for row in pair))
+    if not ids:
+        raise ConfigError(f"{a} and {b} have no samples in common on {setting}; run both with the same n")
+    shown = _budgets([pair.queries for pair in pairs], budgets, setting)
+    lines: list[Versus] = []
+    counted = [pair for pair in pairs if not is_control(pair.a)]
+    attacks = {row.cell.attack.spec for row, _ in counted} if network(pairs[0].a) is not None else counted
+    if len(attacks) > 1 and not pairs[0].a.cell.learns:
+        lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
+    for name, group in _lines(pairs).items():
+        lines += _versus(name, group, ids, shown)
+    failed = [f"{row.cell.defense_title} × {_name(*encounter(row))} failed: {failure(row)}"
+              for rows in sides for row in rows if row.errors]  # fmt: skip
+    unshared = {a: sorted(names_a - names_b), b: sorted(names_b - names_a)}
+    return Duel(setting, a, b, len(ids), lines, unshared, failed)
+
+
+class _Pair(NamedTuple):
+    """Rows of both defenses under one attack and one seed."""
+
+    a: Row
+    b: Row
+
+    @property
+    def queries(self) -> int:
+        """How many queries both had."""
+        return min(query_budget(self.a), query_budget(self.b))
+
+    @property
+    def even(self) -> bool:
+        """Whether both had as many, so that what the attacks ended with compares, too."""
+        return query_budget(self.a) == query_budget(self.b)
+
+
+def _lines(pairs: Iterable[_Pair]) -> dict[str, list[_Pair]]:
+    """Pairs by the line they belong to: networks that seeds have trained are averaged, tries on one are not."""
+    result: dict[str, list[_Pair]] = {}
+    for pair in pairs:
+        spec, seed = encounter(pair.a)
+        result.setdefault(spec if network(pair.a) is not None else _name(spec, seed), []).append(pair)
+    return {name if len(group) == 1 else f"{name} · {len(group)} networks": group for name, group in result.items()}
+
+
+def _versus(attack: str, pairs: Sequence[_Pair], ids: Collection[int], budgets: Sequence[int]) -> list[Versus]:
+    """One line for each share that both sides have; of several rows, the worst case, with what both of a pair had."""
+    rows_a = [_even(pair.a, pair.queries, ids) for pair in pairs]
+    rows_b = [_even(pair.b, pair.queries, ids) for pair in pairs]
+    if pairs[0].a.cell.learns:
+        shares_a, shares_b = ({"test": learned(rows)} for rows in (rows_a, rows_b))
+    else:
+        shares_a, shares_b = (worst_case(rows, budgets).shares for rows in (rows_a, rows_b))
+    marks = frozenset().union(*(marks_of(row) for row in (*rows_a, *rows_b)))
+    wanted = {f"@{budget}" for budget in budgets} | {"clean", "test"}
+    wanted |= {"final"} if all(pair.even for pair in pairs) else set()
+    return [
+        Versus(attack, name, share, shares_b[name], marks)
+        for name, share in shares_a.items()
+        if name in wanted and share.n and shares_b[name].n
+    ]
+
+
+def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
+    """``row`` on the samples, and with the queries, that both sides had."""
+    same = restricted(row, ids)
+    return same if query_budget(row) == queries else within(same, queries)
+
+
+def _met(rows: Iterable[Row]) -> dict[Encounter, Row]:
+    """Rows with records by attack and seed; of several, that with the most queries and samples."""
+    ordered = sorted(rows, key=lambda row: (query_budget(row), len(row.records)))
+    return {encounter(row): row for row in ordered if len(row.records)}
+
+
+def _name(spec: str, seed: int) -> str:
+    return spec + (f", seed {seed}" if seed else "")
+
+
+def _budgets(largest: Sequence[int], asked: Sequence[int] | None, setting: str) -> list[int]:
+    """The budgets to compare at, up to the largest that both sides have run with under any attack."""
+    reach = max(largest)
+    if asked is None:
+        return sorted({budget for budget in (100, 1000) if budget < reach} | {budget for budget in largest if budget})
+    beyond = [budget for budget in asked if budget > reach]
+    if beyond:
+        raise ConfigError(f"budget is {beyond[0]}, but rows on {setting} have run with {reach} queries; ask for less")
+    return sorted(set(asked))
+
+
+def _versus_record(duel: Duel, line: Versus) -> dict[str, Any]:
+    low, high = line.interval
+    record: dict[str, Any] = {"setting": duel.setting, "n": duel.n, "attack": line.attack, "at": line.at}
+    for side, name, share in (("a", duel.a, line.a), ("b", duel.b, line.b)):
+        record |= {side: name, f"{side} accuracy": share.value}
+        record |= dict(zip((f"{side} low", f"{side} high"), share.interval, strict=True))
+    record |= {"difference": line.a.value - line.b.value, "difference low": low, "difference high": high}
+    return record | {"p": line.p_value, "marks": " ".join(sorted(line.marks))}
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(set(names))) or "none"

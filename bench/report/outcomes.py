@@ -1,0 +1,217 @@
+"""What the records of a row say: who was right when clean, after so many queries and in the end, and every figure."""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.oracle import NEVER
+from bench.report.metrics import (
+    adaptive_calibration_error,
+    calibration_error,
+    log_query_curve_area,
+    query_curve_area,
+    query_statistics,
+)
+from bench.report.stats import wilson
+from bench.results.store import Row
+
+_FRAME = re.compile(r'^ +File "(.+)", line (\d+)', re.MULTILINE)  # of a traceback
+_OUR_ERROR = re.compile(r"^bench\.errors\.\w+: ")  # whose message says it all
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of samples, of one network or on average over several, each with its own outcome on every sample.
+
+    The interval, 95 % Wilson, is that of the images; how far networks are apart is their standard deviation. Nothing
+    when there are no samples.
+    """
+
+    right: NDArray[np.bool_]  # (n,), or (networks, n)
+
+    @property
+    def n(self) -> int:
+        return int(self.right.shape[-1])
+
+    @property
+    def networks(self) -> int:
+        return 1 if self.right.ndim == 1 else len(self.right)
+
+    @property
+    def value(self) -> float:
+        return float(self.right.mean()) if self.n else float("nan")
+
+    @property
+    def spread(self) -> float:
+        """The standard deviation over networks."""
+        return float(self.right.mean(axis=1).std(ddof=1)) if self.networks > 1 and self.n else 0.0
+
+    @property
+    def by_sample(self) -> NDArray[Any]:
+        """(n,) whether it is right on each sample; of several networks, the share of them."""
+        return self.right if self.right.ndim == 1 else self.right.mean(axis=0)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return wilson(round(self.value * self.n) if self.n else 0, self.n)
+
+    def __str__(self) -> str:
+        if not self.n:
+            return ""
+        low, high = self.interval
+        digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
+        spread = f" ± {100 * self.spread:.1f}" if self.networks > 1 else ""
+        return f"{100 * self.value:.1f}{spread} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+
+
+def column(row: Row, name: str) -> NDArray[Any]:
+    """A column of the records, one entry for each sample; empty where the row does not have it."""
+    return row.records[name].to_numpy() if name in row.records else np.zeros(0)
+
+
+def query_budget(row: Row) -> int:
+    """How many queries each sample could cost; 0 for a learner."""
+    return row.cell.threat.query_budget or 0
+
+
+def clean(row: Row) -> Share:
+    """Right before any attack."""
+    return Share(column(row, "first_hit") != 0)
+
+
+def robust(row: Row, queries: int) -> Share:
+    """Right when clean, and not beaten by any of the first ``queries``; nothing beyond what the row was run with."""
+    if queries > query_budget(row):
+        return Share(np.zeros(0, dtype=bool))
+    hit = column(row, "first_hit")
+    return Share((hit == NEVER) | (hit > queries))
+
+
+def final(row: Row) -> Share:
+    """Right when clean, and right on the final example, judged afresh in plain float32."""
+    return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
+
+
+def standing(row: Row, queries: int) -> Share:
+    """Not beaten by any of the first ``queries``, by :func:`robust`, nor by a final example that came of no hit.
+
+    Where no query was a hit and the final example is wrong all the same, the search was answered by other numbers than
+    those that count: the sample has fallen, and the search has not seen it.
+    """
+    held = robust(row, queries).right
+    unseen = (column(row, "first_hit") == NEVER) & (column(row, "final_pred") != column(row, "y"))
+    return Share(held & ~unseen if len(held) else held)
+
+
+def lasting(row: Row, queries: int) -> Share:
+    """Like :func:`robust`, but a sample counts as beaten only where its example is wrong when judged afresh, too.
+
+    For random defenses, whose first hit may be luck. The search ended at that hit, so this is what it had come to, and
+    not what it would have found by going on.
+    """
+    beaten_for_good = column(row, "final_pred") != column(row, "y")
+    held = robust(row, queries).right
+    return Share(held | (clean(row).right & ~beaten_for_good) if len(held) else held)
+
+
+def tested(row: Row) -> Share:
+    """Right on clean test images, for the network that a learner has trained."""
+    return Share(column(row, "final_pred") == column(row, "y"))
+
+
+def is_control(row: Row) -> bool:
+    """Whether its attack works on the undefended network, which no attacker of a service has."""
+    return row.cell.attack.control
+
+
+def restricted(row: Row, ids: Collection[int]) -> Row:
+    """``row`` with the records of the samples ``ids`` alone, in the order of their numbers."""
+    if not len(row.records):
+        return row
+    kept = row.records[np.isin(column(row, "sample_id"), list(ids))]
+    return Row(row.cell, kept.sort_values("sample_id", ignore_index=True), row.shards)
+
+
+def within(row: Row, budget: int) -> Row:
+    """``row`` as its first ``budget`` queries say; its final examples are still those of all that it had."""
+    threat = replace(row.cell.threat, query_budget=budget)
+    hits = column(row, "first_hit")
+    records = row.records.assign(first_hit=np.where(hits > budget, NEVER, hits)) if len(hits) else row.records
+    return Row(replace(row.cell, threat=threat), records, row.shards)
+
+
+def network(row: Row) -> int | None:
+    """Which of several networks its figures belong to: each seed trains one; weights that are given are one for all."""
+    trains = row.cell.learns or any(part.stage in ("data", "training") for part in row.cell.defense)
+    return row.cell.seed if trains or not row.cell.weights_hash else None
+
+
+def failure(row: Row) -> str:
+    """The last line of its last error, and where in a user's file; empty where none of its shards has failed."""
+    if not row.errors:
+        return ""
+    trace = row.errors[-1].strip()
+    said = _OUR_ERROR.sub("", trace.splitlines()[-1].strip()) if trace else "an error without a message"
+    named = " ".join(component.spec for component in (row.cell.model, *row.cell.defense, row.cell.attack))
+    places = [(Path(file).name, line) for file, line in _FRAME.findall(trace)]
+    own = [f" ({file}, line {line})" for file, line in places if re.search(rf"(?<![\w.-]){re.escape(file)}:", named)]
+    return said + (own[-1] if own else "")
+
+
+def figures(row: Row) -> dict[str, float]:
+    """Every figure of a row of a served model beside its accuracies; those that its records do not give are left out.
+
+    Of the defense: ``changed_predictions`` (a share), ``logit_change`` (mean l2) and ``probability_change`` (mean total
+    variation) against the undefended network on clean images; ``ece``, ``adaptive_ece``, ``brier`` and ``nll`` on
+    clean images and, after ``attacked_``, on the final examples; ``expected_accuracy``, the mean share of fresh
+    evaluations of the final example that are right; ``cost``, its time for a query over the undefended network's.
+    Of the attack: areas ``auc`` and ``log_auc``, the statistics of :func:`bench.report.metrics.query_statistics`, and
+    the mean ``linf`` and ``rmse`` of the final examples of the samples it attacked.
+    """
+    found = {**_scores(row), **_queries(row), **{name: row.figures[name] for name in ("cost",) if name in row.figures}}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def _scores(row: Row) -> dict[str, float]:
+    if not len(column(row, "clean_confidence")):
+        return {}
+    y, prediction = column(row, "y"), column(row, "clean_pred")
+    found = {
+        "changed_predictions": float((prediction != column(row, "twin_pred")).mean()),
+        "logit_change": float(column(row, "logit_change").mean()),
+        "probability_change": float(column(row, "probability_change").mean()),
+        "expected_accuracy": float(np.where(column(row, "first_hit") == 0, 0, column(row, "final_share")).mean()),
+    }
+    for prefix, when in (("", "clean"), ("attacked_", "final")):
+        confidence, correct = column(row, f"{when}_confidence").astype(float), column(row, f"{when}_pred") == y
+        found |= {
+            f"{prefix}ece": calibration_error(confidence, correct),
+            f"{prefix}adaptive_ece": adaptive_calibration_error(confidence, correct),
+            f"{prefix}brier": float(column(row, f"{when}_brier").mean()),
+            f"{prefix}nll": float(column(row, f"{when}_nll").mean()),
+        }
+    return found
+
+
+def _queries(row: Row) -> dict[str, float]:
+    hits, budget = column(row, "first_hit").astype(float), query_budget(row)
+    if not len(hits) or not budget:
+        return {}
+    hits[hits == NEVER] = math.inf
+    found = {
+        "auc": query_curve_area(hits, budget),
+        "log_auc": log_query_curve_area(hits, budget),
+        **query_statistics(hits, budget),
+    }
+    attacked = hits > 0
+    for name in ("linf", "rmse"):
+        sizes = column(row, {"linf": "norm_linf"}.get(name, name))
+        if len(sizes) and attacked.any():
+            found[name] = float(sizes[attacked].mean())
+    return found

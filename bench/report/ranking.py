@@ -1,0 +1,141 @@
+"""Ranks: who stands better than whom where all have met the same attacks, queries, samples and seeds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bench.report.marks import UNRANKED, marks_of
+from bench.report.outcomes import Share, is_control, network, query_budget, standing, tested
+from bench.report.stats import holm, mcnemar
+from bench.results.store import Row
+
+SIGNIFICANT = 0.05
+Encounter = tuple[str, int]  # an attack or a learner, and its seed
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a defense must have met to be ranked: each attack under each seed, with so many queries, on these samples.
+
+    They are those of the undefended model, or of all defenses together where it is not there.
+    """
+
+    budgets: Mapping[Encounter, int]
+    ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, by_defense: Mapping[str, Sequence[Row]]) -> "Terms":
+        """The terms among these rows. What was run with --limit counts only where nothing else was."""
+        every = [row for rows in by_defense.values() for row in rows]
+        choices = (list(by_defense.get("none", ())), every)
+        rows = next((whole for choice in choices if (whole := [row for row in choice if not row.cell.limited])), every)
+        budgets: dict[Encounter, int] = {}
+        for row in rows:
+            budgets[encounter(row)] = max(query_budget(row), budgets.get(encounter(row), 0))
+        return cls(budgets, tuple(sorted(set.intersection(*(set(row.cell.ids) for row in rows)))))
+
+    def bars(self, rows: Sequence[Row]) -> frozenset[str]:
+        """The marks of a defense, with these rows, that falls short of the terms."""
+        specs = {row.cell.attack.spec for row in rows}
+        found = {"spared" for spec, _ in self.budgets if spec not in specs}
+        needed = set(self.ids)
+        for met, budget in self.budgets.items():
+            same = [row for row in rows if encounter(row) == met and query_budget(row) >= budget]
+            if met[0] in specs and not any(needed.issubset(row.cell.ids) for row in same):
+                found.add("short")
+        return frozenset(found)
+
+    def held(self, rows: Sequence[Row]) -> "Held":
+        """How a served model with these rows stands on these terms.
+
+        An attack that is no part of them, such as one made for this defense, counts with the queries it had, up to the
+        most that the terms allow.
+        """
+        common = {spec for spec, _ in self.budgets}
+        seeds = {seed for _, seed in self.budgets}
+        most = max(self.budgets.values())
+        by_network: dict[int | None, list[NDArray[np.bool_]]] = {}
+        cut = self._more(rows)
+        for row in rows:
+            spec, seed = encounter(row)
+            if (spec in common and (spec, seed) not in self.budgets) or (
+                network(row) is not None and seed not in seeds
+            ):
+                cut = True
+                continue
+            queries = min(query_budget(row), self.budgets.get((spec, seed), most))
+            cut |= queries < query_budget(row)
+            by_network.setdefault(network(row), []).append(self._paired(row, standing(row, queries)))
+        networks = [np.logical_and.reduce(met) for met in by_network.values()]
+        return Held(np.mean(networks, axis=0) if networks else np.zeros(0), cut)
+
+    def learned(self, rows: Sequence[Row]) -> "Held":
+        """On how many of its networks a learner, with these rows, is wrong on each sample: what a protection is for."""
+        on_terms = [row for row in rows if row.cell.seed in {seed for _, seed in self.budgets}]
+        wrong = [~self._paired(row, tested(row)) for row in on_terms]
+        cut = len(on_terms) < len(rows) or self._more(on_terms)
+        return Held(np.mean(wrong, axis=0) if wrong else np.zeros(0), cut)
+
+    def _more(self, rows: Sequence[Row]) -> bool:
+        """Whether the samples that all ``rows`` have met are more than those of the terms."""
+        return len(set.intersection(*(set(row.cell.ids) for row in rows)) - set(self.ids)) > 0 if rows else False
+
+    def _paired(self, row: Row, share: Share) -> NDArray[np.bool_]:
+        """(n,) of the terms' samples, by their numbers; one that an attack has not met stands."""
+        found = pd.Series(share.right, index=row.records.get("sample_id", pd.Series(dtype=int)).to_numpy())
+        return np.asarray(found.reindex(list(self.ids), fill_value=True), dtype=bool)
+
+
+@dataclass(frozen=True)
+class Held:
+    """By sample of the terms, the share of a defense's networks that stand; and whether its rows hold more."""
+
+    standing: NDArray[Any]  # (n,)
+    cut: bool
+
+
+def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
+    """1 + the number of defenses that are significantly better: exact McNemar, Holm over all pairs, 5 %.
+
+    Differences inside the noise share a rank.
+
+    Args:
+        standing: by defense, the outcome on each sample, paired by position; of several networks, their mean.
+    """
+    names = [name for name in standing if len(standing[name])]
+    result = dict.fromkeys(names, 1)
+    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
+    if not pairs:
+        return result
+    p_values = holm(np.array([mcnemar(standing[a], standing[b]) for a, b in pairs]))
+    for (a, b), p in zip(pairs, p_values, strict=True):
+        if p < SIGNIFICANT:
+            result[a if (standing[a] < standing[b]).sum() > (standing[a] > standing[b]).sum() else b] += 1
+    return result
+
+
+def counted(rows: Sequence[Row]) -> list[Row]:
+    """The rows that a worst case is made of: no controls, where there is anything else.
+
+    Of two tries of one attack, the one that holds all samples and queries of the other stands for both.
+    """
+    attacks = [row for row in rows if not is_control(row)] or list(rows)
+    return [row for row in attacks if not any(_covers(other, row) for other in attacks)]
+
+
+def _covers(row: Row, other: Row) -> bool:
+    """Whether ``row`` is a whole run of the same attack with more queries or samples than ``other``, and no fewer."""
+    same = row is not other and encounter(row) == encounter(other) and not marks_of(row) & UNRANKED
+    if not same or ("rescaled" in row.cell.attack.traits and query_budget(row) != query_budget(other)):
+        return False
+    more = query_budget(row) >= query_budget(other) and set(row.cell.ids) >= set(other.cell.ids)
+    return more and (query_budget(row), len(row.cell.ids)) != (query_budget(other), len(other.cell.ids))
+
+
+def encounter(row: Row) -> Encounter:
+    """The attack or the learner of a row, and its seed."""
+    return row.cell.attack.spec, row.cell.seed

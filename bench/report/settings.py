@@ -1,0 +1,49 @@
+"""Which rows compare at all: those of one data set, model, threat and kind of numbers."""
+
+from collections.abc import Iterable
+
+from bench.plan.cell import Cell
+from bench.results.store import Row
+
+HASH = 8  # digits of a hash that tell two settings apart
+
+
+def place(row: Row) -> tuple[str, bool, str]:
+    """What the setting of a row is called, whatever versions, data and weights go by these names."""
+    return row.cell.setting, row.cell.learns, row.cell.numerics
+
+
+def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows by the setting that they share, served models first, each under a title that no other setting has."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.cell.learns, _title(row.cell), *_facts(row.cell).values()), []).append(row)
+    ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[0], *map(str, key)))]
+    alike: dict[str, list[Cell]] = {}
+    for members in ordered:
+        alike.setdefault(_title(members[0].cell), []).append(members[0].cell)
+    return {_apart(members[0].cell, alike[_title(members[0].cell)]): members for members in ordered}
+
+
+def _title(cell: Cell) -> str:
+    return cell.setting + (" · plain numbers" if cell.numerics == "plain" and not cell.learns else "")
+
+
+def _facts(cell: Cell) -> dict[str, str]:
+    """What has to be equal beside what a title says."""
+    facts = {
+        "data": cell.data_hash,
+        "weights": cell.weights_hash,
+        "data version": str(cell.dataset.version),
+        "model version": str(cell.model.version),
+        "numbers": cell.numerics,
+    }
+    return facts if cell.learns else {"eps": repr(cell.threat.eps), **facts}
+
+
+def _apart(cell: Cell, alike: list[Cell]) -> str:
+    """The title of a cell, with what tells it from those that have the same."""
+    facts = _facts(cell)
+    names = [name for name in facts if len({_facts(other)[name] for other in alike}) > 1]
+    shown = {name: facts[name][:HASH] if name in ("data", "weights") else facts[name] for name in names}
+    return _title(cell) + "".join(f" · {name} {value or 'none'}" for name, value in shown.items())

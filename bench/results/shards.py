@@ -1,0 +1,242 @@
+"""One shard as two files: the JSON that says everything about it, and the Parquet table of its records.
+
+What is read is not trusted. A file may come from another machine, another version or another person, so its size is
+looked at before it is read, its checksum, its types and its ranges before it is believed, and it has to be of the cell
+in whose folder it lies. Whatever is wrong is one :class:`bench.errors.StoreError` that names the file.
+"""
+
+import io
+import json
+import math
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import pandas as pd
+import pyarrow.parquet as pq
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+
+from bench.errors import StoreError
+from bench.plan.cell import Cell
+from bench.results.records import check_records
+
+SCHEMA = 1
+SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
+KEY_DIGITS = 16  # of a cell's key, at the end of its folder's name
+LARGEST_JSON, LARGEST_TABLE = 64 << 20, 1 << 30  # bytes; a million samples take about 10 and 150 MB
+REMEDY = "restore it, or delete it and run the suite again"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a JSON file says: the cell, the stretch ``start:stop`` of its samples, and how it went."""
+
+    cell: Cell
+    start: int
+    stop: int
+    seconds: float = 0.0
+    figures: Mapping[str, float] = field(default_factory=dict)  # measured once for the shard, not for each sample
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    findings: Sequence[Mapping[str, Any]] = ()  # what probing the served model has shown, in the first shard of a cell
+    error: str | None = None  # the traceback of a failed shard
+
+    @property
+    def stem(self) -> str:
+        """The name of its files, without ending."""
+        return f"{self.start:06d}-{self.stop:06d}"
+
+    @property
+    def file_name(self) -> str:
+        """The name of its JSON."""
+        return f"{self.stem}.json" if self.error is None else f"{self.stem}.failed.json"
+
+
+class Stored(NamedTuple):
+    """A shard and its records, one line for each sample; a failed one has none."""
+
+    shard: Shard
+    records: pd.DataFrame
+
+
+def write_json(shard: Shard, records_sha256: str | None) -> bytes:
+    """The JSON file of a shard. Figures that are no finite number have not been measured and are left out."""
+    content = {
+        "schema": SCHEMA,
+        "key": shard.cell.key,
+        "cell": shard.cell.as_json(),
+        "start": shard.start,
+        "stop": shard.stop,
+        "seconds": round(shard.seconds, 3),
+        "figures": {name: value for name, value in shard.figures.items() if math.isfinite(value)},
+        "provenance": dict(shard.provenance),
+        "findings": [dict(finding) for finding in shard.findings],
+        "error": shard.error,
+        "records_sha256": records_sha256,
+    }
+    return (json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n").encode()
+
+
+def read_shard(path: Path) -> Stored:
+    """The shard whose JSON is at ``path``, once everything about it has been checked.
+
+    Raises:
+        StoreError: one of its two files is missing, damaged, or of another cell than its folder.
+    """
+    text = _content(path, LARGEST_JSON)
+    shard, records_sha256 = _parse(path, text)
+    _check_place(path, shard)
+    if records_sha256 is None:
+        return Stored(shard, pd.DataFrame())
+    table = table_path(path, records_sha256)
+    content = _content(table, LARGEST_TABLE)
+    if sha256(content).hexdigest() != records_sha256:
+        raise StoreError(f"{table} was altered or cut short after it was written; {REMEDY}")
+    return Stored(shard, _records(table, content, shard))
+
+
+def table_path(path: Path, records_sha256: str) -> Path:
+    """Where the records of the shard at ``path`` are.
+
+    Two writers whose records differ in a last bit write two files, and the JSON in place names the one that is its own.
+    """
+    return path.with_name(f"{path.stem}-{records_sha256[:12]}.parquet")
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError("not a finite number")
+    return value
+
+
+@dataclass(frozen=True)
+class _Finding:
+    flag: str
+    fired: bool
+    evidence: str
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    hardware: str = ""
+    device: str = ""
+    parry: str = ""
+    commit: str = ""
+    libraries: dict[str, str | None] = field(default_factory=dict)
+    finished: datetime | None = None
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """The types that a file must have. What a later version adds beside them is let be."""
+
+    key: str
+    cell: Cell
+    start: Annotated[int, Field(ge=0)]
+    stop: int
+    seconds: Annotated[float, Field(ge=0), AfterValidator(_finite)]
+    figures: dict[str, Annotated[float, AfterValidator(_finite)]]
+    provenance: _Provenance
+    error: str | None
+    records_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
+    findings: list[_Finding] = field(default_factory=list)  # rows from before findings were stored have none
+
+    def __post_init__(self) -> None:
+        if not self.start < self.stop <= len(self.cell.ids):
+            raise ValueError(f"samples {self.start} to {self.stop} are not among the {len(self.cell.ids)} of the cell")
+        if len(set(self.cell.ids)) != len(self.cell.ids):
+            raise ValueError("a sample comes twice in the cell")
+        if (self.error is None) != (self.records_sha256 is not None):
+            raise ValueError("a shard has either records or an error")
+
+
+_STATED = TypeAdapter(_Stated)
+
+
+def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
+    """What the JSON at ``path`` says, and the hash of the records that belong to it."""
+    try:
+        content = json.loads(text)
+        stated = content.pop("sha256")
+        schema = content["schema"]
+    except Exception as error:  # of a stranger's file: not JSON, not an object, nested beyond what a parser takes
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}); {REMEDY}") from None
+    if not isinstance(schema, int):
+        raise StoreError(f"{path} is no shard (schema is a {type(schema).__name__}); {REMEDY}")
+    if schema != SCHEMA:
+        raise StoreError(f"{path} has schema {schema}, this version reads {SCHEMA}; use the version that wrote it")
+    if stated != _digest(content):
+        raise StoreError(f"{path} was altered after it was written; {REMEDY}")
+    try:
+        # A lone surrogate, as in the name of a strange file, is no reason to lose a row.
+        _STATED.validate_json(json.dumps(content, ensure_ascii=False).encode(errors="replace"), strict=True)
+        cell = Cell.from_json(content["cell"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StoreError(f"{path} is no shard: {where + ': ' if where else ''}{first['msg']}; {REMEDY}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} is no shard ({type(error).__name__}); {REMEDY}") from None
+    if content["key"] != cell.key:
+        raise StoreError(f"{path} has a key that is not its cell's; {REMEDY}")
+    shard = Shard(
+        cell=cell,
+        **{name: content[name] for name in ("start", "stop", "seconds", "figures", "provenance", "error")},
+        findings=tuple(content.get("findings", ())),
+    )
+    return shard, content["records_sha256"]
+
+
+def _check_place(path: Path, shard: Shard) -> None:
+    """Whether the file lies where a shard of its cell and its stretch belongs; only the key in a folder's name counts.
+
+    Raises:
+        StoreError: it was copied or renamed.
+    """
+    key = shard.cell.key[:KEY_DIGITS]
+    if not path.resolve().parent.name.endswith(key):
+        raise StoreError(
+            f"{path} is of another cell than its folder ({shard.cell}, key {key}); move it to a folder whose name ends "
+            f"with -{key}, or delete it"
+        )
+    if path.name != shard.file_name:
+        raise StoreError(f"{path} holds what belongs into {shard.file_name}; rename it, or delete it")
+
+
+def _records(table: Path, content: bytes, shard: Shard) -> pd.DataFrame:
+    """The records of a shard from the bytes of their file."""
+    samples = shard.stop - shard.start
+    try:
+        file = pq.ParquetFile(io.BytesIO(content))
+        size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
+        fits = file.metadata.num_rows == samples and size <= LARGEST_TABLE
+        records = file.read().to_pandas(ignore_metadata=True) if fits else pd.DataFrame()
+    except Exception as error:  # of a stranger's file, whatever its reader raises
+        raise StoreError(f"{table} cannot be read ({type(error).__name__}); {REMEDY}") from None
+    if not fits:
+        raise StoreError(f"{table} has {file.metadata.num_rows} lines for {samples} samples; {REMEDY}")
+    try:
+        check_records(records, shard.cell, shard.start, shard.stop)
+    except ValueError as error:
+        raise StoreError(f"{table} {error}; {REMEDY}") from None
+    return records
+
+
+def _content(path: Path, largest: int) -> bytes:
+    """The bytes of a plain file of a size that can be meant; anything else could block or fill the memory."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise StoreError(f"{path} cannot be read (not a plain file); delete it")
+        if status.st_size > largest:
+            raise StoreError(f"{path} cannot be read ({status.st_size:,} bytes, at most {largest:,}); delete it")
+        return path.read_bytes()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({type(error).__name__}); {REMEDY}") from None
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,170 @@
+"""Results on disk: a folder for each cell, an immutable pair of files for each shard of it.
+
+A shard is a stretch of a cell's samples. Everything about it goes into ``000000-000100.json``, its records into
+``000000-000100-HASH.parquet``, each written beside its place and renamed into it, the JSON last: a shard exists when
+its JSON does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import pandas as pd
+
+from bench.errors import StoreError
+from bench.plan.cell import Cell
+from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, table_path, write_json
+from bench.system.files import keep_file, replace_file, slug
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cell with everything that is stored about it; ``records`` has one line for each finished sample."""
+
+    cell: Cell
+    records: pd.DataFrame
+    shards: tuple[Shard, ...]
+
+    @property
+    def errors(self) -> list[str]:
+        """The tracebacks of its failed shards."""
+        return [shard.error for shard in self.shards if shard.error is not None]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every sample of the cell has a record."""
+        return len(self.records) == len(self.cell.ids)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """What its shards measured once, the later shard winning."""
+        return {name: value for shard in self.shards for name, value in shard.figures.items()}
+
+
+class Store:
+    """A folder of results.
+
+    Raises:
+        StoreError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def open(self) -> "Store":
+        """Make the folder and try it, before slow work starts."""
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            replace_file(self.root / ".writable", lambda path: path.write_text("parry\n"))
+            (self.root / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.root}: {error.strerror or error}; choose another --out") from None
+        return self
+
+    def save(self, shard: Shard, records: pd.DataFrame) -> None:
+        """Keep a finished shard; a failure of the same stretch is forgotten.
+
+        Raises:
+            StoreError: the disk is full or the folder is gone. What was stored before is untouched.
+        """
+        folder = self._folder(shard.cell)
+        table = records.to_parquet(index=False)
+        digest = sha256(table).hexdigest()
+        path = folder / shard.file_name
+        keep_file(table_path(path, digest), table)
+        keep_file(path, write_json(shard, digest))
+        (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
+
+    def fail(self, shard: Shard) -> None:
+        """Keep the traceback of a shard that could not be finished; the next run tries it again."""
+        keep_file(self._folder(shard.cell) / shard.file_name, write_json(shard, None))
+
+    def missing(self, cell: Cell) -> list[int]:
+        """The positions in ``cell.ids`` that no finished shard covers.
+
+        Raises:
+            StoreError: a stored shard of this cell is damaged.
+        """
+        done = _positions(shard for row in self._whole(cell) for shard in row.shards if shard.error is None)
+        return [position for position in range(len(cell.ids)) if position not in done]
+
+    def settled(self, shard: Shard) -> tuple[bool, int | None]:
+        """Whether exactly this shard is finished, and when it failed last, in ns; other runs may change both."""
+        finished = self._folder(shard.cell) / f"{shard.stem}.json"
+        failed = finished.with_name(f"{shard.stem}.failed.json")
+        try:
+            return finished.exists(), failed.stat().st_mtime_ns
+        except FileNotFoundError:
+            return finished.exists(), None
+
+    def row(self, cell: Cell) -> Row:
+        """Everything that is stored about ``cell``.
+
+        Raises:
+            StoreError: one of its files is damaged.
+        """
+        return _joined(cell, self._whole(cell))
+
+    def rows(self) -> tuple[list[Row], list[StoreError]]:
+        """All cells in the folder, in the order of their names, and what is wrong with the shards that cannot be read.
+
+        A cell with damaged shards has the records of the others; one that lies in two folders comes once.
+
+        Raises:
+            StoreError: there is no such folder.
+        """
+        if not self.root.is_dir():
+            raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
+        found = [_read_all(folder) for folder in sorted({path.parent for path in self.root.rglob(SHARDS)})]
+        return united(row for rows, _ in found for row in rows), [error for _, damaged in found for error in damaged]
+
+    def _folder(self, cell: Cell) -> Path:
+        """Where the cell is, whatever the folder was renamed to before its key; a new one says what it holds."""
+        key = cell.key[:KEY_DIGITS]
+        named = self.root / f"{slug(cell.dataset.spec, cell.model.spec, cell.defense_name, cell.attack.spec)}-{key}"
+        return named if named.is_dir() else min(self.root.glob(f"*-{key}"), default=named)
+
+    def _whole(self, cell: Cell) -> list[Row]:
+        """The shards of ``cell``, a row of each, none of them damaged."""
+        whole, damaged = _read_all(self._folder(cell))
+        if damaged:
+            raise damaged[0]
+        return whole
+
+
+def united(rows: Iterable[Row]) -> list[Row]:
+    """The rows, those of one cell as one: of several shards or several folders, each sample once."""
+    by_key: dict[str, list[Row]] = {}
+    for row in rows:
+        by_key.setdefault(row.cell.key, []).append(row)
+    return [same[0] if len(same) == 1 else _joined(same[0].cell, same) for same in by_key.values()]
+
+
+def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
+    tables = [row.records for row in rows if len(row.records)]
+    records = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+    if len(records):
+        records = records.drop_duplicates("sample_id").sort_values("sample_id", ignore_index=True)
+    shards = [shard for row in rows for shard in row.shards]
+    done = _positions(shard for shard in shards if shard.error is None)
+    # A failure is over once other shards, perhaps of another size, have covered its samples.
+    return Row(cell, records, tuple(x for x in shards if x.error is None or not done.issuperset(_positions([x]))))
+
+
+def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
+    """The shards in a folder, a row of each, and what is wrong with those that cannot be read."""
+    whole, damaged = [], []
+    for path in sorted(folder.glob(SHARDS)):
+        try:
+            shard, records = read_shard(path)
+        except StoreError as error:
+            damaged.append(error)
+        else:
+            whole.append(Row(shard.cell, records, (shard,)))
+    return whole, damaged
+
+
+def _positions(shards: Iterable[Shard]) -> set[int]:
+    """The positions in a cell's samples that the shards cover."""
+    return {position for shard in shards for position in range(shard.start, shard.stop)}

@@ -1,0 +1,1 @@
+"""Tasks in, shards out: the runner, its screen, and what a run would cost."""

@@ -1,0 +1,123 @@
+"""What a run shows while it runs: one line for each finished cell, and a bar with rate and time left."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
+from rich.progress import Task as Bar
+from rich.text import Text
+
+from bench.plan.tasks import Task
+from bench.report.leaderboard import summary
+from bench.report.text import in_terminal
+from bench.results.store import Row
+
+
+class Screen:
+    """A :class:`bench.run.runner.Reporter` on the terminal; where there is none, only the lines of finished cells."""
+
+    def __init__(self, console: Console, cells: int) -> None:
+        self.console, self.cells = console, cells
+        self._places: dict[str, int] = {}  # of cells, in the order in which they were started first
+        self._progress = _progress(console)
+        self._bar: TaskID | None = None
+        self._last = (0, 1, "")
+        self._waiting = False
+
+    def __enter__(self) -> "Screen":
+        self.console.file = self.console.file  # what components print may be sent elsewhere; this goes on here
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        self.console._file = None  # whatever standard output is by then
+
+    def start(self, task: Task, samples: int) -> None:
+        label = f"{task.cell.defense_name} × {task.cell.attack.spec}, {samples} samples"
+        self._bar = self._progress.add_task(in_terminal(f"{self._place(task)} {label}"), total=None)
+
+    def work(self, done: int, total: int, unit: str) -> None:
+        assert self._bar is not None
+        if (total, unit) != self._last[1:] or done < self._last[0]:  # another shard, or training gave way to querying
+            self._progress.reset(self._bar)
+        self._last = done, total, unit
+        self._progress.update(self._bar, completed=done, total=total, unit=unit)
+
+    def finish(self, task: Task, row: Row, seconds: float) -> None:
+        assert self._bar is not None
+        self._progress.remove_task(self._bar)
+        style = "red" if row.errors else "default"
+        told = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
+        line = Text(in_terminal(told), style=style)
+        line.append(f"  ({duration(seconds)})", style="dim")
+        self.console.print(line, soft_wrap=True)
+
+    def leave(self, task: Task) -> None:
+        assert self._bar is not None
+        self._progress.remove_task(self._bar)
+
+    def wait(self, cells: int) -> None:
+        if not self._waiting:
+            self.console.print(f"waiting for {cells} of {self.cells} cells that other runs are at", style="dim")
+        self._waiting = True
+
+    def _place(self, task: Task) -> str:
+        return f"[{self._places.setdefault(task.cell.key, len(self._places) + 1)}/{self.cells}]"
+
+
+class Steps:
+    """One bar, for the step at hand of a job with several; what is shown may come from any thread."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = _progress(console)
+        self._bar = self._progress.add_task("", total=None)
+
+    def __enter__(self) -> "Steps":
+        if self._progress.console.is_terminal:  # elsewhere it would leave an empty line
+            self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._progress.console.is_terminal:
+            self._progress.stop()
+
+    def step(self, label: str, total: int | None = None, unit: str = "") -> None:
+        """Begin a step of ``total`` units."""
+        self._progress.reset(self._bar, description=label, total=total, unit=unit)
+
+    def advance(self, count: int = 1) -> None:
+        """``count`` more units are done."""
+        self._progress.advance(self._bar, count)
+
+    def work(self, done: int, total: int) -> None:
+        """``done`` of ``total`` units are."""
+        self._progress.update(self._bar, completed=done, total=total)
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f} %"), _Pace(), console=console, transient=True, refresh_per_second=4,
+    )  # fmt: skip
+
+
+class _Pace(ProgressColumn):
+    """``1,240 queries/s, 3 min left``."""
+
+    def render(self, task: Bar) -> Text:
+        speed, unit = task.speed, task.fields.get("unit", "")
+        if not speed or not unit:
+            return Text("")
+        left = "" if task.time_remaining is None else f", {duration(task.time_remaining)} left"
+        rate = f"{speed:,.0f}" if speed >= 10 else f"{speed:.1f}"
+        return Text(f"{rate} {unit}/s{left}", style="dim")
+
+
+def duration(seconds: float) -> str:
+    """A duration that one can say: ``0.8 s``, ``45 s``, ``12 min``, ``3.5 h``."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

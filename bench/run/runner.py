@@ -1,0 +1,273 @@
+"""Tasks in, shards out: runs what the store does not hold yet."""
+
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol
+
+import pandas as pd
+import torch
+
+from bench.errors import StoreError
+from bench.measure.evaluate import Inspector, Measured, attack_served, learn_released
+from bench.measure.pipeline import Pipeline
+from bench.measure.witness import Witness
+from bench.oracle.served import Target
+from bench.plan.tasks import Task
+from bench.results.provenance import provenance
+from bench.results.shards import Shard
+from bench.results.store import Row, Store
+from bench.system.claims import CLAIMS, Held, claim, present
+from bench.system.interrupt import Stopped, stoppable
+from bench.system.process_state import seed_globals, undisturbed
+
+PAUSE = 1.0  # seconds between two looks at what other runs are at
+
+
+class Reporter(Protocol):
+    """Whoever wants to know how a run goes."""
+
+    def start(self, task: Task, samples: int) -> None:
+        """``samples`` of the cell are about to run."""
+        ...
+
+    def work(self, done: int, total: int, unit: str) -> None:
+        """So much of the cell in work is done: epochs, or queries settled, among them those that a fall has saved."""
+        ...
+
+    def finish(self, task: Task, row: Row, seconds: float) -> None:
+        """The cell has ended, well or badly."""
+        ...
+
+    def leave(self, task: Task) -> None:
+        """What is left of the cell is with other runs; it is started again later."""
+        ...
+
+    def wait(self, cells: int) -> None:
+        """Other runs are at all that is left, which is in so many cells."""
+        ...
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How many cells ran, were done before or by other runs meanwhile, and failed."""
+
+    ran: int
+    kept: int
+    failed: int
+
+
+def run(
+    tasks: Sequence[Task], store: Store, pipeline: Pipeline, shard_size: int, batch_size: int, reporter: Reporter
+) -> Outcome:
+    """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
+
+    An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
+    other way out that it takes, such as ``sys.exit``. Work that another run on the folder is at is taken last: done by
+    then, or free because that run has ended.
+
+    Raises:
+        StoreError: the store cannot be written or read.
+        Stopped: the process was asked to end.
+    """
+    missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
+    done = [task for task in tasks if not missing[task.cell.key]]
+    with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
+        inspect = Inspector(pipeline.device)
+        work = _Work(store, pipeline, inspect, batch_size, reporter, check)
+        cells = [_CellWork(task, _shards(task, missing[task.cell.key], shard_size)) for task in tasks]
+        left = [cell for cell in cells if cell.shards]
+        while left:
+            held = [cell for cell in left if not work.advance(cell)]
+            if len(held) == len(left):  # all that is left is with other runs
+                reporter.wait(len(held))
+                time.sleep(PAUSE)
+                check()
+            left = held
+    return Outcome(
+        ran=sum(cell.ours and not cell.failed for cell in cells),
+        kept=sum(not cell.ours and not cell.failed for cell in cells),
+        failed=sum(cell.failed for cell in cells),
+    )
+
+
+def _shards(task: Task, positions: Sequence[int], size: int) -> list[Shard]:
+    """The stretches of the cell that are stored one by one; a learner's training serves all samples at once."""
+    if not positions:
+        return []
+    size = len(task.cell.ids) if task.learns else size
+    return [Shard(task.cell, start, stop) for start, stop in stretches(positions, size)]
+
+
+@dataclass
+class _CellWork:
+    """What is left of a cell: its unfinished ``shards``; and how it went so far."""
+
+    task: Task
+    shards: list[Shard]
+    ours: bool = False     # whether this run has measured any of it
+    failed: bool = False
+    seconds: float = 0.0
+    seen: dict[str, int | None] = field(default_factory=dict)  # when its shards had failed before this run
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one run works with."""
+
+    store: Store
+    pipeline: Pipeline
+    inspect: Inspector
+    batch_size: int
+    reporter: Reporter
+    check: Callable[[], None]
+
+    def advance(self, cell: _CellWork) -> bool:
+        """Run the shards of ``cell`` that no other run is at; whether it is done with, by us or by others."""
+        if not cell.seen:
+            cell.seen = {shard.stem: self.store.settled(shard)[1] for shard in cell.shards}
+        samples = sum(shard.stop - shard.start for shard in cell.shards)
+        began, ended, held = time.perf_counter(), 0, []
+        self.reporter.start(cell.task, samples)
+        for shard in cell.shards:
+            try:
+                with claim(self.store.root / CLAIMS / f"{cell.task.cell.key[:16]}-{shard.stem}.lock"):
+                    self._settle(cell, shard, _Count(self.reporter, _budget(cell.task), ended, samples))
+                ended += shard.stop - shard.start
+            except Held:
+                held.append(shard)
+            self.check()
+        cell.shards = held
+        cell.seconds += time.perf_counter() - began
+        if held:
+            self.reporter.leave(cell.task)
+            return False
+        self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
+        return True
+
+    def _settle(self, cell: _CellWork, shard: Shard, count: "_Count") -> None:
+        """Measure ``shard``, unless another run has done so since, well or badly."""
+        finished, failed = self.store.settled(shard)
+        if finished:
+            return
+        if failed != cell.seen[shard.stem]:
+            cell.failed = True
+            return
+        fine = _run_shard(cell.task, shard, self.store, self.pipeline, self.inspect, self.batch_size, count)
+        cell.ours = True
+        cell.failed |= not fine
+
+
+def _budget(task: Task) -> int:
+    return task.cell.threat.query_budget or 0
+
+
+def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Ascending ``positions`` as stretches (start, stop) of neighbours, at most ``size`` long."""
+    start = previous = positions[0]
+    for position in positions[1:]:
+        if position != previous + 1 or position - start >= size:
+            yield start, previous + 1
+            start = position
+        previous = position
+    yield start, previous + 1
+
+
+def _run_shard(
+    task: Task,
+    shard: Shard,
+    store: Store,
+    pipeline: Pipeline,
+    inspect: Inspector,
+    batch_size: int,
+    count: "_Count",
+) -> bool:
+    """Measure one shard and store it; False if it failed.
+
+    Raises:
+        Held: another process makes what it needs.
+    """
+    began, start, stop = time.perf_counter(), shard.start, shard.stop
+
+    def save(measured: Measured) -> None:
+        whole = replace(shard, figures=measured.figures, findings=measured.findings)
+        store.save(_ended(whole, began, pipeline.device, measured.numerics), measured.records)
+
+    try:
+        with undisturbed():
+            if task.learns:
+                _learn(task, start, stop, pipeline, count, save)
+            else:
+                save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
+    except (Held, Stopped, StoreError):
+        raise
+    except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
+        store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))
+        return False
+    return True
+
+
+def _learn(
+    task: Task, start: int, stop: int, pipeline: Pipeline, count: "_Count", save: Callable[[Measured], None]
+) -> None:
+    released = pipeline.released(task, count.epochs)
+    seed_globals(task.cell.seed)
+    with pipeline.learning(task, count.epochs) as job:  # what is trained is safe when it is saved
+        measured = learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build)
+        pipeline.check_data(task)
+        save(measured)
+
+
+def _attack(
+    task: Task, start: int, stop: int, pipeline: Pipeline, inspect: Inspector, batch_size: int, count: "_Count"
+) -> Measured:
+    ids = list(task.cell.ids[start:stop])
+    pipeline.train(task, count.epochs)
+    seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
+    tables = []
+    with pipeline.serving(task) as target:
+        witness = _witness(task, target) if start == 0 else None
+        for first in range(0, len(ids), batch_size):
+            part = ids[first : first + batch_size]
+            met = replace(target, searched=witness.watch(target.searched)) if witness and first == 0 else target
+            tables.append(attack_served(task, met, part, pipeline.device, partial(count.queries, first)))
+        records, numbers = pd.concat(tables, ignore_index=True), target.searched.numbers
+        if start:
+            return Measured(records, numerics=numbers)
+        figures, findings = inspect(task, target)
+        return Measured(records, figures, [*findings, *([asdict(witness.finding())] if witness else [])], numbers)
+
+
+def _witness(task: Task, target: Target) -> Witness | None:
+    """Who watches the attack; nobody where answers are said to depend on earlier queries, or cannot be had twice."""
+    if any("stateful" in defense.traits for defense in task.cell.defense):
+        return None
+    with suppress(Exception):  # copying runs the model's own code
+        return Witness(target.searched)
+    return None
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Tells a reporter how far a cell is: ``ended`` of its ``samples`` are, the others may still cost ``budget``."""
+
+    reporter: Reporter
+    budget: int
+    ended: int
+    samples: int
+
+    def epochs(self, done: int, total: int) -> None:
+        self.reporter.work(done, total, "epochs")
+
+    def queries(self, first: int, settled: int) -> None:
+        """``settled`` queries of the batch that starts at sample ``first`` of the shard."""
+        done = (self.ended + first) * self.budget + settled
+        self.reporter.work(done, self.samples * self.budget, "queries settled")
+
+
+def _ended(shard: Shard, began: float, device: torch.device, numerics: Mapping[str, Any] | None = None) -> Shard:
+    made = {**provenance(device), **({"numerics": dict(numerics)} if numerics else {})}
+    return replace(shard, seconds=time.perf_counter() - began, provenance=made)
