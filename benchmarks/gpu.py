@@ -44,6 +44,7 @@ from torch import Tensor, nn
 from bench import numerics
 from bench.dataset import Dataset, Split
 from bench.measure.pipeline import Pipeline, deploy
+from bench.metrics import calibration_error
 from bench.models import resolve
 from bench.models.weights import save_parts
 from bench.oracle import Referee
@@ -52,7 +53,6 @@ from bench.plan.suite import Suite
 from bench.plan.tasks import Loader, Task, expand
 from bench.protocols import Job
 from bench.registry import attacks, code_hash, defenses, load_plugins
-from bench.report.metrics import calibration_error
 from bench.results.store import Row, Store
 from bench.rng import SampleRng
 from bench.run.runner import run

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.protocols import Stage
 from bench.ranges import Positive
 from bench.registry import added, defenses
-from bench.report.metrics import calibration_error
 from bench.rng import SampleRng
 
 Target = Callable[[Tensor], Tensor]  # margins (B,) >= 0 to the margins to report

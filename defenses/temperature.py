@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.protocols import Stage
 from bench.registry import defenses
-from bench.report.metrics import calibration_error
 from defenses.aaa import TEMPERATURES, calibration_logits, top_confidence
 
 Objective = Literal["nll", "ece"]

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.registry import defenses
-from bench.report.metrics import calibration_error
 from defenses.aaa import (
     RELEASED_BATCH,
     TIE_BREAK,

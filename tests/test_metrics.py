@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from bench.report.metrics import (
+from bench.metrics import (
     adaptive_calibration_error,
     calibration_error,
     log_query_curve_area,

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import ConfigError
+from bench.metrics import calibration_error
 from bench.registry import defenses
-from bench.report.metrics import calibration_error
 from defenses.aaa import top_confidence
 from defenses.temperature import Temperature, best_temperature
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.oracle import NEVER
-from bench.report.metrics import (
+from bench.metrics import (
     adaptive_calibration_error,
     calibration_error,
     log_query_curve_area,
     query_curve_area,
     query_statistics,
 )
+from bench.oracle import NEVER
 from bench.report.stats import wilson
 from bench.results.store import Row
 
@@ -171,7 +171,7 @@ def figures(row: Row) -> dict[str, float]:
     variation) against the undefended network on clean images; ``ece``, ``adaptive_ece``, ``brier`` and ``nll`` on
     clean images and, after ``attacked_``, on the final examples; ``expected_accuracy``, the mean share of fresh
     evaluations of the final example that are right; ``cost``, its time for a query over the undefended network's.
-    Of the attack: areas ``auc`` and ``log_auc``, the statistics of :func:`bench.report.metrics.query_statistics`, and
+    Of the attack: areas ``auc`` and ``log_auc``, the statistics of :func:`bench.metrics.query_statistics`, and
     the mean ``linf`` and ``rmse`` of the final examples of the samples it attacked.
     """
     found = {**_scores(row), **_queries(row), **{name: row.figures[name] for name in ("cost",) if name in row.figures}}
