@@ -25,8 +25,10 @@ FUZZ_EXAMPLES ?= 10000
 fuzz: install
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest -m fuzz
 
-# The committed tables, from the committed rows.
+# The committed tables, from the committed rows: what stands below the mark in the README of each board.
+BOARDS := $(wildcard leaderboards/*/flags.json)
 tables: install
-	for folder in query-cifar10 data-cifar10-small data-digits; do \
-		$(BIN)/bench leaderboard leaderboards/$$folder > leaderboards/$$folder.md; \
+	for board in $(BOARDS:/flags.json=); do \
+		sed -i.old '/<!-- tables -->/q' $$board/README.md && rm $$board/README.md.old; \
+		$(BIN)/bench leaderboard $$board >> $$board/README.md; \
 	done

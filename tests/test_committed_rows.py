@@ -8,7 +8,7 @@ import pytest
 
 from bench.report.leaderboard import render
 from bench.report.standings import tables
-from bench.results.store import Store
+from bench.results.store import Store, place
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = sorted(path for path in (ROOT / "leaderboards").iterdir() if path.is_dir() and path.name != "published")
@@ -31,7 +31,16 @@ class TestCommittedRows:
     def test_the_table_is_made_of_the_rows(self, folder):
         rows, _ = Store(folder).rows()
         table = render(tables(rows, BUDGETS), "md")
-        assert (ROOT / "leaderboards" / f"{folder.name}.md").read_text() == table + "\n"
+        assert (folder / "README.md").read_text().partition("<!-- tables -->\n")[2] == table + "\n"
+
+    def test_every_row_lies_where_its_cell_says(self, folder):
+        """Its key is that of what it says it is, computed anew, and a run finds it there."""
+        store = Store(folder)
+        for row in store.rows()[0]:
+            assert [path.parent for path in folder.rglob(f"*{row.cell.key[:8]}/{row.shards[0].stem}.json")] == [
+                folder / place(row.cell)
+            ]
+            assert store.missing(row.cell) == []
 
     def test_the_stored_flags_are_those_of_the_rows(self, folder):
         rows, _ = Store(folder).rows()
@@ -42,7 +51,7 @@ class TestCommittedRows:
 
 @pytest.mark.parametrize("name", ["query-cifar10", "data-cifar10-small"])
 def test_the_readme_shows_it_at_a_glance(name):
-    table = (ROOT / "leaderboards" / f"{name}.md").read_text()
+    table = (ROOT / "leaderboards" / name / "README.md").read_text()
     glance = table.partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
     assert glance.startswith(("| defense", "| attack"))
     assert glance in (ROOT / "README.md").read_text()

@@ -21,12 +21,13 @@ from bench.report.outcomes import figures
 from bench.report.standings import tables
 from bench.results.shards import Shard, read_shard, write_json
 from bench.results.store import Row, Store, united
+from bench.system.files import slug
 from bench.threat import Threat
 from tests.test_store import cell as small
 from tests.test_store import records as small_records
 
-COMMITTED = Path(__file__).parents[1] / "leaderboards" / "query-cifar10"
-ROW = next(path for path in sorted(COMMITTED.iterdir()) if "robust-resnet18-none" in path.name)
+COMMITTED = Path(__file__).parents[1] / "leaderboards" / "query-cifar10" / "cifar10-robust-resnet18"
+(ROW,) = (COMMITTED / "none").iterdir()
 
 
 @pytest.fixture
@@ -208,7 +209,7 @@ def test_what_is_no_plain_file_of_a_size_that_can_be_meant_is_damage(folder, pla
 
 
 def test_a_shard_in_the_folder_of_another_cell_is_damage(folder):
-    other = next(path for path in sorted(COMMITTED.iterdir()) if "robust-resnet18-unig" in path.name)
+    (other,) = (COMMITTED / "unig").iterdir()
     moved = json_of(folder).parent
     for path in other.iterdir():  # the JSON takes the place of the one there
         shutil.copy(path, moved / path.name)
@@ -220,13 +221,45 @@ def test_a_shard_in_the_folder_of_another_cell_is_damage(folder):
 
 def test_only_the_key_in_a_folders_name_counts(folder):
     (stored,) = Store(folder).rows()[0]
-    renamed = json_of(folder).parent.rename(folder / f"our-best-{stored.cell.key[:16]}")
+    (folder / "old").mkdir()
+    renamed = json_of(folder).parent.rename(folder / "old" / f"our-best-{stored.cell.key[:8]}")
     assert Store(folder).missing(stored.cell) == [], "a run finds it there"
     assert Store(folder).rows()[1] == []
     renamed.rename(folder / "our-best")
     rows, (error,) = Store(folder).rows()
     assert rows == []
     assert "of another cell than its folder" in str(error)
+
+
+def test_folders_as_version_0_1_named_them_are_read_and_gone_on_with(folder):
+    (stored,) = Store(folder).rows()[0]
+    flat = json_of(folder).parent.rename(folder / f"{slug(str(stored.cell))}-{stored.cell.key[:16]}")
+    path = json_of(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=1))  # every sample on a line of its own
+    assert [row.cell for row in Store(folder).rows()[0]] == [stored.cell]
+    store = Store(folder)
+    assert store.missing(stored.cell) == []
+    store.fail(Shard(stored.cell, 0, 1, error="boom"))
+    assert (flat / "000000-000001.failed.json").exists(), "beside what is there, not in a second folder"
+
+
+def test_two_cells_whose_keys_start_alike_are_told_apart(folder):
+    """Their folders have one name, and what one has would count as the other's."""
+    (stored,) = Store(folder).rows()[0]
+    other = replace(stored.cell, seed=1)
+    home = json_of(folder).parent.rename(folder / f"square-{other.key[:8]}")
+    (home / "000000-000001.failed.json").write_bytes(write_json(Shard(other, 0, 1, error="boom"), None))
+    with pytest.raises(StoreError, match="of another cell"):
+        Store(folder).missing(other)
+
+
+def test_a_json_has_its_samples_on_one_line():
+    ids = tuple(range(0, 900, 3))
+    text = write_json(Shard(replace(small(), ids=ids), 0, 10, findings=[{"evidence": "[\n 1,\n 2\n]"}]), None).decode()
+    assert f'"ids": {json.dumps(ids)}' in text
+    content = json.loads(text)
+    assert content["cell"]["ids"] == list(ids)
+    assert content["findings"] == [{"evidence": "[\n 1,\n 2\n]"}]
 
 
 def test_a_shard_under_the_name_of_another_stretch_is_damage(folder):

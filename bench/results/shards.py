@@ -8,6 +8,7 @@ in whose folder it lies. Whatever is wrong is one :class:`bench.errors.StoreErro
 import io
 import json
 import math
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ from bench.results.records import check_records
 
 SCHEMA = 1
 SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
-KEY_DIGITS = 16  # of a cell's key, at the end of its folder's name
+KEY_DIGITS = 8, 16  # of a cell's key, at the end of its folder's name: today, and in folders of version 0.1
 LARGEST_JSON, LARGEST_TABLE = 64 << 20, 1 << 30  # bytes; a million samples take about 10 and 150 MB
+LIST = re.compile(r"\[\n([-\d\s,]+)\n *\]")  # of whole numbers, which go on one line; no string holds a bare newline
 REMEDY = "restore it, or delete it and run the suite again"
 
 
@@ -77,7 +79,8 @@ def write_json(shard: Shard, records_sha256: str | None) -> bytes:
         "error": shard.error,
         "records_sha256": records_sha256,
     }
-    return (json.dumps({**content, "sha256": _digest(content)}, indent=1) + "\n").encode()
+    text = json.dumps({**content, "sha256": _digest(content)}, indent=1)
+    return (LIST.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n").encode()
 
 
 def read_shard(path: Path) -> Stored:
@@ -196,11 +199,11 @@ def _check_place(path: Path, shard: Shard) -> None:
     Raises:
         StoreError: it was copied or renamed.
     """
-    key = shard.cell.key[:KEY_DIGITS]
-    if not path.resolve().parent.name.endswith(key):
+    keys = [shard.cell.key[:digits] for digits in KEY_DIGITS]
+    if not path.resolve().parent.name.endswith(tuple(keys)):
         raise StoreError(
-            f"{path} is of another cell than its folder ({shard.cell}, key {key}); move it to a folder whose name ends "
-            f"with -{key}, or delete it"
+            f"{path} is of another cell than its folder ({shard.cell}, key {keys[0]}); move it to a folder whose name "
+            f"ends with -{keys[0]}, or delete it"
         )
     if path.name != shard.file_name:
         raise StoreError(f"{path} holds what belongs into {shard.file_name}; rename it, or delete it")

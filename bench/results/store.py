@@ -1,5 +1,8 @@
 """Results on disk: a folder for each cell, an immutable pair of files for each shard of it.
 
+``cifar10-resnet20/aaa-linear/square-28db1bbb`` holds data set and model, defense, attack and the start of the cell's
+key. Only the key counts for a reader, so a folder may be moved or renamed before it.
+
 A shard is a stretch of a cell's samples. Everything about it goes into ``000000-000100.json``, its records into
 ``000000-000100-HASH.parquet``, each written beside its place and renamed into it, the JSON last: a shard exists when
 its JSON does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
@@ -51,6 +54,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._moved: dict[str, Path] | None = None  # folders that were there at first, by the key in their names
 
     def open(self) -> "Store":
         """Make the folder and try it, before slow work starts."""
@@ -120,17 +124,30 @@ class Store:
         return united(row for rows, _ in found for row in rows), [error for _, damaged in found for error in damaged]
 
     def _folder(self, cell: Cell) -> Path:
-        """Where the cell is, whatever the folder was renamed to before its key; a new one says what it holds."""
-        key = cell.key[:KEY_DIGITS]
-        named = self.root / f"{slug(cell.dataset.spec, cell.model.spec, cell.defense_name, cell.attack.spec)}-{key}"
-        return named if named.is_dir() else min(self.root.glob(f"*-{key}"), default=named)
+        """Where the cell is: where new ones go, or wherever a folder with its key in its name has been put."""
+        usual = self.root / place(cell)
+        if usual.is_dir():
+            return usual
+        if self._moved is None:
+            folders = sorted({path.parent for path in self.root.rglob(SHARDS)}, reverse=True)
+            self._moved = {folder.name.rpartition("-")[2]: folder for folder in folders}
+        found = (self._moved.get(cell.key[:digits]) for digits in KEY_DIGITS)
+        return next((folder for folder in found if folder is not None), usual)
 
     def _whole(self, cell: Cell) -> list[Row]:
         """The shards of ``cell``, a row of each, none of them damaged."""
         whole, damaged = _read_all(self._folder(cell))
         if damaged:
             raise damaged[0]
+        if other := next((row.cell for row in whole if row.cell.key != cell.key), None):
+            raise StoreError(f"{self._folder(cell)} is of {other}, whose key starts alike; use another --out for this")
         return whole
+
+
+def place(cell: Cell) -> Path:
+    """The folder of a cell, below that of the results."""
+    name = f"{slug(cell.attack.spec)}-{cell.key[: KEY_DIGITS[0]]}"
+    return Path(slug(cell.dataset.spec, cell.model.spec), slug(cell.defense_name), name)
 
 
 def united(rows: Iterable[Row]) -> list[Row]:
