@@ -148,8 +148,15 @@ def _check(split: Split, classes: int, where: str) -> None:
         return
     if images.dtype == torch.float32:
         low, high = images.aminmax()
-        if not (low >= 0 and high <= 1):  # NaN fails, too
-            raise DataError(f"{where}: pixels from {low:g} to {high:g}; expected [0, 1] (divide grey levels by 255)")
+        if not (low.isfinite() and high.isfinite()):  # a NaN is both
+            broken = int((~images.isfinite()).flatten(1).any(dim=1).sum())
+            raise DataError(
+                f"{where}: {broken:,} of {len(images):,} images hold NaN or infinity; leave them out, or look for what "
+                "made them"
+            )
+        if low < 0 or high > 1:
+            remedy = "undo what normalises them; models do that inside" if low < 0 else "divide grey levels by 255"
+            raise DataError(f"{where}: pixels from {low:g} to {high:g}; expected [0, 1] ({remedy})")
     low, high = labels.aminmax()
     if low < 0 or high >= classes:
         raise DataError(f"{where}: labels from {low} to {high}; expected 0 to {classes - 1}")

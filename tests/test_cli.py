@@ -174,7 +174,9 @@ LABELS = np.arange(20) % 10
     ("save", "naming"),
     [
         (arrays(GREY * 400, LABELS), "expected [0, 1] (divide grey levels by 255)"),
-        (arrays(GREY - 1, LABELS), "expected [0, 1]"),
+        (arrays(GREY - 1, LABELS), "expected [0, 1] (undo what normalises them"),
+        (arrays(np.where(LABELS[:, None, None, None] == 3, np.nan, GREY), LABELS), "2 of 20 images hold NaN or inf"),
+        (arrays(np.where(LABELS[:, None, None, None] == 3, np.inf, GREY), LABELS), "2 of 20 images hold NaN or inf"),
         (arrays(GREY[:, :, 0, 0], LABELS), "(20, 8)"),
         (arrays(GREY, LABELS[:7]), "one label for each"),
         (lambda path: path.write_bytes(b"no arrays"), "data.npz"),

@@ -222,7 +222,7 @@ class TestPhotographs:
         assert manifest["frame"] == {"size": 16, "resize": None, "crop": "centre", "enlarge": False}
         data = load(f"imagefolder(path='{root}', size=16)")
         assert manifest["input"]["images_and_labels"] == data.test.fingerprint(), "as the benchmark reads them"
-        with pytest.raises(ConfigError, match="another frame"):
+        with pytest.raises(ConfigError, match=r"frame \(16x16 pixels, the centre cut out; now 16x16 pixels, squeezed"):
             run(root, tmp_path / "out", frame=Frame(16, crop="squeeze"))
         with pytest.raises(DataError, match="4 of 4 images are smaller than 25 pixels"):
             run(root, tmp_path / "large", frame=Frame(25))

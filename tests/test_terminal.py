@@ -13,6 +13,7 @@ import pytest
 
 from bench import registry
 from bench.cli import main
+from bench.cli.columns import _widths
 from bench.cli.ls import _paragraphs
 from bench.registry import attacks, defenses, load_plugins
 from tests.test_cli import ROOT, bench, complaint
@@ -214,3 +215,35 @@ def test_broken_plugins_are_named_once_and_left_out(command, plugged, folder):
     assert "two attacks are named 'square'; rename the one in" in ended.err
     assert {"theirs", "early", "mute"} & set(defenses.names()) == {"theirs"}
     assert attacks.factory("square").__module__ == "attacks.square"
+
+
+@pytest.mark.parametrize("kind", ["attacks", "defenses", "models", "datasets", "suites"])
+def test_lists_break_no_word_at_80_columns(kind, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = bench("ls", kind)
+    entries = json.loads(bench("ls", kind, "--json").out)
+    words = {word for entry in entries for key, value in entry.items() if key != "parameters" for word in said(value)}
+    assert set(shown.out.split()) >= words
+    assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def said(value: Any) -> list[str]:
+    """The words of a value in a list."""
+    if isinstance(value, bool):
+        return ["yes" if value else "no"]
+    return ", ".join(value).split() if isinstance(value, list) else str(value).split()
+
+
+@pytest.mark.parametrize(
+    ("room", "short", "widths"),
+    [
+        (22, (), [2, 7, 9]),  # all in one line
+        (18, (), [2, 6, 6]),  # what is left is shared
+        (12, (), [2, 3, 3]),  # no word is broken
+        (11, (), None),
+        (18, ("c",), [2, 3, 9]),
+        (17, ("c",), [2, 5, 6]),
+    ],
+)
+def test_columns_share_the_room(room, short, widths):
+    assert _widths(("a", "b", "c"), [("xx", "aaa bbb", "a bbb ccc")], room, short) == widths

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import typer
 from rich.padding import Padding
-from rich.table import Table
 from rich.text import Text
 
+from bench.cli.columns import columns, fit
 from bench.cli.console import console
 from bench.errors import ConfigError
 from bench.plan.suite import suite_names
@@ -45,15 +45,21 @@ def ls(
     if as_json:
         print(json.dumps(listed, indent=1))
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in listed[0]:
-        table.add_column(column, overflow="fold", no_wrap=column in ("name", "kind"))
-    for entry in listed:
-        table.add_row(*(_cell(value) for value in entry.values()))
-    console.print(table)
+    names = list(listed[0])
+    told_apart = "parameters" in names and not fit(names, _lines(listed, names), console.width)
+    if told_apart:
+        names.remove("parameters")
+    console.print(columns(names, _lines(listed, names), console.width))
+    if told_apart:
+        console.print()
+        console.print(f"bench ls {kind} NAME tells the parameters of one", style="dim")
     if kind is None:
         console.print()
         console.print("bench ls KIND lists them, bench ls KIND NAME tells of one", style="dim")
+
+
+def _lines(listed: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
+    return [[_cell(entry[name]) for name in names] for entry in listed]
 
 
 def _names(kind: str) -> list[str]:
@@ -82,11 +88,11 @@ def _tell(kind: str, name: str, as_json: bool) -> None:
             console.print(Padding(Text(in_terminal(text)), (0, 0, 0, indent)))
     if entry["parameters"]:
         console.print()
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("parameter", "default"):
-            table.add_column(column, overflow="fold")
-        for key, default in entry["parameters"].items():
-            table.add_row(key, _written(default))
+        table = columns(
+            ("parameter", "default"),
+            [(key, _written(default)) for key, default in entry["parameters"].items()],
+            console.width,
+        )
         console.print(table)
     console.print()
     console.print(example, soft_wrap=True, style="cyan")

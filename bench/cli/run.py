@@ -5,9 +5,9 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
 from rich.text import Text
 
+from bench.cli.columns import columns
 from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.measure.pipeline import Pipeline
@@ -110,16 +110,15 @@ def run(
 
 def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
     for setting in dict.fromkeys(plan.task.cell.setting for plan in plans):
-        table = Table(box=None, pad_edge=False, header_style="bold", title=setting, title_justify="left")
-        for column in ("defense", "attack"):
-            table.add_column(column, overflow="fold")
-        for column in ("samples", "queries ≤", "time ≤"):
-            table.add_column(column, justify="right", no_wrap=True)
-        for plan in plans:
-            cell = plan.task.cell
-            if cell.setting == setting:
-                time = _time(plan) if plan.samples else "done"
-                table.add_row(cell.defense_name, cell.attack.spec, str(plan.samples), f"{plan.queries:,}", time)
+        lines = [
+            (
+                plan.task.cell.defense_name, plan.task.cell.attack.spec, str(plan.samples), f"{plan.queries:,}",
+                _time(plan) if plan.samples else "done",
+            )
+            for plan in plans if plan.task.cell.setting == setting
+        ]  # fmt: skip
+        names = ("defense", "attack", "samples", "queries ≤", "time ≤")
+        table = columns(names, lines, console.width, title=setting)
         console.print(table)
         console.print()
     cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"

@@ -41,6 +41,7 @@ from bench.system.threads import training_threads
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"
 STATE, JOB = ".protect", "job.json"  # of a job that is not finished: what it is, and beside it what the defense made
 UNFINISHED = "unfinished"            # there: what the defense is at
+NAMES = {"parry": "version of Parry", "libraries": "set of libraries"}  # parts of a job, for people
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,7 @@ def report(done: Protected, out: Path) -> list[str]:
         in_words(figures),
     ]
     if frame := manifest.get("frame"):
-        how = "the centre cut out" if frame["crop"] == "centre" else "squeezed into a square"
-        lines.append(f"{frame['size']}x{frame['size']} pixels now, {how}")
+        lines.append(_framed(frame, " now"))
     lines += [f"{how}: {_some(names)}" for how, names in manifest.get("changed", {}).items()]
     if manifest["copied"]:
         lines.append(f"copied unchanged: {_some(manifest['copied'])}")
@@ -230,15 +230,31 @@ def _same(job: Mapping[str, Any], found: Mapping[str, Any], out: Path) -> None:
         if found.get(name) != value:
             came, was = (_short(one, name) for one in (value, found.get(name)))
             raise ConfigError(
-                f"--out {out} holds a set made with another {name} ({was}; now {came}); "
+                f"--out {out} holds a set made with another {NAMES.get(name, name)} ({was}; now {came}); "
                 "choose another folder, or delete that one"
             )
 
 
 def _short(value: Any, name: str) -> str:
-    if isinstance(value, dict):
-        value = value.get({"defense": "spec", "input": "sha256"}.get(name, ""), value)
+    """What a job says under ``name``, in words and whatever a strange file holds there."""
+    match name, value:
+        case "defense", {"spec": spec}:
+            value = spec
+        case "input", {"sha256": digest}:
+            value = digest
+        case "frame", {"size": _, "crop": _}:
+            value = _framed(value)
+        case "frame", None:
+            value = "images as they are"
+        case _, dict():
+            value = ", ".join(f"{key} {part}" for key, part in value.items())
     return str(value)[:80]
+
+
+def _framed(frame: Mapping[str, Any], when: str = "") -> str:
+    how = {"centre": "the centre cut out", "squeeze": "squeezed into a square"}.get(crop := str(frame["crop"]), crop)
+    enlarged = ", small ones enlarged" if frame.get("enlarge") else ""
+    return f"{frame['size']}x{frame['size']} pixels{when}, {how}{enlarged}"
 
 
 def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
