@@ -80,6 +80,20 @@ def test_shards_that_overlap_give_each_sample_once(store):
     assert store.row(cell()).records["sample_id"].tolist() == list(range(100, 110))
 
 
+def test_folders_that_contradict_each_other_are_named(store):
+    """Results of two machines, copied together: one that was read alone would pass for the truth."""
+    save(store, 0, 6)
+    save(Store(store.root / "theirs"), 3, 10)
+    rows, damaged = store.rows()
+    assert [len(row.records) for row in rows] == [10]
+    assert damaged == [], "where they agree, they add up"
+    save(Store(store.root / "others"), 5, 10, hit=7)
+    rows, damaged = store.rows()
+    assert [len(row.records) for row in rows] == [10]
+    assert ["1 samples differ" in str(damaged[0]), "5 samples differ" in str(damaged[1])] == [True, True]
+    assert all("others" in str(error) for error in damaged)
+
+
 def test_a_failure_is_kept_and_forgotten_when_the_shard_succeeds(store):
     save(store, 0, 5)
     store.fail(Shard(cell(), 5, 10, error="Traceback\nRuntimeError: boom"))

@@ -8,9 +8,10 @@ A shard is a stretch of a cell's samples. Everything about it goes into ``000000
 its JSON does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import combinations
 from pathlib import Path
 
 import pandas as pd
@@ -113,15 +114,19 @@ class Store:
     def rows(self) -> tuple[list[Row], list[StoreError]]:
         """All cells in the folder, in the order of their names, and what is wrong with the shards that cannot be read.
 
-        A cell with damaged shards has the records of the others; one that lies in two folders comes once.
+        A cell with damaged shards has the records of the others. One that lies in two folders comes once; where they
+        give the same samples other results, that is damage, too, as nobody can say which is right.
 
         Raises:
             StoreError: there is no such folder.
         """
         if not self.root.is_dir():
             raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
-        found = [_read_all(folder) for folder in sorted({path.parent for path in self.root.rglob(SHARDS)})]
-        return united(row for rows, _ in found for row in rows), [error for _, damaged in found for error in damaged]
+        folders = sorted({path.parent for path in self.root.rglob(SHARDS)})
+        found = {folder: _read_all(folder) for folder in folders}
+        damaged = [error for _, errors in found.values() for error in errors]
+        rows = united(row for rows, _ in found.values() for row in rows)
+        return rows, damaged + _contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
 
     def _folder(self, cell: Cell) -> Path:
         """Where the cell is: where new ones go, or wherever a folder with its key in its name has been put."""
@@ -156,6 +161,33 @@ def united(rows: Iterable[Row]) -> list[Row]:
     for row in rows:
         by_key.setdefault(row.cell.key, []).append(row)
     return [same[0] if len(same) == 1 else _joined(same[0].cell, same) for same in by_key.values()]
+
+
+def _contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
+    """The cells that lie in two folders with different results, told by name."""
+    by_key: dict[str, list[tuple[Path, Row]]] = {}
+    for folder, rows in found.items():
+        for row in rows:
+            by_key.setdefault(row.cell.key, []).append((folder, row))
+    return [
+        StoreError(
+            f"{one} and {other} are the same cell with different results ({differ} samples differ); the first is shown: "
+            "delete the one that you do not trust"
+        )
+        for copies in by_key.values()
+        for (one, a), (other, b) in combinations(copies, 2)
+        if (differ := _differing(a.records, b.records))
+    ]
+
+
+def _differing(a: pd.DataFrame, b: pd.DataFrame) -> int:
+    """How many samples that both have fell at other queries, or ended as another class."""
+    if not len(a) or not len(b):
+        return 0
+    results = [name for name in ("first_hit", "final_pred") if name in a]
+    both = a[["sample_id", *results]].merge(b[["sample_id", *results]], on="sample_id")
+    differ = [both[f"{name}_x"] != both[f"{name}_y"] for name in results]
+    return int(sum(differ[1:], differ[0]).astype(bool).sum())
 
 
 def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
