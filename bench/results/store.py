@@ -171,8 +171,8 @@ def _contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
             by_key.setdefault(row.cell.key, []).append((folder, row))
     return [
         StoreError(
-            f"{one} and {other} are the same cell with different results ({differ} samples differ); the first is shown: "
-            "delete the one that you do not trust"
+            f"{one} and {other} are the same cell with different results ({differ} samples differ); the first is "
+            "shown: delete the one that you do not trust"
         )
         for copies in by_key.values()
         for (one, a), (other, b) in combinations(copies, 2)
