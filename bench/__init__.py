@@ -10,6 +10,7 @@ What the author of an attack or a defense imports:
     bench.rng         random numbers that belong to a sample
     bench.norms       distances, projections, steepest directions
     bench.losses      per-sample losses on logits
+    bench.ascent      gradient ascent in a ball, for what trains
     bench.metrics     calibration of logits
     bench.dataset     images and labels
     bench.ranges      which numbers a parameter may be

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +23,27 @@ from bench.rng import SampleRng
 Prepare = Callable[[Tensor], Tensor]
 Perturb = Callable[[nn.Module, Tensor, Tensor, SampleRng], Tensor]
 Mix = Callable[[Tensor, Tensor, SampleRng], tuple[Tensor, Tensor]]
+Objective = Callable[[nn.Module, Tensor, Tensor, SampleRng], Iterator[Tensor]]
 
-RecipeName = Literal["sep", "ops"]
 
-# Recipes as papers' codes have them; both train on pixels as they are, with flips and crops.
+class Selection(Protocol):
+    """Chooses among the epochs of a training; its choice so far is kept with the training."""
+
+    def __call__(self, model: nn.Module, epoch: int) -> bool:
+        """Look at ``model``, in eval mode after ``epoch`` (0, 1, ...); whether the training goes on."""
+        ...
+
+    def put_back(self, model: nn.Module) -> None:
+        """Give ``model`` the weights of the epoch that was chosen."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+RecipeName = Literal["sep", "ops", "fast-at", "n-fgsm", "grad-align", "free-at", "trades", "mart", "awp", "sub-at"]
+
+# Recipes as papers' codes have them, for CIFAR-10; all train on pixels as they are, with flips and crops.
 PUBLISHED: dict[RecipeName, dict[str, Any]] = {
     "sep": {  # Chen et al., 2023, ``vanilla.py``: the rate rises for one epoch, and falls after 75 and 90
         "epochs": 120, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
@@ -35,6 +52,38 @@ PUBLISHED: dict[RecipeName, dict[str, Any]] = {
     "ops": {  # Wu et al., 2023, ``main.py``: the rate falls after 100 and 150
         "epochs": 200, "batch_size": 256, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
         "schedule": "steps", "milestones": (1 / 2, 3 / 4),
+    },
+    "fast-at": {  # Wong et al., 2020: one triangle, up to the middle and down
+        "epochs": 15, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "triangle",
+    },
+    "n-fgsm": {  # de Jorge et al., 2022
+        "epochs": 30, "batch_size": 128, "optimizer": "sgd", "lr": 0.2, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "triangle",
+    },
+    "grad-align": {  # Andriushchenko and Flammarion, 2020, ``train.py`` and its README
+        "epochs": 30, "batch_size": 128, "optimizer": "sgd", "lr": 0.3, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "triangle", "warm_up": 2 / 5,
+    },
+    "free-at": {  # Shafahi et al., 2019: 80,000 steps, 8 on each batch
+        "epochs": 26, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 2e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (1 / 2, 3 / 4),
+    },
+    "trades": {  # Zhang et al., 2019, ``train_trades_cifar10.py``
+        "epochs": 76, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 2e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (75 / 76,),
+    },
+    "mart": {  # Wang et al., 2020, ``train_resnet.py``
+        "epochs": 120, "batch_size": 128, "optimizer": "sgd", "lr": 0.01, "weight_decay": 3.5e-3, "nesterov": False,
+        "schedule": "steps", "milestones": (75 / 120, 90 / 120, 100 / 120),
+    },
+    "awp": {  # Wu et al., 2020, ``train_cifar10.py``
+        "epochs": 200, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (1 / 2, 3 / 4),
+    },
+    "sub-at": {  # Li et al., 2022, ``run.sh``: it stops before the rate first falls
+        "epochs": 65, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (),
     },
 }  # fmt: skip
 
@@ -48,7 +97,8 @@ class Recipe:
 
     ``momentum`` matters to SGD alone, and is Nesterov's unless ``nesterov`` is off. ``milestones`` are the shares of
     the training after which the schedule "steps" divides by ten, ``warm_up`` the share in which it first rises from a
-    hundredth. ``shift`` moves an image by up to that many pixels each way.
+    hundredth. A "triangle" rises in that share, half where there is none, and then falls to zero, as "fall" does from
+    the start. ``shift`` moves an image by up to that many pixels each way.
 
     Raises:
         ConfigError: a number that no training can use.
@@ -61,7 +111,7 @@ class Recipe:
     momentum: float = 0.9
     weight_decay: float = 0.0
     nesterov: bool = True
-    schedule: Literal["cosine", "one-cycle", "steps"]
+    schedule: Literal["cosine", "one-cycle", "steps", "triangle", "fall"]
     milestones: tuple[float, ...] = (0.5, 0.75)
     warm_up: float = 0.0
     flip: bool = False
@@ -99,6 +149,11 @@ class Recipe:
             if done < self.warm_up:
                 return max(done / self.warm_up, 0.01)
             return 0.1 ** sum(done >= milestone for milestone in self.milestones)
+        if self.schedule == "fall":
+            return 1 - done
+        if self.schedule == "triangle":
+            peak = self.warm_up or 0.5
+            return max(done / peak, 0.01) if done < peak else (1 - done) / (1 - peak)
         if self.schedule == "one-cycle":
             if done < WARM_UP:
                 return max(done / WARM_UP, 0.01)  # a first step of size zero would be wasted
@@ -136,11 +191,24 @@ class Trainer:
 
     def train(self, build: Callable[[], nn.Module], data: Dataset, job: Job, **hooks: Any) -> nn.Module:
         """The network from ``build`` after :func:`fit` with ``hooks``, from the weights of ``job.seed``."""
-        recipe = Recipe.for_dataset(
+        return fit(initialised(build, job), data, self.recipe_for(data), job, **hooks)
+
+    def recipe_for(self, data: Dataset) -> Recipe:
+        """The recipe on ``data``."""
+        return Recipe.for_dataset(
             data, self.recipe, epochs=self.epochs, batch_size=self.batch_size, lr=self.lr,
             weight_decay=self.weight_decay,
         )  # fmt: skip
-        return fit(initialised(build, job), data, recipe, job, **hooks)
+
+
+def steps_in_epoch(data: Dataset, recipe: Recipe) -> int:
+    """The batches of one epoch."""
+    return math.ceil(len(data.train) / recipe.batch_size)
+
+
+def cross_entropy(model: nn.Module, x: Tensor, target: Tensor, rng: SampleRng) -> Iterator[Tensor]:
+    """One step on the cross-entropy with ``target``, classes (B,) or shares (B, K)."""
+    yield F.cross_entropy(model(x), target)
 
 
 def fit(
@@ -153,12 +221,17 @@ def fit(
     perturb_at: Callable[[int], Perturb] | None = None,
     prepare: Prepare | None = None,
     mix: Mix | None = None,
+    objective: Objective = cross_entropy,
+    optimizer: torch.optim.Optimizer | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    selection: Selection | None = None,
+    kept: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Train ``model`` on ``data.train`` by cross-entropy.
+    """Train ``model`` on ``data.train``, by cross-entropy where no other ``objective`` is given.
 
     The result is a function of the initial weights and ``job.seed``, up to the rounding of the device. A batch goes
-    through ``prepare``, the recipe's augmentation, ``perturb`` and ``mix``, in this order. The sample streams ``rng``
-    are new for each sample, epoch and hook.
+    through ``prepare``, the recipe's augmentation, ``perturb`` and ``mix``, in this order, and then to the
+    ``objective``. The sample streams ``rng`` are new for each sample, epoch and hook.
 
     Now and then ``job.scratch`` takes the state after an epoch; a run that was stopped goes on from there, to the same
     result. It is told from other runs of the same job by its seed, recipe, data and network.
@@ -170,6 +243,11 @@ def fit(
         prepare: ``prepare(x) -> x``, a fixed map of the stored images; it may leave [0, 1].
         mix: ``mix(x, shares, rng) -> (x, shares)``, where ``shares`` (B, K) are of the classes in each image. The loss
             is the cross-entropy of each class, weighted by them.
+        objective: ``objective(model, x, target, rng)`` yields losses of a batch; after each there is one step on it.
+        optimizer: what steps, where it is not the recipe's own; it has the parameters of ``model``, on ``job.device``.
+        on_step: ``on_step(epoch, batch)`` is called after each batch (0, 1, ... in each epoch).
+        selection: chooses the epoch whose weights are returned; without one it is the last.
+        kept: what else changes on the way, by name, kept with the training (see :class:`TrainingState`).
 
     Returns:
         ``model`` in eval mode on ``job.device``.
@@ -186,14 +264,17 @@ def fit(
     model = model.to(job.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub
     streams = SampleRng.create(job.seed, torch.arange(len(train), device=job.device), "training")
     shuffle = torch.Generator().manual_seed(job.seed)
-    steps = math.ceil(len(train) / recipe.batch_size)
-    optimizer = recipe.build_optimizer(model.parameters())
+    steps = steps_in_epoch(data, recipe)
+    optimizer = optimizer or recipe.build_optimizer(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.rate(step / (steps * recipe.epochs)))
-    state = TrainingState(job, model, optimizer, {"schedule": schedule, "shuffle": _Position(shuffle)})
+    more = {"schedule": schedule, "shuffle": _Position(shuffle), **(kept or {})}
+    if selection is not None:
+        more["selection"] = selection
+    state = TrainingState(job, model, optimizer, more)
     piece = _name(model, data, recipe, job)
     with seeded(job):
-        kept = state.resume(piece)
-        first: int = kept["epochs"] if kept else 0
+        done = state.resume(piece)
+        first: int = done["epochs"] if done else 0
         if first:
             job.progress(first, recipe.epochs)
         model.train()
@@ -201,7 +282,8 @@ def fit(
             change = perturb if perturb_at is None else perturb_at(epoch)
             order = torch.randperm(len(train), generator=shuffle).to(job.device)
             with tf32():
-                for rows in order.tensor_split(steps):  # equal shares: no last batch too small for batch norm
+                # Equal shares: no last batch is too small for batch norm.
+                for batch, rows in enumerate(order.tensor_split(steps)):
                     rng = streams[rows].fork(epoch)
                     x, y = train.pixels(rows), train.labels[rows]
                     if prepare is not None:
@@ -211,14 +293,28 @@ def fit(
                         x = change(model, x, y, rng.fork("perturb"))
                     if mix is not None:
                         x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
-                    optimizer.zero_grad()
-                    F.cross_entropy(model(x), target).backward()
-                    optimizer.step()
+                    for loss in objective(model, x, target, rng.fork("objective")):
+                        optimizer.zero_grad()
+                        loss.backward()
+                        optimizer.step()
                     schedule.step()
-            job.progress(epoch + 1, recipe.epochs)
-            watched(model, epoch, job)
-            if job.scratch.due() or epoch + 1 == recipe.epochs:  # what follows the training may be slow, too
-                state.save(piece, epochs=epoch + 1)
+                    if on_step is not None:
+                        on_step(epoch, batch)
+            over = epoch + 1 == recipe.epochs
+            if selection is not None:
+                with observed(model, job):
+                    over |= not selection(model, epoch)
+            ended = recipe.epochs if over else epoch + 1
+            job.progress(ended, recipe.epochs)
+            if job.watch is not None:
+                with observed(model, job):
+                    job.watch(model, epoch)
+            if job.scratch.due() or over:  # what follows the training may be slow, too
+                state.save(piece, epochs=ended)
+            if over:
+                break
+        if selection is not None:
+            selection.put_back(model)
     return model.to(memory_format=torch.contiguous_format).eval()
 
 
@@ -280,15 +376,14 @@ def _name(model: nn.Module, data: Dataset, recipe: Recipe, job: Job) -> str:
     return f"training-{digest.hexdigest()[:16]}"
 
 
-def watched(model: nn.Module, epoch: int, job: Job) -> None:
-    """Show ``model`` in eval mode to ``job.watch``; modes and generators are afterwards as they were."""
-    if job.watch is None:
-        return
+@contextmanager
+def observed(model: nn.Module, job: Job) -> Iterator[None]:
+    """``model`` in eval mode; modes and generators are afterwards as they were."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with seeded(job):
-            job.watch(model, epoch)
+            yield
     finally:
         for module, training in modes.items():
             module.training = training
@@ -322,15 +417,16 @@ def seeded(job: Job) -> Iterator[None]:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module, *, training: bool = False) -> Iterator[None]:
     """``model`` in eval mode and without gradients of its parameters, afterwards as it was.
 
     For attacks inside a training loop: batch statistics stay untouched and a backward pass computes the input's
-    gradient alone.
+    gradient alone. With ``training`` it is in training mode instead, as papers have it whose attacks go by the
+    statistics of the batch and move the running ones.
     """
-    training = model.training
+    before = model.training
     free = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
+    model.train(training)
     for parameter in free:
         parameter.requires_grad_(False)
     try:
@@ -338,4 +434,4 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in free:
             parameter.requires_grad_(True)
-        model.train(training)
+        model.train(before)

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from bench.ascent import ascend, total_cross_entropy, uniform
 from bench.dataset import Dataset
 from bench.errors import ConfigError
-from bench.norms import project, steepest
+from bench.norms import project
 from bench.protocols import Job, Stage
 from bench.ranges import Count, Positive, Radius
 from bench.registry import added, defenses
@@ -57,15 +56,9 @@ class PGDAdversarialTraining(Trainer):
         """The images (B, C, H, W) of high cross-entropy in the ball around ``x``; ``model`` is left as it was."""
         threat = Threat("linf", self.eps, "gradients")
         if self.start == "uniform":
-            noise = (2 * rng.uniform(*x.shape[1:]) - 1) * self.eps
+            noise = uniform(x, self.eps, rng)
         else:
             noise = rng.normal(*x.shape[1:]) * self.rel_step * self.eps
-        x_adv = project(x + noise, x, threat)
         with frozen(model):
-            for _ in range(self.steps):
-                x_adv.requires_grad_(True)
-                loss = F.cross_entropy(model(x_adv), y, reduction="sum")  # a sum keeps the samples independent
-                (gradient,) = torch.autograd.grad(loss, x_adv)
-                step = self.rel_step * self.eps * steepest(gradient, threat.norm)
-                x_adv = project(x_adv.detach() + step, x, threat)
-        return x_adv
+            start = project(x + noise, x, threat)
+            return ascend(total_cross_entropy(model, y), start, x, threat, self.steps, self.rel_step * self.eps)
