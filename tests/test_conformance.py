@@ -137,7 +137,8 @@ def data() -> Dataset:
 def small(name: str, registry, **fewer: int) -> object:
     """The component as it is, trained for one epoch where it trains, and with ``fewer`` of what else it counts."""
     known = parameters(registry.factory(name)) or {}
-    given = ", ".join(f"{key}={value}" for key, value in {"epochs": 1, **fewer}.items() if key in known)
+    few = {"epochs": 1, "subspace_epochs": 1, **fewer}
+    given = ", ".join(f"{key}={value}" for key, value in few.items() if key in known)
     return registry.create(f"{name}({given})" if given else name)
 
 
@@ -160,7 +161,7 @@ class TestTrainers:
         assert not model.training
         assert model(data.test.pixels()).shape == (120, 10)
         assert model(data.test.pixels()).isfinite().all()
-        assert reported[-1] == (1, 1)
+        assert reported[-1] in ((1, 1), (2, 2))  # a second training has an epoch of its own
 
     def test_one_seed_one_network(self, registry, name, data):
         def train(seed):
