@@ -21,6 +21,25 @@ def total_cross_entropy(model: nn.Module, y: Tensor) -> Callable[[Tensor], Tenso
     return lambda x: F.cross_entropy(model(x), y, reduction="sum")
 
 
+def input_gradients(model: nn.Module, x: Tensor, y: Tensor, *, create_graph: bool = False) -> Tensor:
+    """The gradient (B, C, H, W) of each sample's cross-entropy with respect to its image.
+
+    With ``create_graph`` it can be differentiated further, down to the parameters.
+    """
+    x = x.detach().requires_grad_(True)
+    (gradients,) = torch.autograd.grad(total_cross_entropy(model, y)(x), x, create_graph=create_graph)
+    return gradients
+
+
+def alignment(here: Tensor, there: Tensor) -> Tensor:
+    """The cosine (B,) between the gradients (B, C, H, W) of each sample at two points.
+
+    Source:
+        Andriushchenko and Flammarion, 2020, arXiv:2007.02617, equation 4.
+    """
+    return F.cosine_similarity(here.flatten(1), there.flatten(1), dim=1)
+
+
 def ascend(
     loss: Callable[[Tensor], Tensor], start: Tensor, x: Tensor, threat: Threat, steps: int, size: float
 ) -> Tensor:

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from bench.ascent import total_cross_entropy, uniform
+from bench.ascent import input_gradients, uniform
 from bench.ranges import NonNegative
 from bench.registry import defenses
 from bench.rng import SampleRng
@@ -36,7 +35,7 @@ class NoiseFGSM(SingleStep):
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
         """The images (B, C, H, W), at most ``(noise + rel_step) * eps`` from ``x`` in linf."""
-        start = (x + uniform(x, self.noise * self.eps, rng)).clamp(0, 1).requires_grad_(True)
+        start = (x + uniform(x, self.noise * self.eps, rng)).clamp(0, 1)
         with frozen(model, training=True):
-            (gradient,) = torch.autograd.grad(total_cross_entropy(model, y)(start), start)
-        return (start.detach() + self.rel_step * self.eps * gradient.sign()).clamp(0, 1)
+            step = self.rel_step * self.eps * input_gradients(model, start, y).sign()
+        return (start + step).clamp(0, 1)

@@ -1,0 +1,223 @@
+"""GradAlign, free-AT, TRADES, MART and AWP against closed forms, limits and what their losses leave behind."""
+
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from bench import scratch as scratch_module
+from bench.ascent import alignment, input_gradients
+from bench.dataset import Dataset
+from bench.models import resolve
+from bench.norms import lp_norm
+from bench.protocols import Job
+from bench.registry import datasets, defenses
+from bench.rng import SampleRng
+from bench.scratch import Scratch
+from bench.system.interrupt import Stopped
+from bench.training import cross_entropy
+from defenses.awp import AdversarialWeightPerturbation
+from defenses.free_at import Replay
+from defenses.grad_align import GradAlign
+from defenses.trades import Mart, Trades, boosted, divergence
+
+
+@pytest.fixture(scope="module")
+def few() -> Dataset:
+    digits = datasets.create("digits")(None)
+    return replace(digits, train=digits.train.subset(slice(64)), calibration=digits.calibration.subset(slice(32)))
+
+
+@pytest.fixture
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    x = torch.rand(12, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    return x, torch.arange(12) % 10
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Softplus(), nn.Flatten(), nn.Linear(144, 10)).train()
+
+
+def linear() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
+
+
+def streams(x: torch.Tensor) -> SampleRng:
+    return SampleRng.create(0, torch.arange(len(x)), "test")
+
+
+def one(losses: Iterator[torch.Tensor]) -> torch.Tensor:
+    (loss,) = losses
+    return loss
+
+
+class TestGradAlign:
+    def test_a_linear_model_is_aligned_everywhere(self, batch):
+        x, y = batch
+        here, there = (input_gradients(linear(), z, y % 2) for z in (x, x.flip(0)))
+        cosine = alignment(here, there)
+        assert torch.allclose(cosine.abs(), torch.ones(12), atol=1e-6)
+
+    def test_its_penalty_is_what_a_larger_weight_adds(self, batch):
+        x, y = batch
+        without, single, double = (
+            one(GradAlign(penalty=penalty).losses(network(), x, y, streams(x))).item() for penalty in (0.0, 0.5, 1.0)
+        )
+        assert double - without == pytest.approx(2 * (single - without), rel=1e-3)
+        assert 0 < double - without <= 2
+
+    def test_its_gradient_makes_the_gradients_agree(self, batch):
+        x, y = batch
+        model = network()
+        x = x.double()
+        model.double()
+        rng = streams(x)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.2)
+        seen = []
+        for _ in range(20):
+            plain = one(GradAlign(eps=0.3, penalty=0.0).losses(model, x, y, rng))
+            penalty = one(GradAlign(eps=0.3, penalty=1.0).losses(model, x, y, rng)) - plain
+            seen.append(penalty.item())
+            optimizer.zero_grad()
+            penalty.backward()
+            optimizer.step()
+        assert seen[-1] < 0.8 * seen[0]
+
+
+class TestFree:
+    def test_the_perturbation_moves_up_the_gradient_of_each_replay_and_goes_on_to_the_next_batch(self, batch):
+        x, y = batch
+        x, y, model = 0.25 + x / 2, y % 2, linear()
+        replay = Replay(0.03, 3, torch.zeros(16, 1, 8, 8))
+        for loss in replay(model, x, y, streams(x)):
+            loss.backward()
+        uphill = (model[1].weight[1 - y] - model[1].weight[y]).sign().view_as(x)
+        assert torch.allclose(replay.delta[:12], 0.03 * uphill)
+        assert (replay.delta[12:] == 0).all()
+        for number, loss in enumerate(replay(model, x, y, streams(x))):
+            if number == 0:  # it starts from the worst images
+                assert torch.allclose(loss, F.cross_entropy(model(x + 0.03 * uphill), y))
+            loss.backward()
+
+    def test_there_is_a_step_for_each_replay(self, few):
+        seen = []
+        trained = defenses.create("free-at(replays=3, epochs=1, batch_size=32)")
+
+        class Counted(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(64, 10)
+
+            def forward(self, x):
+                seen.append(len(x))
+                return self.linear(x.flatten(1))
+
+        trained(Counted, few, Job())
+        assert seen == [32] * 6
+
+
+class TestTradesAndMart:
+    def test_the_divergence_is_kullback_and_leiblers(self):
+        p, q = (torch.randn(5, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+        expected = torch.distributions.kl_divergence(
+            torch.distributions.Categorical(logits=p), torch.distributions.Categorical(logits=q)
+        )
+        assert torch.allclose(divergence(p, q), expected, atol=1e-6)
+        assert torch.allclose(divergence(p, p), torch.zeros(5), atol=1e-6)
+
+    def test_the_boosted_loss_is_that_of_the_paper(self):
+        logits, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2, 3, 0, 1])
+        probabilities = logits.softmax(1)
+        slow = [
+            -probabilities[n, y[n]].log() - (1 - max(probabilities[n, k] for k in range(4) if k != y[n])).log()
+            for n in range(6)
+        ]
+        assert torch.allclose(boosted(logits, y), torch.stack(slow).mean())
+
+    def test_without_a_weight_trades_is_standard_training(self, batch):
+        x, y = batch
+        assert torch.allclose(
+            one(Trades(beta=0.0).losses(network(), x, y, streams(x))), one(cross_entropy(network(), x, y, streams(x)))
+        )
+
+    def test_mart_weighs_by_how_unsure_the_clean_answer_is(self, batch):
+        x, y = batch
+        model = network().eval()
+        with torch.no_grad():
+            clean = model(x)
+        unsure = 1 - clean.softmax(1)[torch.arange(12), y]
+        defense = Mart(eps=0.1, beta=2.0)
+        seen = []
+        model.register_forward_hook(lambda module, given, logits: seen.append((given[0].detach(), logits.detach())))
+        loss = one(defense.losses(model, x, y, streams(x)))
+        (_, last_clean), (x_adv, adversarial) = seen[-2:]
+        assert torch.allclose(loss, boosted(adversarial, y) + 2 * (unsure * divergence(last_clean, adversarial)).mean())
+        assert lp_norm(x_adv - x, "linf").max() <= 0.1 + 1e-6
+
+    @pytest.mark.parametrize("defense", [Trades(eps=0.1), Mart(eps=0.1)])
+    def test_the_attack_leaves_batch_norm_alone_and_the_step_sees_both_batches(self, defense, batch):
+        x, y = batch
+        model = network()
+        one(defense.losses(model, x, y, streams(x))).backward()
+        assert int(model[1].num_batches_tracked) == 2
+        assert model.training
+
+    def test_the_attack_of_trades_raises_the_divergence_above_that_of_noise(self, batch):
+        x, _ = batch
+        model = network().eval()
+        with torch.no_grad():
+            clean = model(x)
+        defense = Trades(eps=0.1)
+        x_adv = defense.attack(lambda z: divergence(clean, model(z)).sum(), x, streams(x))
+        noisy = (x + 0.1 * streams(x).coins(1, 8, 8).float().mul(2).sub(1)).clamp(0, 1)
+        with torch.no_grad():
+            assert (divergence(clean, model(x_adv)) > 2 * divergence(clean, model(noisy))).all()
+
+
+class TestAwp:
+    def test_it_moves_each_layer_by_its_share_up_the_loss_and_back(self, batch):
+        x, y = batch
+        model = network()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        losses = AdversarialWeightPerturbation(eps=0.05, steps=1, gamma=0.01).losses(model, x, y, streams(x))
+        raised = next(losses)
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            moved = (parameter.detach() - old).norm() / old.norm().clamp(min=1)
+            assert float(moved) == pytest.approx(0.01 if parameter.ndim > 1 else 0, rel=1e-3)
+        plain = one(AdversarialWeightPerturbation(eps=0.05, steps=1, gamma=1e-9).losses(network(), x, y, streams(x)))
+        assert raised > plain + 1e-3
+        with pytest.raises(StopIteration):
+            next(losses)
+        for parameter, old in zip(model.parameters(), before, strict=True):
+            assert torch.allclose(parameter, old, atol=1e-7)
+
+    def test_finding_the_direction_leaves_batch_norm_as_it_was(self, batch):
+        x, y = batch
+        model = network()
+        AdversarialWeightPerturbation().moves(model, x, y)
+        assert int(model[1].num_batches_tracked) == 0
+        assert (model[1].running_mean == 0).all()
+
+
+@pytest.mark.parametrize("name", ["free-at(replays=2, epochs=3, batch_size=24)", "awp(steps=1, epochs=3)"])
+def test_a_killed_training_goes_on_to_the_same_weights(name, few, tmp_path, monkeypatch):
+    monkeypatch.setattr(scratch_module, "PAUSE", 0.0)
+
+    def build() -> nn.Module:
+        return resolve("cnn(width=4)")(10, (1, 8, 8), None)
+
+    def progress(done, total):
+        if done == 2:
+            raise Stopped(signal.SIGTERM)
+
+    whole = defenses.create(name)(build, few, Job(seed=1)).state_dict()
+    with pytest.raises(Stopped):
+        defenses.create(name)(build, few, Job(seed=1, scratch=Scratch(tmp_path), progress=progress))
+    gone_on = defenses.create(name)(build, few, Job(seed=1, scratch=Scratch(tmp_path))).state_dict()
+    assert all(torch.equal(value, gone_on[key]) for key, value in whole.items())
