@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.losses import LOSSES
+from bench.losses import LOSSES, check_classes
 from bench.norms import lp_norm, per_sample, project, steepest
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -19,7 +19,7 @@ from bench.threat import Access, Norm, Threat
 @attacks("pgd")
 @dataclass(frozen=True, kw_only=True)
 class PGD:
-    """Steepest descent on the log-likelihood (or on the margin) with projection, from random starts.
+    """Steepest descent on the log-likelihood (or the margin, or DLR) with projection, from random starts.
 
     Costs ``restarts * (steps + 1)`` forward and ``restarts * steps`` backward passes; a sample stops at its first
     success, and the last iterate of every restart is asked about, too. The first step is ``rel_step * eps`` long; under
@@ -36,7 +36,7 @@ class PGD:
     steps: int = 40
     rel_step: float = 2.0
     restarts: int = 1
-    loss: Literal["margin", "ce"] = "ce"
+    loss: Literal["margin", "ce", "dlr"] = "ce"
     start: Literal["random", "clean"] = "random"
     schedule: Literal["cosine", "constant"] = "cosine"
 
@@ -50,6 +50,10 @@ class PGD:
             raise ConfigError(
                 f"steps={self.steps}, restarts={self.restarts}, rel_step={self.rel_step:g}; all must be above zero"
             )
+
+    def check(self, classes: int, shape: tuple[int, int, int]) -> None:
+        """Whether the data have the classes that the loss compares."""
+        check_classes(self.loss, classes)
 
     @property
     def most_queries(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.losses import LOSSES, margin
+from bench.losses import LOSSES, check_classes, margin
 from bench.norms import TINY, box, lp_norm, per_sample
 from bench.oracle import Oracle
 from bench.registry import added, attacks
@@ -81,8 +81,9 @@ class Square:
             belong to ``aaa-standard``; ``aaa`` is the stronger one on AAA, and ranks. Arguments that are given win over
             the preset.
         p_init: share of the pixels in the first windows; 0.05 (linf) or 0.1 (l2) by default.
-        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``prob`` (the probability) of the label; the
-            targeted form maximises that of the target, as both public codes do with ``ce``.
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``prob`` (the probability) of the label, or
+            ``dlr``, the margin that sees through any scale that a defense puts on its scores; the targeted form
+            maximises that of the target, as both public codes do with ``ce``.
         accept: take a proposal when the ``loss`` falls, or also when it is misclassified (``loss_or_fooled``), as the
             target where there is one.
         rescale: stretch the schedule over the query budget; then one run does not answer for smaller budgets.
@@ -94,7 +95,7 @@ class Square:
 
     preset: Literal["eccv2020", "autoattack", "aaa", "aaa-standard"] | None = None
     p_init: float | None = None
-    loss: Literal["margin", "ce", "prob"] = "margin"
+    loss: Literal["margin", "ce", "prob", "dlr"] = "margin"
     accept: Literal["loss", "loss_or_fooled"] | None = None
     rescale: bool | None = None
     edges: Literal["inclusive", "reference"] | None = None
@@ -111,6 +112,10 @@ class Square:
                 object.__setattr__(self, name, value)
         if self.p_init is not None and not 0 < self.p_init <= 1:
             raise ConfigError(f"p_init is {self.p_init:g}; it is a share of the pixels, above 0 and at most 1")
+
+    def check(self, classes: int, shape: tuple[int, int, int]) -> None:
+        """Whether the data have the classes that the loss compares."""
+        check_classes(self.loss, classes)
 
     @property
     def rescaled(self) -> bool:

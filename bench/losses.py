@@ -6,6 +6,10 @@ from collections.abc import Callable
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.errors import ConfigError
+
+TINY = 1e-12  # keeps logits that are all equal from dividing by zero
+
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
     """How far each true class leads: its logit minus the largest other logit.
@@ -38,6 +42,53 @@ def probability(logits: Tensor, y: Tensor) -> Tensor:
     return logits.softmax(dim=1).gather(1, y[:, None]).squeeze(1)
 
 
+def dlr(logits: Tensor, y: Tensor) -> Tensor:
+    """The margin over the gap between the best and the third class (B,), which no scale and no shift of logits moves.
+
+    Args:
+        logits: raw scores (B, K), K >= 3. Of a logit that leads alone it says at most 1.
+
+    Source:
+        Croce and Hein, 2020, arXiv:2003.01690, equation 6, the difference of logits ratio, sign turned.
+    """
+    best = logits.topk(3, dim=1).values
+    return margin(logits, y) / (best[:, 0] - best[:, 2] + TINY)
+
+
+def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
+    """How far the true class leads the class ``target`` (B,), over the gap of the best to the next but one (B,).
+
+    Args:
+        logits: raw scores (B, K), K >= 4: the gap ends at the mean of the third and the fourth logit, so that it
+            does not vanish as ``target`` rises to the first.
+
+    Source:
+        Croce and Hein, 2020, arXiv:2003.01690, equation 7, sign turned.
+    """
+    best = logits.topk(4, dim=1).values
+    lead = (logits.gather(1, y[:, None]) - logits.gather(1, target[:, None])).squeeze(1)
+    return lead / (best[:, 0] - (best[:, 2] + best[:, 3]) / 2 + TINY)
+
+
+def probability_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The margin (B,) of the softmax probabilities, in [-1, 1].
+
+    Source:
+        Xie et al., 2024, arXiv:2411.15210, the probability margin loss, sign turned.
+    """
+    return margin(logits.softmax(dim=1), y)
+
+
+def check_classes(loss: str, classes: int, fewest: int = 3) -> None:
+    """Refuse data of fewer ``classes`` than the difference of logits ratio needs.
+
+    Raises:
+        ConfigError: ``loss`` is ``dlr`` and there are not ``fewest`` classes.
+    """
+    if loss == "dlr" and classes < fewest:
+        raise ConfigError(f"loss=dlr compares {fewest} classes, and the data have {classes}; use loss=ce")
+
+
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "margin": margin, "ce": log_likelihood, "prob": probability,
+    "margin": margin, "ce": log_likelihood, "prob": probability, "dlr": dlr,
 }  # fmt: skip

@@ -39,12 +39,12 @@ def box(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
 def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     """The point of the ball around ``x`` and the box [0, 1] that stands for ``x_adv``.
 
-    Exact for linf. For l2 the ball comes first and the box second; clamping moves every pixel towards ``x``, so the
-    result stays in the ball.
+    The nearest one in l2 for linf and l1. For l2 the ball comes first and the box second; clamping moves every pixel
+    towards ``x``, so the result stays in the ball.
 
     Args:
         x_adv, x: (B, C, H, W).
-        threat: ``linf`` or ``l2``.
+        threat: ``linf``, ``l2`` or ``l1``.
 
     Raises:
         ConfigError: another norm.
@@ -56,7 +56,34 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
         delta = x_adv - x
         scale = (threat.eps / (lp_norm(delta, "l2") + TINY)).clamp(max=1)
         return (x + delta * per_sample(scale)).clamp(0, 1)
-    raise ConfigError(f"no projection onto the {threat.norm} ball; use linf or l2")
+    if threat.norm == "l1":
+        clean = x.double()
+        delta = _nearest_l1((x_adv - clean).flatten(1), clean.flatten(1), threat.eps).view_as(x)
+        nearest = (clean + delta).to(x.dtype)
+        # Rounding errors of all values add up, so each is rounded towards x.
+        return torch.where((nearest - clean).abs() > delta.abs(), nearest.nextafter(x), nearest)
+    raise ConfigError(f"no projection onto the {threat.norm} ball; use linf, l2 or l1")
+
+
+def _nearest_l1(delta: Tensor, x: Tensor, eps: float) -> Tensor:
+    """The change (B, d) nearest to ``delta`` of l1 norm at most ``eps`` that keeps ``x`` in the box.
+
+    By Lagrange, every value loses the same length ``cut`` and is clamped to its room in the box. What is left is
+    piecewise linear in ``cut``; each value starts to lose at its excess over the room, and has lost all at its size.
+    """
+    size = delta.abs()
+    room = torch.where(delta > 0, 1 - x, x).clamp(min=0)
+    starts = (size - room).clamp(min=0)
+    ends, order = torch.cat((starts, size), dim=1).sort(dim=1)                  # the bends of that line, (B, 2 d)
+    slope = torch.where(order < delta.shape[1], 1.0, -1.0).to(delta).cumsum(dim=1)  # values that lose between two
+    fall = slope[:, :-1] * ends.diff(dim=1)
+    total = torch.minimum(size, room).sum(dim=1, keepdim=True)                  # with no cut at all
+    lost = torch.cat((torch.zeros_like(total), fall.cumsum(dim=1)), dim=1)      # (B, 2 d), at each bend
+    over = (total - eps).clamp(min=0)
+    at = ((lost <= over).sum(dim=1, keepdim=True) - 1).clamp(min=0, max=ends.shape[1] - 1)
+    cut = ends.gather(1, at) + (over - lost.gather(1, at)) / slope.gather(1, at).clamp(min=1)
+    cut = torch.where(over > 0, cut, 0)
+    return delta.sign() * torch.minimum((size - cut).clamp(min=0), room)
 
 
 def steepest(gradient: Tensor, norm: Norm) -> Tensor:

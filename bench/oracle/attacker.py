@@ -83,7 +83,9 @@ class Oracle:
     ) -> tuple[Tensor, Tensor]:
         """Logits (n, K), and the gradient (n, C, H, W) of ``loss(logits, y)`` (n,) for each query of ``x`` by itself.
 
-        Costs one forward and one backward pass each.
+        Costs one forward and one backward pass each. k queries a sample, ``x`` (n, k, C, H, W), have logits (n, k, K)
+        and gradients (n, k, C, H, W); ``loss`` meets them as n k rows, sample after sample. A loss of m values for each
+        of n queries, (n, m), has gradients (n, m, C, H, W), and costs m backward passes.
 
         Raises:
             AccessError: the threat grants no gradients.
@@ -99,10 +101,17 @@ class Oracle:
                     "the served model gives no gradients (its forward is under no_grad, or detaches); use attacks that "
                     "ask for scores or labels"
                 )
-            values = torch.where(answered, loss(logits.nan_to_num(), self.__referee.truth(rows)), 0)
-            (gradient,) = torch.autograd.grad(values.sum(), x)  # a sum keeps the samples independent
-        self.__referee.charge(rows, answered)
-        return logits.detach(), gradient
+            each = answered[0].numel() if len(answered) else 1
+            truth = self.__referee.truth(rows).repeat_interleave(each)
+            values = loss(logits.nan_to_num().flatten(0, -2), truth)
+            told = answered.flatten()
+            columns = [torch.where(told, column, 0) for column in values.view(len(told), -1).unbind(1)]
+            parts = [  # of a sum, which keeps the samples independent
+                torch.autograd.grad(column.sum(), x, retain_graph=number < len(columns))[0]
+                for number, column in enumerate(columns, 1)
+            ]
+        self.__referee.charge(rows, answered, len(parts))
+        return logits.detach(), torch.stack(parts, dim=1) if values.ndim == 2 else parts[0]
 
     def as_module(
         self, rows: Tensor | None = None, order: Order = "ball", *, moved: bool = False, ends: bool = False

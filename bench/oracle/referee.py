@@ -151,10 +151,11 @@ class Referee:
         """The true classes (n,) of the samples ``rows``, to be kept."""
         return self._y.clone() if rows is None else self._y[rows]
 
-    def charge(self, rows: Tensor | None, answered: Tensor) -> None:
-        """Count a backward pass for each query (n,) of ``rows`` that was answered."""
+    def charge(self, rows: Tensor | None, answered: Tensor, times: int = 1) -> None:
+        """Count ``times`` backward passes for each query (n,) or (n, k) of ``rows`` that was answered."""
         rows = self._all_rows() if rows is None else rows
-        self.ledger.backwards.index_add_(0, rows, answered.long())
+        queries = answered.long() if answered.ndim == 1 else answered.sum(dim=1)
+        self.ledger.backwards.index_add_(0, rows, times * queries)
 
     def ask(self, x: Tensor, rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (n[, k], K) with NaN for those who get no answer, and who got one (n[, k])."""
