@@ -63,7 +63,7 @@ def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
 
 
 def radius(norm):
-    return {"linf": 0.02, "l2": 0.2}[norm]
+    return {"linf": 0.02, "l2": 0.2, "l1": 2.0}[norm]
 
 
 @pytest.mark.parametrize(("name", "norm"), QUERYING)

@@ -1,0 +1,239 @@
+"""APGD: projected gradient descent that finds its step sizes by itself."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from bench.losses import LOSSES, check_classes
+from bench.norms import TINY, lp_norm, per_sample, project, steepest
+from bench.oracle import Oracle
+from bench.ranges import Count
+from bench.registry import attacks
+from bench.rng import SampleRng
+from bench.threat import Access, Norm, Threat
+
+MOMENTUM = 0.75  # share of the new step, the rest goes on with the last one
+RHO = 0.75       # share of steps between two checks that must have helped
+SPARSER = 1.5    # in l1, by how much fewer values a step moves than the best point has moved
+SLOWEST = 10.0   # in l1, eps over the smallest step
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what is minimised (n,)
+
+
+@attacks("apgd")
+@dataclass(frozen=True, kw_only=True)
+class APGD:
+    """Auto-PGD (Croce and Hein, ICML 2020) on the cross-entropy or on DLR, in linf and l2, and in l1 with sparse steps.
+
+    Steps start at 2 eps and are halved where they stop to help, each time going back to the best point. Costs
+    ``restarts * (steps + 1)`` forward and ``restarts * steps`` backward passes, times ``eot``; a sample stops at its
+    first success. Two things differ from the public code: the first step is held against the loss at the start, where
+    that code compares with 0, and the last point, of which nobody needs a gradient, costs none.
+
+    In l1 steps start at eps and move only the values with the largest gradients: a fifth of all at first, then two
+    thirds as many as the best point has moved.
+
+    Args:
+        eot: draws of a random model for each point. Their mean loss and gradient count, and a sample falls when their
+            mean is misclassified.
+
+    Source: arXiv:2003.01690, algorithm 1; l1 as in arXiv:2103.01208, section 3, without the larger radii at the start.
+    """
+
+    loss: Literal["ce", "dlr"] = "ce"
+    steps: Count = 100
+    restarts: Count = 1
+    eot: Count = 1
+
+    access: ClassVar[Access] = "gradients"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:2003.01690"
+
+    def check(self, classes: int, shape: tuple[int, int, int]) -> None:
+        """Whether the data have the classes that the loss compares."""
+        check_classes(self.loss, classes)
+
+    @property
+    def averages(self) -> bool:
+        """Whether the queries of a call are draws of one image."""
+        return self.eot > 1
+
+    @property
+    def most_queries(self) -> int:
+        """Forward passes that a sample costs which never falls."""
+        return self.restarts * (self.steps + 1) * self.eot
+
+    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """See :class:`bench.protocols.Attack`; returns each sample's point of the largest loss."""
+        search = Search(oracle, x, y, threat, self.steps, self.eot)
+        for restart in range(self.restarts):
+            search.run(start(x, threat, rng.fork(restart)), lambda rows: LOSSES[self.loss])
+        return search.best
+
+
+def checkpoints(steps: int) -> list[int]:
+    """After which of ``steps`` the step size is looked at: 22, 41, 57, 70, 80, 87, 93 and 99 of 100."""
+    found, gap = list[int](), max(math.floor(0.22 * steps), 1)
+    while sum(found[-1:]) + gap <= steps:
+        found.append(sum(found[-1:]) + gap)
+        gap = max(gap - max(math.floor(0.03 * steps), 1), max(math.floor(0.06 * steps), 1))
+    return found
+
+
+def start(x: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+    """Random points (B, C, H, W) on the surface of the ball, clamped to the box; in l1 noise moved into the ball."""
+    shape = x.shape[1:]
+    if threat.norm == "l1":
+        return project(x + rng.normal(*shape).to(x), x, threat)
+    noise = rng.uniform(*shape).to(x) * 2 - 1 if threat.norm == "linf" else rng.normal(*shape).to(x)
+    return project(x + threat.eps * noise / per_sample(lp_norm(noise, threat.norm) + TINY), x, threat)
+
+
+@dataclass
+class _State:
+    """Where n samples stand; values are losses, which fall, and tensors (n,) or (n, C, H, W)."""
+
+    u: Tensor
+    before: Tensor         # the point before ``u``
+    gradient: Tensor       # at ``u``
+    value: Tensor          # at ``u``
+    best: Tensor
+    best_gradient: Tensor
+    best_value: Tensor
+    size: Tensor           # of the next step
+    helped: Tensor         # how many steps since the last check have lowered the value
+    checked: Tensor        # the best value at the last check
+    shrunk: Tensor         # whether that check has made steps smaller
+    share: Tensor          # of the values that an l1 step moves
+    moved: Tensor          # values that the best point had moved at the last check, in l1
+
+    def at(self, places: Tensor) -> "_State":
+        """Those of the samples at ``places``."""
+        return _State(*(getattr(self, field.name)[places] for field in fields(self)))
+
+
+class Search:
+    """Runs of APGD one after the other, on the samples that still stand.
+
+    Args:
+        steps: of each run; ``steps + 1`` points are asked about, ``eot`` times each.
+    """
+
+    def __init__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, steps: int, eot: int = 1) -> None:
+        self.oracle, self.x, self.y, self.threat, self.steps, self.eot = oracle, x, y, threat, steps, eot
+        self.best = x.clone()  # of all runs
+        self.lowest = torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)
+
+    def run(self, points: Tensor, loss_of: Callable[[Tensor], Loss]) -> None:
+        """From ``points`` (B, C, H, W), minimise what ``loss_of`` gives for the samples at ``rows`` (n,)."""
+        rows = self.oracle.active()
+        if len(rows) == 0:
+            return
+        sparse = self.threat.norm == "l1"
+        checks = set(range(0, self.steps + 1, max(int(0.04 * self.steps), 1))) if sparse else {*checkpoints(self.steps)}
+        last_check = 0
+        x, state = self.x[rows], self._begin(points[rows], rows, loss_of(rows))
+        for step in range(1, self.steps + 1):
+            active = self.oracle.active()
+            if len(active) == 0:
+                break
+            if active is not rows:  # gather anew only when somebody has dropped out
+                self._keep(rows, state)
+                state, rows = state.at(torch.searchsorted(rows, active)), active
+                x = self.x[rows]
+            u = _sparse_step(state, x, self.threat) if sparse else _step(state, x, self.threat, first=step == 1)
+            value, gradient = self._ask(u, rows, loss_of(rows), last=step == self.steps)
+            better = value < state.best_value
+            state = replace(
+                state, u=u, before=state.u, gradient=gradient, value=value,
+                best=torch.where(per_sample(better), u, state.best),
+                best_gradient=torch.where(per_sample(better), gradient, state.best_gradient),
+                best_value=torch.where(better, value, state.best_value),
+                helped=state.helped + (value < state.value),
+            )  # fmt: skip
+            if step in checks:
+                state = _look_sparse(state, x, self.threat) if sparse else _look(state, step - last_check)
+                last_check = step
+        self._keep(rows, state)
+
+    def _begin(self, u: Tensor, rows: Tensor, loss: Loss) -> _State:
+        value, gradient = self._ask(u, rows, loss, last=False)
+        size = torch.full_like(value, self.threat.eps if self.threat.norm == "l1" else 2 * self.threat.eps)
+        return _State(
+            u=u, before=u, gradient=gradient, value=value, best=u, best_gradient=gradient,
+            best_value=value.nan_to_num(torch.inf), size=size, helped=torch.zeros_like(rows),
+            checked=value.nan_to_num(torch.inf), shrunk=torch.ones_like(rows, dtype=torch.bool),
+            share=torch.full_like(value, 0.2), moved=torch.full_like(value, u[0].numel()),
+        )  # fmt: skip
+
+    def _ask(self, u: Tensor, rows: Tensor, loss: Loss, *, last: bool) -> tuple[Tensor, Tensor]:
+        """The loss (n,) at ``u``, NaN for who gets no answer, and its gradient, which the ``last`` point does without.
+
+        Of several draws, their means.
+        """
+        points = u if self.eot == 1 else u[:, None].expand(-1, self.eot, *u.shape[1:])
+        if last:
+            logits, gradient = self.oracle.scores(points, rows), torch.zeros_like(u)
+        else:
+            logits, gradient = self.oracle.gradients(points, loss, rows)
+        y = self.y[rows].repeat_interleave(self.eot)
+        value = loss(logits.flatten(0, -2), y).view(len(u), -1).mean(dim=1).to(u.dtype)
+        return value, gradient if gradient.ndim == u.ndim else gradient.sum(dim=1) / self.eot
+
+    def _keep(self, rows: Tensor, state: _State) -> None:
+        better = state.best_value < self.lowest[rows]
+        self.best[rows] = torch.where(per_sample(better), state.best, self.best[rows])
+        self.lowest[rows] = torch.where(better, state.best_value, self.lowest[rows])
+
+
+def _step(state: _State, x: Tensor, threat: Threat, *, first: bool) -> Tensor:
+    """The next points (n, C, H, W): a step, and what is left of the last one; both end in ball and box."""
+    step = project(state.u - per_sample(state.size) * steepest(state.gradient, threat.norm), x, threat)
+    if first:
+        return step
+    return project(state.u + MOMENTUM * (step - state.u) + (1 - MOMENTUM) * (state.u - state.before), x, threat)
+
+
+def _look(state: _State, steps: int) -> _State:
+    """Halve the size of steps, and go back to the best point, where the last ``steps`` did not do.
+
+    Either too few of them have helped, or the best point is still the one of the last check, which changed nothing.
+    """
+    stuck = (state.helped <= RHO * steps) | (~state.shrunk & (state.best_value >= state.checked))
+    return replace(
+        state, u=torch.where(per_sample(stuck), state.best, state.u),
+        gradient=torch.where(per_sample(stuck), state.best_gradient, state.gradient),
+        size=torch.where(stuck, state.size / 2, state.size),
+        helped=torch.zeros_like(state.helped), checked=state.best_value, shrunk=stuck,
+    )  # fmt: skip
+
+
+def _sparse_step(state: _State, x: Tensor, threat: Threat) -> Tensor:
+    """The next points in l1: the values with the largest gradients move, all equally far."""
+    slope = state.gradient.flatten(1).abs()
+    values = slope.shape[1]
+    place = ((1 - state.share) * values).long().clamp(0, values - 1)
+    least = slope.sort(dim=1).values.gather(1, place[:, None])
+    move = torch.where(slope >= least, state.gradient.flatten(1).sign(), 0)
+    move = move / move.abs().sum(dim=1, keepdim=True).clamp(min=1)
+    return project(state.u - per_sample(state.size) * move.view_as(x), x, threat)
+
+
+def _look_sparse(state: _State, x: Tensor, threat: Threat) -> _State:
+    """Set how many values steps move by how many the best point has moved.
+
+    Where that number falls, steps start again at eps, from the best point; else they get smaller.
+    """
+    moved = (state.best != x).flatten(1).sum(dim=1).to(state.size)
+    fewer = moved < 0.95 * state.moved
+    size = torch.where(fewer, threat.eps, (state.size / SPARSER).clamp(min=threat.eps / SLOWEST))
+    return replace(
+        state, u=torch.where(per_sample(fewer), state.best, state.u),
+        gradient=torch.where(per_sample(fewer), state.best_gradient, state.gradient),
+        size=size, share=moved / x[0].numel() / SPARSER, moved=moved,
+    )  # fmt: skip
