@@ -12,7 +12,7 @@ from torch import Tensor
 from attacks.square import Rule, Square, Values, lower
 from bench.errors import ConfigError
 from bench.losses import margin, probability
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.ranges import Few
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -343,7 +343,7 @@ class EOTSquare(_AdaptiveSquare):
 
     draws: Few = 5
 
-    averages: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(averages=True)
     paper: ClassVar[str] = "Athalye et al., 2018, arXiv:1707.07397"
 
     def __post_init__(self) -> None:

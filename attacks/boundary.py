@@ -9,7 +9,7 @@ from torch import Tensor
 from attacks.minimum_norm import Search, pick, run
 from bench.errors import ConfigError
 from bench.norms import TINY, lp_norm, per_sample
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -54,7 +54,7 @@ class Boundary:
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2"})
-    minimal: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(minimal=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Brendel et al., 2018, arXiv:1712.04248"
 

@@ -9,7 +9,7 @@ from attacks.square import Square, lower
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.norms import project
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.ranges import Few
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -45,7 +45,7 @@ class CrowdSquare:
 
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    alone: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(alone=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "ours"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from attacks.minimum_norm import Search, pick, run
 from bench.errors import ConfigError
 from bench.norms import TINY, lp_norm, per_sample, steepest
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -57,7 +57,7 @@ class HopSkipJump:
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    minimal: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(minimal=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Chen et al., 2020, arXiv:1904.02144"
 

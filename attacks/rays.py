@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.errors import ConfigError
 from bench.norms import per_sample, project
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -42,7 +42,7 @@ class RayS:
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
-    minimal: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(minimal=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Chen and Gu, 2020, arXiv:2006.12792"
 

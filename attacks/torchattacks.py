@@ -8,16 +8,15 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from bench.errors import ConfigError
+from bench.errors import ConfigError, did_you_mean
 from bench.norms import per_sample
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.oracle.bounds import apart, inside
 from bench.oracle.foreign import Order, Over
 from bench.registry import attacks
@@ -120,14 +119,9 @@ class TorchAttack:
         return self._kind.norms
 
     @property
-    def minimal(self) -> bool:
-        """Whether it looks for the smallest change."""
-        return self._kind.minimal
-
-    @property
-    def lookahead(self) -> bool:
-        """Whether its queries may leave the ball and the box."""
-        return self._kind.access == "gradients"
+    def rules(self) -> Rules:
+        """Some look for the smallest change; the queries of white-box ones may leave the ball and the box."""
+        return Rules(minimal=self._kind.minimal, lookahead=self._kind.access == "gradients")
 
     @property
     def batch_dependent(self) -> bool:
@@ -156,7 +150,7 @@ class TorchAttack:
         x_adv = x.clone()
         for rows in self._groups(x, threat):
             x_adv[rows] = self._craft(oracle, rows, x[rows], y[rows], threat, rng[rows])
-        if self.minimal:  # the library returns what is misclassified, however far
+        if self._kind.minimal:  # the library returns what is misclassified, however far
             near = inside(x_adv, x, threat.norm, threat.eps)
             x_adv = torch.where(per_sample(near), x_adv, x)
         if len(rows := oracle.active()):
@@ -241,9 +235,7 @@ def _find(name: str) -> Any:
     foreign = library("torchattacks", "foreign")
     names = [key for key, value in vars(foreign).items() if inspect.isclass(value)]
     if name not in names:
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(names))}"
-        raise ConfigError(f"torchattacks has no attack {name!r}; {hint}")
+        raise ConfigError(f"torchattacks has no attack {name!r}; {did_you_mean(name, sorted(names))}")
     return getattr(foreign, name)
 
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from attacks.pgd import PGD
-from bench.oracle import Oracle, Referee
+from bench.oracle import Oracle, Referee, Rules
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -39,7 +39,7 @@ class Transfer:
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    surrogate: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(surrogate=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Carlini et al., 2019, arXiv:1902.06705"
 
@@ -66,4 +66,4 @@ class Transfer:
         """PGD's examples on the twin; their oracle has a ball of radius 0, in which none falls: all take every step."""
         pgd = PGD(steps=self.steps, rel_step=self.rel_step, loss="margin", schedule="constant")
         white_box = replace(threat, eps=0.0, access="gradients", query_budget=pgd.most_queries)
-        return pgd(Referee(oracle.surrogate, x, y, white_box, rng, minimal=True).oracle, x, y, threat, rng)
+        return pgd(Referee(oracle.surrogate, x, y, white_box, rng, rules=Rules(minimal=True)).oracle, x, y, threat, rng)

@@ -11,6 +11,8 @@
     └── ThreatViolation         it left the ball or the box
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 LONGEST = 2000  # characters of a message; what came may be a key of any length
 
@@ -25,6 +27,19 @@ class BenchError(Exception):
         message = super().__str__()
         half = LONGEST // 2
         return message if len(message) <= LONGEST else f"{message[:half]} [...] {message[-half:]}"
+
+
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """The one of ``known`` that ``name`` is most like, if it is by ``cutoff`` of 1; else empty."""
+    return next(iter(get_close_matches(name, list(known), n=1, cutoff=cutoff)), "")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """What to say where ``name`` is none of ``known``: the nearest one, or ``otherwise``, which lists them all."""
+    known = list(known)
+    if near := nearest(name, known):
+        return f"did you mean {near!r}?"
+    return f"known: {', '.join(known)}" if otherwise is None else otherwise
 
 
 class ConfigError(BenchError, ValueError):

@@ -8,7 +8,7 @@ from torch import Tensor
 from bench.dataset import Split, grey_levels
 from bench.errors import ConfigError, ThreatViolation
 from bench.norms import lp_norm
-from bench.protocols import Defense, Job
+from bench.protocols import DataDefense, Job
 from bench.rng import SampleRng
 from bench.threat import Threat
 
@@ -56,16 +56,9 @@ def merge(split: Split, rows: Tensor, protected: Tensor) -> Split:
     return Split(images, split.labels)
 
 
-def declared_threat(defense: Defense) -> Threat:
-    """What a data defense allows itself to change in an image.
-
-    Raises:
-        ConfigError: it does not say.
-    """
-    norm, eps = getattr(defense, "norm", None), getattr(defense, "eps", None)
-    if norm is None or eps is None:
-        raise ConfigError('a data defense declares its ball; add norm = "linf" and eps = 8/255, or what it keeps to')
-    return Threat(norm, float(eps), "training-data")
+def declared_threat(defense: DataDefense) -> Threat:
+    """What a data defense allows itself to change in an image."""
+    return Threat(defense.norm, float(defense.eps), "training-data")
 
 
 def check_release(released: object, original: Split, threat: Threat) -> Split:

@@ -7,12 +7,12 @@ and a ``paper`` that says where it comes from.
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Split
 from bench.rng import SampleRng
 from bench.scratch import Scratch
 from bench.threat import Access, Norm, Threat
@@ -27,16 +27,11 @@ Stage = Literal["data", "training", "output"]
 class Attack(Protocol):
     """Moves images of a served model.
 
-    Class attributes: ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``; optionally
-    ``batch_dependent = True`` where a sample's result depends on the rest of its batch (foreign code), and
-    ``rescaled = True`` (a property, too) where the schedule is stretched over the query budget; ``minimal = True``
-    for minimum-norm attacks, whose queries may leave the ball (not the box); success is a misclassified query inside;
-    ``lookahead = True`` for white-box attacks that ask where they do not go, outside the ball or the box;
-    ``averages = True`` where the k queries of one call are k draws of one image: each is paid for, and success is a
-    misclassified mean of their logits; ``alone = True`` where the queries of a row in one call are to be a batch of
-    their own; and ``surrogate = True`` where it works on the undefended network, found at ``oracle.surrogate``; that
-    makes it a control, which stands in no worst case. A method ``check(classes, shape)`` may refuse data, of images
-    (C, H, W), by a ConfigError before anything runs.
+    Class attributes (or properties): ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``;
+    optionally ``rules``, what the referee is to do otherwise (:class:`bench.oracle.Rules`): an attack on the undefended
+    network is a control, which stands in no worst case; ``batch_dependent = True`` where a sample's result depends on
+    the rest of its batch (foreign code), and ``rescaled = True`` where the schedule is stretched over the query budget.
+    A method ``check(classes, shape)`` may refuse data, of images (C, H, W), by a ConfigError before anything runs.
     """
 
     @property
@@ -88,29 +83,71 @@ class Learner(Protocol):
         ...
 
 
-class Defense(Protocol):
-    """Acts at one of three stages; a chain holds at most one of each.
+class DataDefense(Protocol):
+    """Releases training images; class attributes ``stage = "data"``, ``norm`` and ``eps``, the ball that it keeps to.
 
-    - ``stage = "output"``: ``defense(model, calibration, seed) -> model``, the served model (a module in eval mode).
-      With ``random = True`` the served module is called ``model(x, rng)``: ``rng`` is a SampleRng with one stream for
-      each row, new at each query, and the only source of randomness it may use. Optionally ``batch_dependent = True``
-      where a row's answer depends on the rest of its batch, and ``stateful = True`` where it depends on earlier
-      queries (properties, too); tables mark both. ``needs_batch_norm = True`` where it works on the network's
-      batch-norms, which fast numbers fold away otherwise.
-    - ``stage = "training"``: ``defense(build, data, job) -> model``, the signature of a learner.
-    - ``stage = "data"``: ``defense(data, job) -> Split``, the training split to release: same length, order and labels,
-      uint8, inside the defense's own ``norm`` and ``eps``. ``needs_classes = False`` (a property, too) where it never
-      looks at the labels, so that images without classes can be protected.
+    ``needs_classes = False`` (a property, too) where it never looks at the labels, so that images without classes can
+    be protected.
     """
 
     @property
-    def stage(self) -> Stage: ...
+    def stage(self) -> Literal["data"]: ...
+    @property
+    def norm(self) -> Norm: ...
+    @property
+    def eps(self) -> float: ...
     @property
     def version(self) -> int: ...
     @property
     def paper(self) -> str: ...
+
+    def __call__(self, data: Dataset, job: Job) -> Split:
+        """Return the training split to release: same length, order and labels, uint8, inside the ball."""
+        ...
+
+
+class TrainingDefense(Protocol):
+    """Trains the network, as a learner does; class attribute ``stage = "training"``."""
+
     @property
-    def __call__(self) -> Callable[..., Any]: ...
+    def stage(self) -> Literal["training"]: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
+        """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
+        ...
+
+
+class OutputDefense(Protocol):
+    """Serves a model; class attributes ``stage = "output"`` and ``random``.
+
+    Optionally ``batch_dependent = True`` where a row's answer depends on the rest of its batch, and ``stateful = True``
+    where it depends on earlier queries (properties, too); tables mark both. ``needs_batch_norm = True`` where it works
+    on the network's batch-norms, which fast numbers fold away otherwise.
+    """
+
+    @property
+    def stage(self) -> Literal["output"]: ...
+    @property
+    def random(self) -> bool: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
+        """The served model, a module in eval mode.
+
+        With ``random = True`` it is called ``served(x, rng)``: ``rng`` is a SampleRng with one stream for each row, new
+        at each query, and the only source of randomness it may use.
+        """
+        ...
+
+
+Defense = DataDefense | TrainingDefense | OutputDefense  # told apart by their stage; a chain holds one of each at most
 
 
 class Architecture(Protocol):

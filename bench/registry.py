@@ -8,20 +8,19 @@ import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_type_hints
 
-from bench.errors import ConfigError
-from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner, Stage
+from bench.declarations import Declarations, fault, of_attack, of_defense
+from bench.errors import ConfigError, did_you_mean
+from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.ranges import convert
 from bench.spec import Spec
 from bench.system import user_code
 from bench.system.interrupt import Stopped
-from bench.threat import Access
 
 GROUP = "bench.plugins"  # of entry points
 
@@ -41,9 +40,9 @@ class Registry(Generic[T]):
     ``norms``, ``stage``, ``version``, ``paper``); its fields are the arguments that users may give.
     """
 
-    def __init__(self, kind: str, declares: Mapping[str, tuple[str, ...]] | None = None) -> None:
-        """``kind`` is what errors call a component; ``declares`` has what each must declare, and the values it may."""
-        self.kind, self.declares = kind, declares or {}
+    def __init__(self, kind: str, declares: Callable[[object], Declarations] = lambda component: {}) -> None:
+        """``kind`` is what errors call a component; ``declares`` tells what one, or its class, has to say of itself."""
+        self.kind, self.declares = kind, declares
         self._factories: dict[str, Callable[..., T]] = {}
         self._families: dict[str, Callable[..., T]] = {}
 
@@ -63,11 +62,8 @@ class Registry(Generic[T]):
                 raise ConfigError(f"a {self.kind} cannot be named {name!r}; use letters, digits, _, . and - in {home}")
             if name in table:
                 raise ConfigError(f"two {self.kind}s are named {name!r}; rename the one in {home}")
-            for attribute, values in self.declares.items():
-                if isinstance(factory, type) and not hasattr(factory, attribute):
-                    raise ConfigError(
-                        f"{self.kind} {name!r} does not declare {attribute}; add one of {', '.join(values)} in {home}"
-                    )
+            if isinstance(factory, type) and (wrong := fault(factory, self.declares(factory))):
+                raise ConfigError(f"{self.kind} {name!r} {wrong}, in {home}")
             table[name] = factory
             return factory
 
@@ -101,19 +97,18 @@ class Registry(Generic[T]):
             return lambda **args: family(rest, **args)
         if name in self._families:
             return self._families[name]
-        near = get_close_matches(name, self.names(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(self.names())}"
-        raise ConfigError(f"no {self.kind} is named {name!r}; {hint}")
+        raise ConfigError(f"no {self.kind} is named {name!r}; {did_you_mean(name, self.names())}")
 
     def declared(self, spec: str, attribute: str, default: Value, stored: Value | None = None) -> Value:
         """What the class that is registered under the name in ``spec`` declares; ``default`` where it does not.
 
         For readers of results: makes no component, reads no arguments and imports no user's file. What a row has
-        ``stored`` counts only where no class has the name, so nobody can say of ours what it is not.
+        ``stored`` counts only where no class says it, so nobody can say of ours what it is not.
         """
         load_plugins()
         factory = self._factories.get(spec.partition("(")[0])
         value = stored if factory is None else getattr(factory, attribute, default)
+        value = stored if isinstance(value, property) else value  # which depends on the parameters
         return value if isinstance(value, type(default)) else default
 
     def defaults(self, spec: str) -> dict[str, Any]:
@@ -141,38 +136,27 @@ class Registry(Generic[T]):
                 raise ConfigError(f"{self.kind} {spec.name!r} needs {', '.join(missing)}; write {spec.name}({example})")
             for key in args:
                 if key not in known:
-                    near = get_close_matches(key, known, n=1)
-                    hint = f"did you mean {near[0]!r}?" if near else f"it takes: {', '.join(known) or 'nothing'}"
+                    hint = did_you_mean(key, known, otherwise=f"it takes: {', '.join(known) or 'nothing'}")
                     raise ConfigError(f"{self.kind} {spec.name!r} has no parameter {key!r}; {hint}")
             args = _typed(factory, args, f"{self.kind} {spec.name!r}")
         try:
             component = factory(**args)
+            wrong = _fault(component, self.declares)
         except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{self.kind} {spec.name!r}: {error}") from error
         except (Stopped, KeyboardInterrupt):
             raise
         except BaseException as error:  # a user's code may raise anything, sys.exit among it
             raise ConfigError(f"{self.kind} {spec.name!r}: {type(error).__name__}: {error}") from error
-        self._check(spec.name, component)
+        if wrong:
+            raise ConfigError(f"{self.kind} {spec.name!r} {wrong}")
         return component
-
-    def _check(self, name: str, component: T) -> None:
-        """Whether what a factory made, perhaps in a user's file, can take part at all."""
-        if not callable(component):
-            raise ConfigError(
-                f"{self.kind} {name!r} is a {type(component).__name__}; return something callable from it"
-            )
-        for attribute, values in self.declares.items():
-            value = getattr(component, attribute, None)
-            if value not in values:
-                what = f"does not declare {attribute}" if value is None else f"declares {attribute} = {value!r}"
-                raise ConfigError(f"{self.kind} {name!r} {what}; use one of {', '.join(values)}")
 
 
 REQUIRED = "(required)"  # stands for the default of an argument that has none
 
-attacks: Registry[Attack | Learner] = Registry("attack", declares={"access": get_args(Access)})
-defenses: Registry[Defense] = Registry("defense", declares={"stage": get_args(Stage)})
+attacks: Registry[Attack | Learner] = Registry("attack", declares=of_attack)
+defenses: Registry[Defense] = Registry("defense", declares=of_defense)
 models: Registry[Architecture] = Registry("model")
 datasets: Registry[DatasetSource] = Registry("data set")
 
@@ -258,6 +242,13 @@ def import_all(package: str) -> None:
     """Import every module below ``package``, so that a component is one new file and no list to keep."""
     for module in pkgutil.walk_packages(sys.modules[package].__path__, prefix=f"{package}."):
         importlib.import_module(module.name)
+
+
+def _fault(component: object, declares: Callable[[object], Declarations]) -> str:
+    """Why what a factory made, perhaps in a user's file, cannot take part; empty where it can."""
+    if not callable(component):
+        return f"is a {type(component).__name__}; return something callable from it"
+    return fault(component, declares(component))
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

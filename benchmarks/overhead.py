@@ -14,6 +14,7 @@ from setting import Clocked, arguments, machine, measure, ours, setting
 from tabulate import tabulate
 
 from bench import numerics
+from bench.oracle.rules import rules_of
 from bench.registry import attacks, load_plugins
 from bench.threat import Threat
 
@@ -59,7 +60,7 @@ def querying() -> list[str]:
     return [
         name
         for name, attack in created.items()
-        if attack.access in ("scores", "labels") and not getattr(attack, "surrogate", False)
+        if attack.access in ("scores", "labels") and not rules_of(attack).surrogate
     ]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bench.data.cifar import Cifar10
 from bench.models import resolve
 from bench.oracle import NEVER, Referee
+from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.protocols import Attack
 from bench.rng import SampleRng
@@ -91,9 +92,9 @@ def measure(run: Callable[[], float], clock: Clocked) -> tuple[float, float, flo
 def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> float:
     """The robust accuracy that ``attack`` leaves before the referee."""
     ids = torch.arange(len(here.x), device=here.x.device)
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages", "alone")}
     served = ServedModel(network, batch_size=1024 if here.x.is_cuda else 256)  # as the command line does
-    referee = Referee(served, here.x, here.y, threat, SampleRng.create(0, ids, "defense"), classes=10, **rules)
+    streams = SampleRng.create(0, ids, "defense")
+    referee = Referee(served, here.x, here.y, threat, streams, rules=rules_of(attack), classes=10)
     referee.finish(attack(referee.oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
     return float((referee.ledger.first_hit == NEVER).float().mean())
 

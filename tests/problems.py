@@ -1,13 +1,15 @@
 """Small classifiers whose answers are known in closed form, and the pieces that tests build batches from."""
 
 import math
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.losses import margin
-from bench.oracle import Referee
+from bench.oracle import Referee, Rules
+from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
@@ -110,10 +112,19 @@ def referee(
     random: bool = False,
     **settings: Any,
 ) -> "Bench":
-    """A referee over ``model`` for the batch ``x``, ``y``."""
+    """A referee over ``model`` for the batch ``x``, ``y``; a rule may be given by its name."""
+    named = {rule.name: settings.pop(rule.name) for rule in fields(Rules) if isinstance(settings.get(rule.name), bool)}
+    if named:
+        settings["rules"] = Rules(**named)
     ids = torch.arange(len(x)) if ids is None else ids
     threat = Threat(norm, eps, access, budget)
     return Bench(ServedModel(model, random), x, y, threat, SampleRng.create(seed, ids, "defense"), **settings)
+
+
+def asks_for(attack: Any, model: nn.Module) -> dict[str, Any]:
+    """What a referee is told of ``attack``, whose undefended network is ``model``."""
+    rules = rules_of(attack)
+    return {"access": attack.access, "rules": rules, "surrogate": ServedModel(model) if rules.surrogate else None}
 
 
 def attack_with(

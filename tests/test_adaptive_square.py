@@ -30,6 +30,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.oracle import NEVER
+from bench.oracle.rules import rules_of
 from bench.rng import SampleRng
 from bench.threat import Threat
 from defenses.aaa import AAALinear, linear_target
@@ -292,7 +293,7 @@ def noisy(draws, budget, *, sigma, n=8, eps=0.02):
     y = model(x).argmax(1)
     attack = Square(p_init=0.3) if draws is None else EOTSquare(draws=draws)
     served = Noisy(model, sigma)
-    oracle = referee(served, x, y, eps=eps, budget=budget, random=True, averages=getattr(attack, "averages", False))
+    oracle = referee(served, x, y, eps=eps, budget=budget, random=True, rules=rules_of(attack))
     return attack_with(attack, oracle, x, y), oracle.ledger, x, y, model
 
 

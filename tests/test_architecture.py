@@ -38,7 +38,7 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("system",),
     ("dataset", "losses", "metrics", "norms", "numerics", "ranges", "rng", "spec", "threat"),
     ("oracle",),
-    ("ascent", "protection", "protocols", "registry", "scratch", "training"),
+    ("ascent", "declarations", "protection", "protocols", "registry", "scratch", "training"),
     ("data", "models"),
     ("plan",),
     ("measure",),

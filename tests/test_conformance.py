@@ -15,12 +15,11 @@ from torch import nn
 from bench.dataset import Dataset, Split
 from bench.norms import lp_norm
 from bench.oracle import NEVER
-from bench.oracle.served import ServedModel
 from bench.protection import protected_rows
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses, parameters
 from bench.rng import SampleRng
-from tests.problems import attack_with, referee
+from tests.problems import asks_for, attack_with, referee
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 QUERYING = [
@@ -54,11 +53,7 @@ def batch():
 def attacked(name, norm, x, y, eps, seed=0, ids=None, model=None):
     attack = attacks.create(name)
     model = network() if model is None else model
-    declared = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
-    rules = {"access": attack.access, **declared}
-    if getattr(attack, "surrogate", False):
-        rules["surrogate"] = ServedModel(model)
-    oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **rules)
+    oracle = referee(model, x, y, norm=norm, eps=eps, budget=BUDGET, seed=seed, ids=ids, **asks_for(attack, model))
     return attack_with(attack, oracle, x, y, seed=seed, ids=ids), oracle.ledger
 
 

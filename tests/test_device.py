@@ -13,7 +13,7 @@ from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng
 from tests.pretend import GPU, MixedDevices, pretended_gpu
-from tests.problems import attack_with, referee
+from tests.problems import asks_for, attack_with, referee
 from tests.test_conformance import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
 
 BUDGET = 20
@@ -34,11 +34,7 @@ def attacked(name: str, norm: str, device: torch.device, began: Callable[[], Non
     x = torch.rand(4, 3, 15, 15, generator=torch.Generator().manual_seed(1))
     y = network()(x).argmax(1)
     model, x, y, ids = network().to(device), x.to(device), y.to(device), torch.arange(4).to(device)
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
-    surrogate = {"surrogate": ServedModel(model)} if getattr(attack, "surrogate", False) else {}
-    oracle = referee(
-        model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, access=attack.access, ids=ids, **rules, **surrogate
-    )
+    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, **asks_for(attack, model))
     began()
     x_adv = attack_with(attack, oracle, x, y, ids=ids)
     return x_adv.cpu(), oracle.ledger.first_hit.cpu(), oracle.ledger.forwards.cpu()

@@ -10,7 +10,7 @@ from bench.protocols import Job
 from bench.registry import attacks, defenses
 from bench.rng import SampleRng
 from bench.training import Recipe
-from tests.problems import attack_with, referee
+from tests.problems import asks_for, attack_with, referee
 from tests.test_conformance import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
 from tests.test_device import few
 
@@ -30,11 +30,7 @@ def attacked(name: str, norm: str, device: torch.device) -> torch.Tensor:
     model = network().double()
     y = model(x).argmax(1)
     model, x, y, ids = model.to(device), x.to(device), y.to(device), torch.arange(12, device=device)
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "averages", "alone")}
-    surrogate = {"surrogate": ServedModel(model)} if getattr(attack, "surrogate", False) else {}
-    oracle = referee(
-        model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, access=attack.access, ids=ids, **rules, **surrogate
-    )
+    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, **asks_for(attack, model))
     x_adv = attack_with(attack, oracle, x, y, ids=ids)
     assert x_adv.is_cuda == (device.type == "cuda")
     assert (lp_norm(x_adv - x, norm) <= radius(norm) + 1e-6).all()

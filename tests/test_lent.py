@@ -55,6 +55,7 @@ class Net(nn.Module):
 DEFENSES = """
 import torch
 from torch import nn
+from bench.oracle import Rules
 
 class Output:
     stage, random, version, paper = "output", False, 1, ""
@@ -135,7 +136,7 @@ class ModuleNumber(Output):
         return model
 
 class Surrogate:
-    access, norms, version, paper, surrogate = "scores", frozenset({"linf"}), 1, "", True
+    access, norms, rules = "scores", frozenset({"linf"}), Rules(surrogate=True)
 
     def __call__(self, oracle, x, y, threat, rng):
         with torch.no_grad():

@@ -5,8 +5,11 @@ from typing import Any, Literal
 
 import pytest
 
+from bench.declarations import one_of
 from bench.errors import ConfigError
 from bench.registry import REQUIRED, Registry, added, describe, parameters, plugins
+
+ACCESS = one_of(Literal["scores", "labels"], required=True)
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Den:
 
 @pytest.fixture
 def registry() -> Registry[Any]:
-    registry: Registry[Any] = Registry("animal", declares={"access": ("scores", "labels")})
+    registry: Registry[Any] = Registry("animal", declares=lambda fox: {"access": ACCESS})
     registry("fox")(Fox)
     registry("den")(Den)
 
@@ -134,8 +137,9 @@ def test_a_component_may_live_in_a_file_of_the_user(registry, tmp_path):
     assert registry.create(f"{file}:Mine(legs=6)")() == 6
     assert "has no parameter 'leg'; did you mean 'legs'?" in refusal(registry, f"{file}:Mine(leg=6)")
     assert "has no 'Mime'; it defines Mine, Mute, Confused, number" in refusal(registry, f"{file}:Mime")
-    assert "does not declare access; use one of scores, labels" in refusal(registry, f"{file}:Mute")
-    assert "declares access = 'score'; use one of scores, labels" in refusal(registry, f"{file}:Confused")
+    assert 'does not declare access; add access = "scores" or "labels"' in refusal(registry, f"{file}:Mute")
+    score = refusal(registry, f"{file}:Confused")
+    assert score.endswith("""declares access = 'score'; write access = "scores" or "labels" """.strip())
     assert "is a int; return something callable" in refusal(registry, f"{file}:number")
     assert f"as in {file}:Name" in refusal(registry, str(file))
 

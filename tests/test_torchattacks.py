@@ -46,10 +46,9 @@ def problem(n=6, shape=SHAPE):
 
 def through(name, norm, x, y, model, eps=None, budget=200, **params):
     attack = TorchAttack(name, {**BRIEF.get(name, {}), **params})
-    rules = {"minimal": attack.minimal, "lookahead": attack.lookahead}
     oracle = referee(
         model, x, y, norm=norm, eps=EPS[norm] if eps is None else eps, access=attack.access, budget=budget, classes=5,
-        attack=name, **rules,
+        attack=name, rules=attack.rules,
     )  # fmt: skip
     final = attack_with(attack, oracle, x, y)
     return oracle, final

@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from hashlib import blake2b
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pandas as pd
 import torch
@@ -22,6 +22,7 @@ from bench.measure.perturbation import perturbation
 from bench.models.lent import own
 from bench.norms import lp_norm
 from bench.oracle import Referee
+from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.tasks import Task
 from bench.protocols import Attack, Job
@@ -61,8 +62,7 @@ def attack_served(
     Raises:
         RefereeError: the attack broke a rule.
     """
-    attack = task.attack
-    assert isinstance(attack, Attack)
+    attack = cast(Attack, task.attack)
     cell = task.cell
     rows = torch.tensor(ids)
     labels = task.data.test.labels
@@ -74,12 +74,11 @@ def attack_served(
     undefended = _judge(target.undefended, x, y, noise)
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages", "alone")}
-    surrogate = None
-    if getattr(attack, "surrogate", False):
+    rules, surrogate = rules_of(attack), None
+    if rules.surrogate:
         surrogate = replace(target.undefended, module=own(target.undefended.module, task.build))
     referee = Referee(
-        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, **rules,
+        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
         classes=len(task.data.classes), surrogate=surrogate, attack=cell.attack.spec,
         on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
@@ -111,7 +110,7 @@ def attack_served(
         "rmse": lp_norm(final - x, "l2") / math.sqrt(x[0].numel()),
         "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
-        "best_distance": distance if rules["minimal"] else torch.full_like(distance, torch.nan),
+        "best_distance": distance if rules.minimal else torch.full_like(distance, torch.nan),
         "restarts_used": torch.full_like(y, getattr(attack, "restarts", 1)),
     }
     return _records(task.data.test, rows, table, task)

@@ -83,7 +83,7 @@ class Pipeline:
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
-        if "data" not in task.chain:
+        if task.chain.data is None:
             return task.data
         key = release_key(task)
         if self._released is None or self._released[0] != key:
@@ -96,7 +96,7 @@ class Pipeline:
         Raises:
             StoreError: what is kept there is not what the defense released.
         """
-        if "data" not in task.chain:
+        if task.chain.data is None:
             return None
         key = release_key(task)
         kept = kept_tensors(self._path(key), key)
@@ -154,7 +154,7 @@ class Pipeline:
             stored: nn.Module = task.build()
             put_weights(stored, kept, path)
             return stored
-        recipe: Any = task.chain.get("training") or attacks.create("standard")
+        recipe: Any = task.chain.training or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
             learned = as_module(recipe(task.build, released.lent(), job), _trainer(task))
@@ -166,8 +166,9 @@ class Pipeline:
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
         if (kept := self.kept_release(task)) is not None:
             return kept
+        defense = task.chain.data
+        assert defense is not None
         with self._job(task, key, progress) as job:
-            defense = task.chain["data"]
             protected = check_release(defense(task.data.lent(), job), task.data.train, declared_threat(defense))
             self.check_data(task)
             keep_tensors(self._path(key), {"images": protected.images}, key)
@@ -219,15 +220,14 @@ def _bare(task: Task, network: nn.Module) -> nn.Module:
 
 
 def _trainer(task: Task) -> str:
-    return next((part.label for part, stage in zip(task.cell.defense, task.chain, strict=True) if stage == "training"),
-                "the standard training")  # fmt: skip
+    return next((part.label for part in task.cell.defense if part.stage == "training"), "the standard training")
 
 
 def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
     """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
     converted = _in_numbers(task, network, mode, device)
     served, random = converted.module, False
-    if (defense := task.chain.get("output")) is not None:
+    if (defense := task.chain.output) is not None:
         made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
         served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
         random = defense.random
@@ -238,14 +238,13 @@ def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.de
     """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them."""
     if mode == "plain":
         return Converted(numerics.plain(network))
-    fold = not getattr(task.chain.get("output"), "needs_batch_norm", False)
+    fold = not getattr(task.chain.output, "needs_batch_norm", False)
     return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)
 
 
 def data_defense(task: Task) -> Component | None:
     """The defense of ``task`` that releases training images, if there is one."""
-    stages = zip(task.cell.defense, task.chain, strict=True)
-    return next((component for component, stage in stages if stage == "data"), None)
+    return next((component for component in task.cell.defense if component.stage == "data"), None)
 
 
 def release_key(task: Task) -> str:
@@ -264,7 +263,7 @@ def _learner_key(task: Task) -> str:
 def _recipe_key(task: Task) -> str:
     """A hash of all that decides the weights of the network of ``task``."""
     cell = task.cell
-    early = [defense for defense, stage in zip(cell.defense, task.chain, strict=True) if stage != "output"]
+    early = [defense for defense in cell.defense if defense.stage != "output"]
     recipe: dict[str, Any] = {
         "data": cell.data_hash,
         "model": asdict(cell.model),

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from bench.errors import BenchError, ConfigError, WeightsError
+from bench.errors import BenchError, ConfigError, WeightsError, did_you_mean
 from bench.models.normalise import Normalise, usual
 from bench.models.weights import load_weights
 from bench.registry import models
@@ -248,9 +247,8 @@ def _building(who: str) -> Iterator[None]:
 def _known(name: str, names: Iterable[str], what: str) -> None:
     names = sorted(names)
     if name not in names:
-        near = get_close_matches(name, names, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names[:8])}{', ...' if names[8:] else ''}"
-        raise ConfigError(f"{what} is named {name!r}; {hint}")
+        some = f"known: {', '.join(names[:8])}{', ...' if names[8:] else ''}"
+        raise ConfigError(f"{what} is named {name!r}; {did_you_mean(name, names, otherwise=some)}")
 
 
 def _same_classes(who: str, has: int, classes: int) -> None:

@@ -4,5 +4,6 @@ from bench.oracle.attacker import Oracle
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.referee import Referee
 from bench.oracle.rounding import check_levels
+from bench.oracle.rules import Rules
 
-__all__ = ["NEVER", "Ledger", "Oracle", "Referee", "check_levels"]
+__all__ = ["NEVER", "Ledger", "Oracle", "Referee", "Rules", "check_levels"]

@@ -14,6 +14,7 @@ from bench.oracle.bounds import TOLERANCE, limit
 from bench.oracle.ledger import NEVER, Ledger
 from bench.oracle.repeats import repeats
 from bench.oracle.rounding import check_levels, eight_bit
+from bench.oracle.rules import COMMON, Rules
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
 from bench.threat import Threat
@@ -28,8 +29,8 @@ class Referee:
     attack or a model writes into a tensor moves a ball, a clean image or a hit.
 
     A random model answers the same image differently each time, so an attack that takes the first lucky answer proves
-    little. For one that averages (``averages``), the k queries of a call are k draws of one image: all are counted, and
-    the sample falls, at the last of them, if their mean is misclassified.
+    little. For one that averages (``Rules.averages``), the k queries of a call are k draws of one image: all are
+    counted, and the sample falls, at the last of them, if their mean is misclassified.
 
     Args:
         model: the defended model.
@@ -37,16 +38,9 @@ class Referee:
         threat: what the attack may change, see and spend; its ``query_budget`` counts for each sample by itself.
         rng: one stream for each sample, the model's own randomness.
         quantise: round every query to 8 bit first, as a service that takes images does.
-        minimal: the attack looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
-            misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
-        lookahead: a white-box attack looks where it does not go. Its queries may leave the ball and the box; only one
-            inside both can be a hit.
-        averages: the k queries of a call are draws of its first image, whatever the others show, and are judged
-            together: by the mean of the logits that were answered, k or as many as the budget leaves.
-        alone: forward the queries of each row as a batch of their own, for an attack on defenses that couple a batch.
-            What a row is answered then depends on its own queries alone; it costs a forward pass for each row.
+        rules: what the attack declares.
         classes: how many the data have.
-        surrogate: the undefended network in plain float32, for an attack that declares ``surrogate``.
+        surrogate: the undefended network in plain float32, for an attack whose rules have ``surrogate``.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
     """
@@ -60,10 +54,7 @@ class Referee:
         rng: SampleRng,
         *,
         quantise: bool = False,
-        minimal: bool = False,
-        lookahead: bool = False,
-        averages: bool = False,
-        alone: bool = False,
+        rules: Rules = COMMON,
         classes: int | None = None,
         surrogate: ServedModel | None = None,
         attack: str = "attack",
@@ -71,7 +62,7 @@ class Referee:
     ) -> None:
         if threat.query_budget is None:
             raise AccessError(f"{attack}: a threat without a query budget grants no queries")
-        if lookahead and threat.access != "gradients":
+        if rules.lookahead and threat.access != "gradients":
             raise AccessError(f"{attack}: only attacks that differentiate may look ahead; a service is asked inside")
         if quantise:
             check_levels(x, threat)
@@ -80,11 +71,10 @@ class Referee:
         self.query_budget = threat.query_budget
         self.oracle = Oracle(self)
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
-        self._quantise, self._minimal, self._averages, self._alone = quantise, minimal, averages, alone
+        self._quantise, self._rules, self._classes = quantise, rules, classes
         self._surrogate, self.attack, self._on_spent = surrogate, attack, on_spent
-        self._lookahead, self._classes = lookahead, classes
-        self.reach = math.inf if minimal or lookahead else threat.eps  # how far queries may go
-        self._margin = math.inf if lookahead else TOLERANCE  # how far out of the box
+        self.reach = math.inf if rules.minimal or rules.lookahead else threat.eps  # how far queries may go
+        self._margin = math.inf if rules.lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active, self._active_x = self._all_rows(), x
         self._lent = self._active.clone()  # what attacks are given; the same object until somebody drops out
@@ -95,7 +85,7 @@ class Referee:
     def surrogate(self) -> ServedModel:
         """See :attr:`Oracle.surrogate`."""
         if self._surrogate is None:
-            raise AccessError(f"{self.attack} asked for the undefended network; declare surrogate = True")
+            raise AccessError(f"{self.attack} asked for the undefended network; declare rules = Rules(surrogate=True)")
         return self._surrogate
 
     @property
@@ -216,7 +206,7 @@ class Referee:
     ) -> tuple[Tensor, Tensor]:
         """Logits (n, k, K) and who is answered (n, k) of distinct ``rows``; ``asked`` (n, k / each) leaves some out."""
         n, k = probes.shape[:2]
-        if self._averages:
+        if self._rules.averages:
             probes = probes[:, :1].expand_as(probes)
         self._asked_since_refresh += k
         legal = self._legal(probes.detach(), clean, rows, self.reach, self._margin)
@@ -240,7 +230,7 @@ class Referee:
 
     def _forward(self, images: Tensor, streams: SampleRng, sizes: int | list[int]) -> Tensor:
         """Logits (N, K) of ``images`` (N, C, H, W), in one batch or, for ``alone``, in batches of ``sizes``."""
-        if not self._alone:
+        if not self._rules.alone:
             return self._model(images, streams)
         batches = torch.arange(len(images), device=images.device).split(sizes)
         apart = [self._model(images[batch], streams[batch] if self._model.random else streams) for batch in batches]
@@ -253,7 +243,7 @@ class Referee:
         ledger = self.ledger
         answered = legal & self.live[rows, None] & (number <= self.query_budget)
         judged = answered
-        if self._averages:
+        if self._rules.averages:
             draws = answered.sum(dim=1, keepdim=True)
             total = torch.where(answered[..., None], logits, 0).sum(dim=1, keepdim=True)
             logits = (total / draws.clamp(min=1)[..., None]).expand_as(logits)
@@ -261,7 +251,7 @@ class Referee:
         finite = logits.isfinite().all(dim=-1)
         wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None])
         counts = finite
-        if self._minimal or self._lookahead:
+        if self._rules.minimal or self._rules.lookahead:
             distance, outside_box = self._measure(x, clean)
             misclassified = wrong & (outside_box <= TOLERANCE)
             inside = (distance <= limit(self.threat.eps)) & (outside_box <= TOLERANCE)
@@ -276,7 +266,7 @@ class Referee:
         ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
         ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
         ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
-        if self._minimal:
+        if self._rules.minimal:
             nearest = torch.where(answered & misclassified, distance, torch.inf).amin(dim=1)
             ledger.best_distance[rows] = torch.minimum(nearest, ledger.best_distance[rows])
         ledger.invalid[rows] |= (answered & ~finite).any(dim=1)

@@ -7,6 +7,7 @@ from hashlib import sha256
 from typing import Any
 
 from bench.numerics import Numerics
+from bench.oracle.rules import COMMON, Rules
 from bench.registry import Registry, attacks, defenses
 from bench.threat import Threat
 
@@ -134,7 +135,8 @@ class Cell:
         for name in ("dataset", "model"):
             fields[name] = Component.from_json(fields[name])
         attack = fields["attack"]
-        control = attacks.declared(attack["spec"], "surrogate", False, attack.get("control"))
+        told = Rules(surrogate=bool(attack.get("control")))
+        control = attacks.declared(attack["spec"], "rules", COMMON, told).control
         fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
         fields["defense"] = tuple(
             Component.from_json({**part, "stage": stage, "title": _title(defenses, part)})

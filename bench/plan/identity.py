@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import ConfigError
+from bench.oracle.rules import rules_of
 from bench.plan.cell import Component
 from bench.registry import describe
 from bench.spec import Spec
@@ -30,7 +31,7 @@ def pin(text: str, component: Any, *, hashed: bool = False) -> Component:
     if files:
         version = f"{version}+{joint_hash(files)}"
     traits = tuple(trait for trait in TRAITS if getattr(component, trait.replace("-", "_"), False))
-    stage, control = getattr(component, "stage", ""), bool(getattr(component, "surrogate", False))
+    stage, control = getattr(component, "stage", ""), rules_of(component).control
 
     def is_path(value: str) -> bool:
         return hashed or value in read

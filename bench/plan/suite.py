@@ -2,7 +2,6 @@
 
 import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from bench.errors import ConfigError
+from bench.errors import ConfigError, did_you_mean
 from bench.numerics import Numerics
 from bench.ranges import Count, Whole
 from bench.spec import LONGEST, parse_chain
@@ -125,8 +124,7 @@ def _read(name: str) -> dict[str, Any]:
     elif Path(name).is_file():
         content = Path(name).read_bytes()
     else:
-        near = get_close_matches(name, ours, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"suites: {', '.join(ours)}"
+        hint = did_you_mean(name, ours, otherwise=f"suites: {', '.join(ours)}")
         raise ConfigError(f"no suite or file is named {name!r}; {hint}")
     try:
         return tomllib.loads(content.decode())
@@ -146,8 +144,7 @@ def _first(error: pydantic.ValidationError) -> str:
     where = ", ".join(place)
     if problem["type"] == "extra_forbidden":
         known = [*Grid.model_fields, *(key for key in Suite.model_fields if len(place) == 1)]
-        near = get_close_matches(place[-1], known, n=1)
-        return f"{where}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        return f"{where}: unknown key; {did_you_mean(place[-1], known)}"
     if problem["type"] == "missing":
         return f"{where} is missing; name a suite that has it, or add it as --{place[-1]}"
     cause = problem.get("ctx", {}).get("error")  # of our own checks, which say what came

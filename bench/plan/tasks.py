@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 
@@ -19,14 +19,33 @@ from bench.plan.cell import Cell, Component
 from bench.plan.identity import pin
 from bench.plan.suite import Grid, Suite
 from bench.protection import declared_threat
-from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
+from bench.protocols import (
+    Architecture,
+    Attack,
+    DataDefense,
+    DatasetSource,
+    Defense,
+    Learner,
+    OutputDefense,
+    TrainingDefense,
+)
 from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng, global_generators
 from bench.spec import parse_chain
 from bench.system.process_state import undisturbed
-from bench.threat import Norm, Threat
+from bench.threat import Threat
 
-STAGES = ("data", "training", "output")
+
+@dataclass(frozen=True)
+class Chain:
+    """The defense at each stage that has one."""
+
+    data: DataDefense | None = None
+    training: TrainingDefense | None = None
+    output: OutputDefense | None = None
+
+
+STAGES = tuple(field.name for field in fields(Chain))  # in the order in which they act
 
 
 @dataclass(frozen=True)
@@ -36,7 +55,7 @@ class Task:
     cell: Cell
     data: Dataset
     architecture: Architecture
-    chain: dict[str, Any]  # the defense at each stage that has one, in the order of cell.defense
+    chain: Chain
     attack: Attack | Learner
     model_dir: Path | None
 
@@ -131,12 +150,14 @@ def _task(
         raise ConfigError(f"n is {grid.n}, but {grid.dataset} has {len(data.test)} test images; lower n")
     architecture = resolve(model)
     specs = parse_chain(defense)
-    chain = _chain([(str(spec), defenses.create(spec)) for spec in specs])
+    named = _by_stage([(str(spec), defenses.create(spec)) for spec in specs])
+    chain = Chain(**{stage: component for stage, (_, component) in named.items()})  # type: ignore[arg-type]
     attack = attacks.create(attack_text)
     learns = attack.access == "training-data"
-    _check_training(learns, chain, architecture, model, grid.dataset, data)
-    released = declared_threat(chain["data"][1]) if "data" in chain else Threat("linf", 0.0, "training-data")
-    threat = released if learns else _served_threat(grid, attack)
+    texts = {stage: text for stage, (text, _) in named.items()}
+    _check_training(learns, texts, architecture, model, grid.dataset, data)
+    released = declared_threat(chain.data) if chain.data else Threat("linf", 0.0, "training-data")
+    threat = released if learns else _served_threat(grid, cast(Attack, attack))
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
     if hasattr(attack, "check"):
@@ -146,7 +167,7 @@ def _task(
     cell = Cell(
         dataset=data_component,
         model=pin(model, architecture, hashed=True),
-        defense=tuple(pin(*named) for named in chain.values()),
+        defense=tuple(pin(*part) for part in named.values()),
         attack=pin(attack_text, attack),
         threat=threat,
         ids=ids,
@@ -157,11 +178,10 @@ def _task(
         weights_hash=loader.weights_hash(model, architecture, grid.dataset, data),
         limited=n < grid.n,
     )
-    components = {stage: component for stage, (_, component) in chain.items()}
-    return Task(cell, data, architecture, components, attack, loader.model_dir)
+    return Task(cell, data, architecture, chain, attack, loader.model_dir)
 
 
-def _chain(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense]]:
+def _by_stage(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense]]:
     """Defenses by stage, in the order in which they act."""
     by_stage: dict[str, tuple[str, Defense]] = {}
     for text, component in named:
@@ -175,13 +195,13 @@ def _chain(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense
 
 
 def _check_training(
-    learns: bool, chain: dict[str, Any], architecture: Architecture, model: str, dataset: str, data: Dataset
+    learns: bool, texts: dict[str, str], architecture: Architecture, model: str, dataset: str, data: Dataset
 ) -> None:
-    """Whether what this cell trains, if anything, can be trained."""
-    late = [chain[stage][0] for stage in ("training", "output") if stage in chain]
+    """Whether what this cell trains, if anything, can be trained; ``texts`` names its defenses by stage."""
+    late = [texts[stage] for stage in ("training", "output") if stage in texts]
     if learns and late:
         raise ConfigError(f"a learner trains a network of its own, so {late[0]} has no say; use data defenses or none")
-    early = [chain[stage][0] for stage in ("data", "training") if stage in chain]
+    early = [texts[stage] for stage in ("data", "training") if stage in texts]
     if architecture.trained and (learns or early):
         raise ConfigError(
             f"{'the learner' if learns else early[0]} needs a network to train, but {model} comes with its weights; "
@@ -212,10 +232,8 @@ def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:
     return data
 
 
-def _served_threat(grid: Grid, attack: Attack | Learner) -> Threat:
-    norms: frozenset[Norm] = getattr(attack, "norms", frozenset())
-    if not norms:
-        raise ConfigError('this attack does not declare its norms; add norms = frozenset({"linf"}) to it')
-    if grid.norm not in norms:
-        raise ConfigError(f"this attack works in {', '.join(sorted(norms))}, not in {grid.norm}; change norm or attack")
+def _served_threat(grid: Grid, attack: Attack) -> Threat:
+    if grid.norm not in attack.norms:
+        known = ", ".join(sorted(attack.norms))
+        raise ConfigError(f"this attack works in {known}, not in {grid.norm}; change norm or attack")
     return Threat(grid.norm, grid.eps, attack.access, grid.queries)

@@ -25,7 +25,7 @@ from bench.errors import ConfigError, DataError, RefereeError, StoreError
 from bench.measure.perturbation import in_words, perturbation
 from bench.plan.identity import pin
 from bench.protection import check_release, declared_threat
-from bench.protocols import Defense, Job
+from bench.protocols import DataDefense, Job
 from bench.registry import code_hash, defenses
 from bench.release.contact_sheet import contact_sheet
 from bench.release.layouts import Bar, Source, digest_files, pixels, read_source
@@ -151,7 +151,7 @@ def report(done: Protected, out: Path) -> list[str]:
     return [*lines, f"{out} holds them, {MANIFEST} with every figure and hash, and {SHEET} to look at"]
 
 
-def _data_defense(text: str) -> tuple[Spec, Defense]:
+def _data_defense(text: str) -> tuple[Spec, DataDefense]:
     """The one defense that ``text`` names, which must act on data, and its name with every parameter."""
     specs = parse_chain(text)
     known = ", ".join(name for name in defenses.names() if getattr(defenses.factory(name), "stage", None) == "data")
@@ -162,12 +162,11 @@ def _data_defense(text: str) -> tuple[Spec, Defense]:
         raise ConfigError(
             f"{specs[0].name} acts at the {component.stage} stage, on models; images take a data-stage defense: {known}"
         )
-    declared_threat(component)
     values = asdict(component) if is_dataclass(component) else specs[0].args
     return Spec(specs[0].name, values), component
 
 
-def _described(spec: Spec, component: Defense) -> dict[str, Any]:
+def _described(spec: Spec, component: DataDefense) -> dict[str, Any]:
     """What the manifest says of the defense, every parameter and not only those that were given."""
     described = {
         "spec": str(spec),
@@ -257,7 +256,7 @@ def _framed(frame: Mapping[str, Any], when: str = "") -> str:
     return f"{frame['size']}x{frame['size']} pixels{when}, {how}{enlarged}"
 
 
-def _released(component: Defense, data: Dataset, job: Job, name: str) -> Tensor:
+def _released(component: DataDefense, data: Dataset, job: Job, name: str) -> Tensor:
     """The images (N, C, H, W) uint8 as the defense releases them."""
     released = component(data.lent(), job)
     try:

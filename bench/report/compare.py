@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal, NamedTuple
 
-from bench.errors import ConfigError
+from bench.errors import ConfigError, did_you_mean
 from bench.plan.identity import placeless
 from bench.report.marks import MARKS, marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
@@ -129,9 +128,8 @@ def _present(name: str, rows: Iterable[Row]) -> str:
     for way in ways:
         if way in present:
             return way
-    near = get_close_matches(written, sorted(present), n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"no rows of defense {name!r}; {hint}present: {_listed(present)}")
+    hint = did_you_mean(written, sorted(present), otherwise="")
+    raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {_listed(present)}")
 
 
 class _Sides(NamedTuple):

@@ -3,14 +3,13 @@
 import math
 import tomllib
 from collections.abc import Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from bench.errors import ConfigError
+from bench.errors import ConfigError, did_you_mean
 from bench.spec import Spec, parse_chain
 from bench.threat import Norm, parse_eps
 
@@ -230,8 +229,7 @@ def _problem(error: pydantic.ValidationError, known: list[str]) -> str:
     problem = min(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")  # a typing error explains
     place = " ".join(str(part + 1 if isinstance(part, int) else part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        near = get_close_matches(str(problem["loc"][-1]), known, n=1)
-        return f"{place}: unknown key; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        return f"{place}: unknown key; {did_you_mean(str(problem['loc'][-1]), known)}"
     if problem["type"] == "missing":
         return f"{place} is missing; add it to the row, the column, the table or the file"
     cause = problem.get("ctx", {}).get("error")  # of our own checks, which say what came

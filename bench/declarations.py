@@ -1,0 +1,129 @@
+"""What components declare of themselves, and what is wrong with one that does not.
+
+A declaration is a class attribute or, where it depends on the parameters, a property. Whoever reads one later can count
+on it: all of them are looked at when a component is registered, and once more when it has been made.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple, get_args
+
+from bench.errors import nearest
+from bench.oracle.rules import Rules
+from bench.protocols import Stage
+from bench.threat import Access, Norm
+
+
+class Declaration(NamedTuple):
+    """What stands after ``name =`` in a class: an example, to be shown, and whether a value fits."""
+
+    example: str
+    fits: Callable[[Any], bool]
+    required: bool = False
+
+
+Declarations = Mapping[str, Declaration]
+RULES = tuple(rule.name for rule in dataclasses.fields(Rules))
+
+
+def one_of(kind: Any, **given: Any) -> Declaration:
+    """One of the strings of the literal type ``kind``."""
+    values = get_args(kind)
+    return Declaration(" or ".join(f'"{value}"' for value in values), lambda value: value in values, **given)
+
+
+def _yes_or_no(**given: Any) -> Declaration:
+    return Declaration("True or False", lambda value: isinstance(value, bool), **given)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_norms(value: object) -> bool:
+    return isinstance(value, frozenset | set | tuple) and bool(value) and set(value) <= set(get_args(Norm))
+
+
+def _is_radius(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+
+
+ANY: Declarations = {
+    "version": Declaration("1", _whole),
+    "paper": Declaration('"Who, when, where"', lambda value: isinstance(value, str)),
+}
+LEARNER: Declarations = {"access": one_of(Access, required=True), **ANY}
+ATTACK: Declarations = {
+    **LEARNER,
+    "norms": Declaration('frozenset({"linf"}), or what it works in', _are_norms, required=True),
+    "rules": Declaration("Rules(minimal=True), or another of bench.oracle.Rules",
+                         lambda value: isinstance(value, Rules)),
+    "batch_dependent": _yes_or_no(),
+    "rescaled": _yes_or_no(),
+    "most_queries": Declaration("1000, or as many as it asks at most", _whole),
+    "check": Declaration("a method check(classes, shape)", callable),
+}  # fmt: skip
+TRAINING_DEFENSE: Declarations = {"stage": one_of(Stage, required=True), **ANY}
+OUTPUT_DEFENSE: Declarations = {
+    **TRAINING_DEFENSE,
+    "random": Declaration("False, or True where it is called with random numbers", _yes_or_no().fits, required=True),
+    "batch_dependent": _yes_or_no(),
+    "stateful": _yes_or_no(),
+    "needs_batch_norm": _yes_or_no(),
+}
+DATA_DEFENSE: Declarations = {
+    **TRAINING_DEFENSE,
+    "norm": one_of(Norm, required=True),
+    "eps": Declaration("8 / 255, or the radius that it keeps to", _is_radius, required=True),
+    "needs_classes": _yes_or_no(),
+}
+DEFENSES: Mapping[object, Declarations] = {
+    "output": OUTPUT_DEFENSE, "training": TRAINING_DEFENSE, "data": DATA_DEFENSE,
+}  # fmt: skip
+
+
+def of_attack(component: object) -> Declarations:
+    """What ``component``, an attack or its class, declares; a learner has the access ``training-data``."""
+    return LEARNER if getattr(component, "access", None) == "training-data" else ATTACK
+
+
+def of_defense(component: object) -> Declarations:
+    """What ``component``, a defense or its class, declares at its stage."""
+    return DEFENSES.get(getattr(component, "stage", None), TRAINING_DEFENSE)
+
+
+def fault(component: object, declarations: Declarations) -> str:
+    """What is wrong with the declarations of ``component`` or, as far as it tells, of a class; empty if nothing."""
+    owner = component if isinstance(component, type) else type(component)
+    parameters = {field.name for field in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else set()
+    said = {name: value for kind in reversed(owner.__mro__[:-1]) for name, value in vars(kind).items()
+            if name not in parameters}  # fmt: skip
+    untold = parameters if component is owner else set()  # what only a component that has been made can tell
+    return next(chain(_strange(said, declarations), _unfit(component, untold, declarations)), "")
+
+
+def _strange(said: Mapping[str, object], declarations: Declarations) -> Iterator[str]:
+    """Complaints about what a class says beside its declarations, and means to be one."""
+    for name, value in said.items():
+        if name.startswith("_") or name in declarations:
+            continue
+        if "rules" in declarations and name in RULES:
+            yield f"declares {name} by itself; write rules = Rules({name}=True), with Rules from bench.oracle"
+        missing = [] if callable(value) else [other for other in declarations if other not in said]
+        if meant := "rules" if isinstance(value, Rules) else nearest(name, missing, cutoff=0.8):
+            yield f"declares {name}; did you mean {meant!r}?"
+
+
+def _unfit(component: object, untold: Collection[str], declarations: Declarations) -> Iterator[str]:
+    """Complaints about declarations that are missing or hold what cannot be."""
+    for name, declaration in declarations.items():
+        value = getattr(component, name, None)
+        if name in untold or isinstance(value, property):
+            continue
+        if not hasattr(component, name):
+            if declaration.required:
+                yield f"does not declare {name}; add {name} = {declaration.example}"
+        elif not declaration.fits(value):
+            yield f"declares {name} = {value!r}; write {name} = {declaration.example}"
