@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.losses import LOSSES, check_classes
 from bench.norms import TINY, lp_norm, per_sample, project, steepest
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.ranges import Count
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -59,9 +59,9 @@ class APGD:
         check_classes(self.loss, classes)
 
     @property
-    def averages(self) -> bool:
-        """Whether the queries of a call are draws of one image."""
-        return self.eot > 1
+    def rules(self) -> Rules:
+        """With ``eot``, the queries of a call are draws of one image."""
+        return Rules(averages=self.eot > 1)
 
     @property
     def most_queries(self) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from attacks.apgd import Loss, Search, start
 from bench.losses import check_classes, log_likelihood, targeted_dlr
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.ranges import Count
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -47,9 +47,9 @@ class TargetedAPGD:
         check_classes(self.loss, classes, fewest=4)
 
     @property
-    def averages(self) -> bool:
-        """Whether the queries of a call are draws of one image."""
-        return self.eot > 1
+    def rules(self) -> Rules:
+        """With ``eot``, the queries of a call are draws of one image."""
+        return Rules(averages=self.eot > 1)
 
     @property
     def most_queries(self) -> int:

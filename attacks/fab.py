@@ -10,7 +10,7 @@ from attacks.apgd_t import rivals
 from attacks.hyperplane import to_hyperplane
 from bench.errors import ConfigError
 from bench.norms import TINY, lp_norm, per_sample, project
-from bench.oracle import Oracle
+from bench.oracle import Oracle, Rules
 from bench.ranges import Count, Positive, Share
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -50,7 +50,7 @@ class FAB:
 
     access: ClassVar[Access] = "gradients"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
-    minimal: ClassVar[bool] = True
+    rules: ClassVar[Rules] = Rules(minimal=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:1907.02044"
 

@@ -6,7 +6,7 @@ import torch
 from bench.norms import lp_norm
 from bench.oracle import NEVER
 from bench.registry import attacks
-from tests.problems import Linear, attack_with, images, referee
+from tests.problems import Linear, asks_for, attack_with, images, referee
 
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 ATTACKS = [
@@ -57,8 +57,7 @@ def test_the_boundary_is_reached_and_never_beaten(name, norm, factor):
     model, x, y = problem()
     attack = attacks.create(name)
     eps = distance(model, x, y, norm) * factor * (weakness(name, norm) if factor > 1 else 1)
-    rules = {rule: getattr(attack, rule, False) for rule in ("minimal", "lookahead", "averages")}
-    oracle = referee(model, x, y, norm=norm, eps=eps, access="gradients", budget=20_000, **rules)
+    oracle = referee(model, x, y, norm=norm, eps=eps, budget=20_000, **asks_for(attack, model))
     final = attack_with(attack, oracle, x, y)
     assert (oracle.ledger.first_hit != NEVER).item() == (factor > 1)
     assert lp_norm(final - x, norm).item() <= eps + 1e-9
