@@ -2,7 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test fuzz tables
+.PHONY: install demo test fuzz tables docs
 
 install: $(VENV)/installed
 
@@ -32,3 +32,14 @@ tables: install
 		sed -i.old '/<!-- tables -->/q' $$board/README.md && rm $$board/README.md.old; \
 		$(BIN)/bench leaderboard $$board >> $$board/README.md; \
 	done
+
+# The documentation as a site, in an environment of its own; a dead link or anchor fails.
+DOCS_VENV ?= .venv-docs
+docs: $(DOCS_VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+
+$(DOCS_VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(DOCS_VENV)
+	$(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'], sep='\n')" \
+		| $(DOCS_VENV)/bin/pip install --quiet --disable-pip-version-check --requirement /dev/stdin
+	@touch $@

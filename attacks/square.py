@@ -20,8 +20,8 @@ from bench.threat import Access, Norm, Threat
 # Iterations, of a run of 10,000, after which the share of changed pixels halves.
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 
-# What each public code does, where it changes a figure; methods.md 0.4 has the table. Windows are drawn for each sample
-# by itself in all of them: sharing them, as two of the three do, only correlates the samples.
+# What each public code does, where it changes a figure. Windows are drawn for each sample by itself in all of them:
+# sharing them, as two of the three do, only correlates the samples.
 PRESETS: dict[str | None, dict[str, Any]] = {
     None: {},
     "eccv2020": {"rescale": True, "edges": "reference", "accept": "loss"},

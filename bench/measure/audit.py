@@ -1,7 +1,8 @@
 """Red flags that show when a served model is probed, before any attack: what is random, coupled, coarse or reversed.
 
-A flag is no verdict: it says which attacks a figure needs before it can be trusted. Zero and masked gradients (RF-09,
-RF-11 to RF-16) matter where attacks see gradients and are not looked at here.
+A flag is no verdict: it says which attacks a figure needs before it can be trusted. docs/red-flags.md has the rule and
+the source of each by its RF number. Zero and masked gradients (RF-09, RF-11 to RF-16) matter where attacks see
+gradients and are not looked at here.
 
 Probes meet copies of the model as it was deployed, so an audit leaves no trace in a stateful one; they use known
 streams and seed every generator, so that noise is not taken for state or for coupling between rows. Audit the plain
@@ -98,7 +99,7 @@ def audit(
 
 
 def _unseen(failed: Mapping[str, BaseException], n: int) -> Finding:
-    """What could not be looked at, and why: what it would have shown is not known."""
+    """What could not be looked at (RF-43), and why: what it would have shown is not known."""
     reasons = "; ".join(
         f"{name} ({type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:100]})"
         for name, error in failed.items()
@@ -211,7 +212,7 @@ class _Probe:
 
 
 def randomness(probe: _Probe) -> list[Finding]:
-    """Whether the same query gets different answers (RF-01), and whether that alone fools images (RF-31)."""
+    """Whether the same query gets different answers (RF-01, RF-39), and whether that alone fools images (RF-31)."""
     gap = float(torch.stack([difference(probe.draws[0], other) for other in probe.draws[1:]]).amax())
     flips = float((probe.votes != probe.votes[0]).any(dim=0).float().mean())
     right = probe.prediction == probe.y
@@ -271,9 +272,9 @@ def state(probe: _Probe) -> Finding:
 
 
 def outputs(probe: _Probe) -> list[Finding]:
-    """What the scores are: NaN (RF-10), probabilities, ties, few values (RF-04), or too large for float32's softmax.
+    """What the scores are: NaN (RF-10), probabilities, ties, few values (RF-04), or too large to tell apart (RF-40).
 
-    A confidence that rounds to 1 hides the margin from a loss on probabilities; the twin's own share is subtracted.
+    A confidence that float32 rounds to 1 hides the margin from a loss on probabilities; the twin's share is subtracted.
     """
     invalid = float((~probe.draws.isfinite().all(dim=2)).any(dim=0).float().mean())
     scores, plain = probe.base[probe.finite].double(), probe.plain[probe.finite].double()
@@ -343,7 +344,7 @@ def input_precision(probe: _Probe) -> list[Finding]:
 
 
 def written_inputs(probe: _Probe) -> Finding:
-    """Whether a forward writes into the images it is given.
+    """Whether a forward writes into the images it is given (RF-41).
 
     Served models are lent copies, so no figure depends on it; with any other user of the model it might.
     """
@@ -440,7 +441,7 @@ def trend(probe: _Probe) -> Finding:
 
 
 def changed_predictions(probe: _Probe) -> Finding:
-    """Whether clean images get another class than from the twin, by a majority of draws."""
+    """Whether clean images get another class than from the twin, by a majority of draws (RF-42)."""
     rows = probe.finite
     differs = (probe.prediction != probe.plain.argmax(dim=1))[rows]
     share = float(differs.float().mean()) if len(differs) else 0.0

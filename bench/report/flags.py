@@ -3,8 +3,8 @@
 Two kinds come together here. What probing the served model has shown is stored with its rows; what follows from
 comparing rows, one attack with another, a defense with the undefended model, is computed from their records. Such a
 comparison is made within one seed, on the samples that all of its rows have met. It fires on the stated effect where
-that is also significant: exact, paired where both sides are the same samples, p below 1 %. The numbers are those of the
-checklist. Where several rows fire a flag, the widest effect is the evidence.
+that is also significant: exact, paired where both sides are the same samples, p below 1 %. RF numbers are those of
+docs/red-flags.md. Where several rows fire a flag, the widest effect is the evidence.
 """
 
 import json
@@ -26,9 +26,24 @@ from bench.results.store import Row
 from bench.system.files import keep_file
 
 SIGNIFICANT = 0.01
+THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md says of what, and why
+    "invalid-answers": 0.0,
+    "constraint-violation": 1e-5,
+    "hits-do-not-hold": 0.02,
+    "search-is-blind": 0.01,
+    "labels-beat-scores": 0.01,
+    "transfer-beats-queries": 0.01,
+    "noise-beats-attacks": 0.002,
+    "survives-any-radius": 0.01,
+    "explained-by-chance": 0.1,
+    "budget-does-not-help": 0.25,
+    "other-tactic-wins": 0.02,
+    "confuses-queries": 0.1,
+    "radius-does-not-help": 0.01,
+}
 HALF_THE_RANGE = 0.5  # an linf radius at which nothing can be robust
-KAPPA, LEAST = 0.1, 20  # how far above chance a model is expected to be, and images below which chance may explain much
-GAIN, IDLE = 0.1, 0.02  # what a defense must gain against scores, and may not gain elsewhere, to have confused queries
+LEAST = 20  # images below which chance may explain much
+IDLE = 0.02  # what a defense may not gain beside scores, to have confused queries
 
 
 @dataclass(frozen=True)
@@ -112,7 +127,7 @@ def _alone(rows: Sequence[Row]) -> list[Sign]:
 
 
 def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:
-    """Clean predictions that agree with the truth hardly more than if neither knew of the other.
+    """RF-44: clean predictions that agree with the truth hardly more than if neither knew of the other.
 
     A model whose images are normalised twice, or not at all, looks like that, and nothing can be said of its
     robustness. Measured by Cohen's kappa, which is 0 for chance and for a constant answer, and 1 for the truth.
@@ -125,7 +140,7 @@ def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:
     shares = [np.array([(labels == each).mean() for each in classes]) for labels in (predicted, true)]
     chance, right = float(shares[0] @ shares[1]), int((predicted == true).sum())
     above = stats.binomtest(right, len(true), min(chance, 1.0), alternative="greater").pvalue < SIGNIFICANT
-    if above and right / len(true) - chance > KAPPA * (1 - chance):
+    if above and right / len(true) - chance > THRESHOLDS["explained-by-chance"] * (1 - chance):
         return None
     return Sign(
         "explained-by-chance",
@@ -145,7 +160,7 @@ def _constraint_violation(rows: Sequence[Row]) -> Sign | None:
     """RF-30: final examples outside the ball or the box, by more than float32 rounding."""
     names = ("ball_violation", "box_violation")
     worst = max(float(column(row, name).max(initial=0)) for row in rows for name in names)
-    if worst <= 1e-5:
+    if worst <= THRESHOLDS["constraint-violation"]:
         return None
     return Sign("constraint-violation", f"a final example left the ball or the box by {worst:.2g}")
 
@@ -155,7 +170,7 @@ def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
     found = []
     for row in rows:
         both = _Comparison(robust(row, query_budget(row)).right, final(row).right)
-        if both.exceeds(0.02):
+        if both.exceeds(THRESHOLDS["hits-do-not-hold"]):
             evidence = (
                 f"{row.cell.attack.spec}: {_percent(both.left)} by first hit, {_percent(both.beside)} when the same "
                 f"examples are judged afresh (n={both.n})"
@@ -165,7 +180,7 @@ def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
 
 
 def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
-    """The final examples take over 1 point more than the queries did: the search was answered by other numbers.
+    """RF-45: the final examples take over 1 point more than the queries did: the search was answered by other numbers.
 
     A defense that acts in the numbers of the search alone shows so. Minimum-norm attacks return, projected into the
     ball, what they have not asked about, and say nothing here.
@@ -173,7 +188,8 @@ def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
     found = []
     for row in rows:
         both = _Comparison(final(row).right, robust(row, query_budget(row)).right)
-        if both.exceeds(0.01) and not np.isfinite(column(row, "best_distance")).any():
+        asked = not np.isfinite(column(row, "best_distance")).any()
+        if both.exceeds(THRESHOLDS["search-is-blind"]) and asked:
             evidence = (
                 f"{row.cell.attack.spec}: {_percent(both.beside)} by first hit, but {_percent(both.left)} when the "
                 f"final examples are judged afresh (n={both.n})"
@@ -206,7 +222,7 @@ def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
         return None
     both = _compare(noise, others, max(query_budget(row) for row in others))
     missed = int((both.beside & ~both.left).sum())
-    if missed <= 0.002 * both.n:
+    if missed <= THRESHOLDS["noise-beats-attacks"] * both.n:
         return None
     return Sign("noise-beats-attacks", f"random noise fooled {missed} of {both.n} samples that no attack did")
 
@@ -217,7 +233,8 @@ def _survives_any_radius(rows: Sequence[Row]) -> Sign | None:
     if threat.norm != "linf" or threat.eps < HALF_THE_RANGE or not attacked:
         return None
     left = _standing(attacked, max(query_budget(row) for row in attacked)).to_numpy()
-    if not len(left) or stats.binomtest(int(left.sum()), len(left), 0.01, alternative="greater").pvalue >= SIGNIFICANT:
+    most = THRESHOLDS["survives-any-radius"]
+    if not len(left) or stats.binomtest(int(left.sum()), len(left), most, alternative="greater").pvalue >= SIGNIFICANT:
         return None
     names = ", ".join(row.cell.attack.spec for row in attacked)
     return Sign("survives-any-radius", f"{names} at {threat}: {_percent(left)} stand (n={len(left)})")
@@ -245,7 +262,7 @@ def _budget_does_not_help(pairs: Pairs) -> Sign | None:
         if not _sees(row, "scores") or late < 10:
             continue
         (stood, fell), (twin_stood, twin_fell) = _late(row, twin, late, full), _late(twin, row, late, full)
-        if 4 * fell * twin_stood > twin_fell * stood:
+        if fell * twin_stood > THRESHOLDS["budget-does-not-help"] * twin_fell * stood:
             continue
         table = np.array([[fell, stood - fell], [twin_fell, twin_stood - twin_fell]])
         if stats.fisher_exact(table, alternative="less").pvalue < SIGNIFICANT:
@@ -270,7 +287,7 @@ def _other_tactic_wins(pairs: Pairs) -> Sign | None:
                 continue
             queries = min(_common_budget(row, twin), _common_budget(plain, plain_twin))
             here, undefended = _compare([row], [plain], queries), _widest_gap(twin, plain_twin, queries)
-            if here.exceeds(0.02) and undefended <= here.gap / 2:
+            if here.exceeds(THRESHOLDS["other-tactic-wins"]) and undefended <= here.gap / 2:
                 evidence = (
                     f"{row.cell.attack.spec} leaves {_percent(here.left)}, {plain.cell.attack.spec} "
                     f"{_percent(here.beside)} at {queries:,} queries (n={here.n}, p={here.p:.1g}); without the defense "
@@ -286,7 +303,7 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
     These must take over 10 points from the undefended model, so that there was something to gain. The test is whether
     single samples gain more against scores, by their signs.
     """
-    found = []
+    found, least = [], THRESHOLDS["confuses-queries"]
     for pair in pairs:
         for other in pairs:
             if not _sees(pair[0], "scores") or not _sees(other[0], "labels") or _is(other[0], "noise"):
@@ -296,7 +313,8 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
                 continue
             gain, idle = gains.sum(axis=0) / len(gains)
             more = gains[:, 0] - gains[:, 1]
-            if gain > GAIN and idle < IDLE and _taken(other[1]) > GAIN and mcnemar(more > 0, more < 0) < SIGNIFICANT:
+            clear = gain > least and idle < IDLE and _taken(other[1]) > least
+            if clear and mcnemar(more > 0, more < 0) < SIGNIFICANT:
                 shown = [f"{100 * gain:+.1f} against {pair[0].cell.attack.spec}"]
                 shown += [f"{100 * idle:+.1f} against {other[0].cell.attack.spec}"]
                 evidence = f"points over the undefended model: {', '.join(shown)} (n={len(gains)})"
@@ -312,7 +330,7 @@ def _at_radii(rows: Sequence[Row], elsewhere: Sequence[Row]) -> list[Sign]:
             if _but_radius(row) != _but_radius(smaller) or smaller.cell.threat.eps >= row.cell.threat.eps:
                 continue
             both = _compare([smaller], [row], _common_budget(row, smaller))
-            if both.exceeds(0.01):
+            if both.exceeds(THRESHOLDS["radius-does-not-help"]):
                 evidence = (
                     f"{row.cell.attack.spec} leaves {_percent(both.beside)} at {row.cell.threat}, "
                     f"{_percent(both.left)} at {smaller.cell.threat} (n={both.n}, p={both.p:.1g})"
@@ -373,7 +391,7 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
     for row in ours:
         queries = most if is_control(row) else min(most, query_budget(row))
         both = _compare([row], theirs, queries)
-        if both.exceeds(0.01):
+        if both.exceeds(THRESHOLDS[flag]):
             evidence = (
                 f"{row.cell.attack.spec} leaves {_percent(both.left)}, {name} {_percent(both.beside)} at {queries:,} "
                 f"queries (n={both.n}, p={both.p:.1g})"
