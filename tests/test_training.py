@@ -10,7 +10,7 @@ from attacks.learners.standard import Standard
 from bench.data.digits import Digits
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
-from bench.measure.evaluate import learn_released
+from bench.measure.learned import learn_released
 from bench.norms import lp_norm
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, expand

@@ -12,7 +12,10 @@ import pandas as pd
 import torch
 
 from bench.errors import StoreError
-from bench.measure.evaluate import Inspector, Measured, attack_served, learn_released
+from bench.measure.attacked import attack_served
+from bench.measure.inspection import Inspector
+from bench.measure.learned import learn_released
+from bench.measure.measured import Measured
 from bench.measure.pipeline import Pipeline
 from bench.measure.witness import Witness
 from bench.oracle.served import Target

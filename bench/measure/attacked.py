@@ -1,0 +1,93 @@
+"""An attack against a served model, on some samples of a cell, and what came of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import cast
+
+import pandas as pd
+import torch
+
+from bench.errors import RefereeError
+from bench.measure.judgement import judge
+from bench.measure.measured import records_of
+from bench.models.lent import own
+from bench.norms import lp_norm
+from bench.oracle import Referee
+from bench.oracle.rules import rules_of
+from bench.oracle.served import Target
+from bench.plan.tasks import Task
+from bench.protocols import Attack
+from bench.rng import SampleRng
+
+
+def attack_served(
+    task: Task,
+    target: Target,
+    ids: list[int],
+    device: torch.device,
+    on_spent: Callable[[int], None] = lambda queries: None,
+) -> pd.DataFrame:
+    """Attack the samples ``ids`` and measure what came of it.
+
+    The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
+    and what the defense changes is measured against the undefended network, which attacks with a surrogate are given.
+    Samples that are misclassified when clean fell at query 0 and are not attacked.
+
+    Returns:
+        One record for each sample, columns as in :func:`bench.measure.measured.records_of`.
+
+    Raises:
+        RefereeError: the attack broke a rule.
+    """
+    attack = cast(Attack, task.attack)
+    cell = task.cell
+    rows = torch.tensor(ids)
+    labels = task.data.test.labels
+    x, y = task.data.test.pixels(rows).to(device), labels[rows].to(device)
+    keys = rows.to(device)
+    noise = SampleRng.create(cell.seed, keys, "defense")
+
+    clean = judge(target.plain, x, y, noise.fork("clean"))
+    undefended = judge(target.undefended, x, y, noise)
+    todo = clean.correct.nonzero().squeeze(1)
+    saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
+    rules, surrogate = rules_of(attack), None
+    if rules.surrogate:
+        surrogate = replace(target.undefended, module=own(target.undefended.module, task.build))
+    referee = Referee(
+        target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
+        classes=len(task.data.classes), surrogate=surrogate, attack=cell.attack.spec,
+        on_spent=lambda spent: on_spent(saved + spent),
+    )  # fmt: skip
+    before = x[todo].clone()
+    stream = SampleRng.create(cell.seed, keys[todo], f"attack {cell.attack.name}")
+    x_adv = attack(referee.oracle, before, y[todo], cell.threat, stream) if len(todo) else before
+    final = x.clone()
+    final[todo] = referee.finish(x_adv)
+    if not (torch.equal(x, task.data.test.pixels(rows).to(device)) and torch.equal(y, labels[rows].to(device))):
+        raise RefereeError(f"{cell} has changed the clean images or the labels that it is measured by")
+    after = judge(target.plain, final, y, noise.fork("final"))
+
+    ledger = referee.ledger
+    nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)
+    distance = torch.zeros_like(clean.margin).index_copy(0, todo, nearest)
+    table = {
+        "first_hit": torch.zeros_like(y).index_copy(0, todo, ledger.first_hit),
+        "forwards": torch.zeros_like(y).index_copy(0, todo, ledger.forwards),
+        "backwards": torch.zeros_like(y).index_copy(0, todo, ledger.backwards),
+        "best_margin": clean.margin.index_copy(0, todo, torch.minimum(ledger.best_margin, clean.margin[todo])),
+        "invalid": torch.zeros_like(clean.correct).index_copy(0, todo, ledger.invalid),
+        **clean.columns("clean"),
+        **after.columns("final"),
+        "twin_pred": undefended.prediction,
+        "logit_change": (clean.logits - undefended.logits).norm(dim=1),
+        "probability_change": (clean.probabilities - undefended.probabilities).abs().sum(dim=1) / 2,
+        "norm_linf": lp_norm(final - x, "linf"),
+        "norm_l2": lp_norm(final - x, "l2"),
+        "rmse": lp_norm(final - x, "l2") / math.sqrt(x[0].numel()),
+        "ball_violation": (lp_norm(final - x, cell.threat.norm) - cell.threat.eps).clamp(min=0),
+        "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
+        "best_distance": distance if rules.minimal else torch.full_like(distance, torch.nan),
+    }
+    return records_of(task.data.test, rows, table, task)

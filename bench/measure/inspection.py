@@ -1,0 +1,66 @@
+"""What belongs to a served model whatever attacks it: what a query costs, and what probing it shows."""
+
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.measure.audit import audit, confirm
+from bench.oracle.served import ServedModel, Target
+from bench.plan.tasks import Task
+from bench.rng import SampleRng
+
+INSPECTED = 256  # images that a served model is probed with
+ROUNDS = 6  # of timing, the first to warm up
+
+
+class Inspector:
+    """Measures what belongs to a served model whatever attacks it: the ``cost`` of a query, and what probing it shows.
+
+    It looks at each model under each threat once, however many attacks meet it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: dict[Any, tuple[dict[str, float], list[dict[str, Any]]]] = {}
+
+    def __call__(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Figures, and findings of :mod:`bench.measure.audit` as plain values."""
+        cell = task.cell
+        parts = tuple((part.spec, part.version) for part in (cell.model, *cell.defense))
+        model = cell.data_hash, parts, cell.weights_hash, cell.numerics, cell.seed
+        key = *model, cell.threat.norm, cell.threat.eps, cell.ids[:INSPECTED]
+        if key not in self._seen:
+            self._seen[key] = self._inspect(task, target)
+        return self._seen[key]
+
+    def _inspect(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        cell, rows = task.cell, torch.tensor(task.cell.ids[:INSPECTED])
+        x, y = task.data.test.pixels(rows).to(self._device), task.data.test.labels[rows].to(self._device)
+        declared = {trait for component in cell.defense for trait in component.traits}
+        findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
+        findings += confirm(findings, declared)
+        figures = {}
+        with suppress(Exception):  # the model's own code fails; the audit says of what
+            figures["cost"] = _cost(target, x, SampleRng.create(cell.seed, rows.to(self._device), "cost"))
+        return figures, [asdict(finding) for finding in findings]
+
+
+@torch.no_grad()
+def _cost(target: Target, x: Tensor, rng: SampleRng) -> float:
+    """The time of a query over that of the same query without the defense, medians of a few forwards of ``x``."""
+
+    def seconds(model: ServedModel) -> float:
+        started = time.perf_counter()
+        model(x, rng)
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
+        return time.perf_counter() - started
+
+    rounds = [(seconds(target.searched), seconds(target.undefended_searched)) for _ in range(ROUNDS)]
+    warm = rounds[1:]
+    return median(defended for defended, _ in warm) / median(undefended for _, undefended in warm)
