@@ -38,6 +38,11 @@ class Threat:
         if self.query_budget is not None and self.query_budget < 1:
             raise ConfigError(f"query budget is {self.query_budget}; allow at least one query")
 
+    @property
+    def asks(self) -> bool:
+        """Whether the attacker asks a served model, question by question; otherwise it trains on released data."""
+        return self.access != "training-data"
+
     def __str__(self) -> str:
         return f"{self.norm} {format_eps(self.eps, self.norm)}"
 

@@ -43,7 +43,7 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("plan",),
     ("measure",),
     ("results",),
-    ("report",),
+    ("report", "tracks"),
     ("release",),
     ("run",),
     ("cli",),

@@ -122,7 +122,7 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
         console.print(table)
         console.print()
     cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
-    queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds for plan in plans)
+    queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds or 0.0 for plan in plans)
     console.print(
         f"{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
         "training aside; nothing was run",
@@ -131,6 +131,5 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
 
 
 def _time(plan: Estimate) -> str:
-    if plan.task.learns:
-        return "training"
-    return ("training + " if plan.task.trains else "") + duration(plan.seconds)
+    parts = ["training"] if plan.task.trains else []
+    return " + ".join(parts if plan.seconds is None else [*parts, duration(plan.seconds)])

@@ -104,15 +104,10 @@ class Cell:
         return " + ".join(component.label for component in self.defense) or "none"
 
     @property
-    def learns(self) -> bool:
-        """Whether the attack trains on released data; otherwise it queries a served model."""
-        return self.threat.access == "training-data"
-
-    @property
     def setting(self) -> str:
         """What cells of one table have in common: data set, model and threat."""
         place = f"{self.dataset.spec} · {self.model.spec}"
-        if self.learns:
+        if not self.threat.asks:
             return f"{place} · released training data"
         return f"{place} · {self.threat}" + (" · 8-bit input" if self.quantise else "")
 

@@ -60,14 +60,9 @@ class Task:
     model_dir: Path | None
 
     @property
-    def learns(self) -> bool:
-        """Whether the attack trains on released data; otherwise it queries a served model."""
-        return self.cell.learns
-
-    @property
     def trains(self) -> bool:
         """Whether a network has to be trained before anything can be attacked."""
-        return not self.learns and not self.architecture.trained
+        return not self.architecture.trained
 
     def build(self) -> torch.nn.Module:
         """The network of the cell, with its weights where it comes with some."""

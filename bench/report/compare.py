@@ -10,12 +10,12 @@ from bench.report.marks import MARKS, marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
-from bench.report.standings import learned, worst_case
 from bench.report.stats import mcnemar, paired_bootstrap
 from bench.report.text import in_markdown, markdown_table, text_frame, tidy
 from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.spec import parse_chain
+from bench.tracks import track_of
 
 Style = Literal["md", "csv", "json"]
 
@@ -161,7 +161,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
     lines: list[Versus] = []
     counted = [pair for pair in pairs if not is_control(pair.a)]
     attacks = {row.cell.attack.spec for row, _ in counted} if network(pairs[0].a) is not None else counted
-    if len(attacks) > 1 and not pairs[0].a.cell.learns:
+    if len(attacks) > 1 and track_of(pairs[0].a.cell).pools:
         lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
     for name, group in _lines(pairs).items():
         lines += _versus(name, group, ids, shown)
@@ -201,10 +201,8 @@ def _versus(attack: str, pairs: Sequence[_Pair], ids: Collection[int], budgets: 
     """One line for each share that both sides have; of several rows, the worst case, with what both of a pair had."""
     rows_a = [_even(pair.a, pair.queries, ids) for pair in pairs]
     rows_b = [_even(pair.b, pair.queries, ids) for pair in pairs]
-    if pairs[0].a.cell.learns:
-        shares_a, shares_b = ({"test": learned(rows)} for rows in (rows_a, rows_b))
-    else:
-        shares_a, shares_b = (worst_case(rows, budgets).shares for rows in (rows_a, rows_b))
+    track = track_of(pairs[0].a.cell)
+    shares_a, shares_b = (track.shares(rows, budgets) for rows in (rows_a, rows_b))
     marks = frozenset().union(*(marks_of(row) for row in (*rows_a, *rows_b)))
     wanted = {f"@{budget}" for budget in budgets} | {"clean", "test"}
     wanted |= {"final"} if all(pair.even for pair in pairs) else set()

@@ -98,7 +98,7 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     """The rows with records of attacks on served models, by defense and seed: a seed may train a network of its own."""
     served: dict[tuple[str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cell.attack.spec, query_budget(row))):
-        if not row.cell.learns and len(row.records):
+        if "first_hit" in row.records:
             served.setdefault((row.cell.defense_label, row.cell.seed), []).append(row)
     return served
 

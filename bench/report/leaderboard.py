@@ -7,10 +7,11 @@ from typing import Any, Literal
 import pandas as pd
 
 from bench.report.marks import MARKS
-from bench.report.outcomes import clean, failure, query_budget, robust, tested
+from bench.report.outcomes import failure
 from bench.report.standings import Table
 from bench.report.text import in_markdown, latex_table, markdown_table, text_frame, tidy
 from bench.results.store import Row
+from bench.tracks import track_of
 
 Format = Literal["md", "csv", "latex", "json"]
 
@@ -81,10 +82,7 @@ def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
         return f"failed: {failure(row)}"
-    if row.cell.learns:
-        return f"test accuracy {tested(row)} %"
-    budget = query_budget(row)
-    return f"clean {clean(row)} %, robust @{budget} {robust(row, budget)} %"
+    return track_of(row.cell).summary(row)
 
 
 def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:

@@ -32,7 +32,7 @@ def marks_of(row: Row) -> frozenset[str]:
         "incomplete": not row.complete,
         "failed": bool(row.errors),
         "invalid": bool(column(row, "invalid").any()),
-        "control": not row.cell.learns and is_control(row) and row.cell.defense_name != "none",
+        "control": is_control(row) and row.cell.defense_name != "none",
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)

@@ -125,7 +125,7 @@ def render_matches(matches: Matches, published: Published, style: Style, show_mi
 def _same_setting(figure: Figure, cell: Cell) -> bool:
     """Whether data set, families of defense and attack, and threat of a figure are those of a cell."""
     spec = figure.spec
-    if cell.dataset.name != figure.dataset or cell.learns != (figure.metric == "test accuracy"):
+    if cell.dataset.name != figure.dataset or cell.threat.asks == (figure.metric == "test accuracy"):
         return False
     if spec.defense is None and (cell.defense or not _same_model(figure, cell)):
         return False
@@ -136,7 +136,7 @@ def _same_setting(figure: Figure, cell: Cell) -> bool:
         return True
     if spec.attack is None or Spec.parse(spec.attack).name != cell.attack.name:
         return False
-    if cell.learns:
+    if not cell.threat.asks:
         return True
     near = figure.eps is None or math.isclose(figure.eps, cell.threat.eps, rel_tol=SAME_RADIUS)
     return figure.norm == cell.threat.norm and near
@@ -200,7 +200,7 @@ def _differences(
         return
     if figure.spec.attack is not None:
         yield from _arguments(Spec.parse(figure.spec.attack), cell.attack)
-    if cell.learns:
+    if not cell.threat.asks:
         return
     if figure.eps is None or not math.isclose(figure.eps, cell.threat.eps, rel_tol=1e-6):
         stated_eps = "not stated" if figure.eps is None else f"{figure.eps:g}"

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -147,9 +147,18 @@ def within(row: Row, budget: int) -> Row:
 
 
 def network(row: Row) -> int | None:
-    """Which of several networks its figures belong to: each seed trains one; weights that are given are one for all."""
-    trains = row.cell.learns or any(part.stage in ("data", "training") for part in row.cell.defense)
+    """Which of several networks its figures belong to: each seed trains one; weights that are given are one for all.
+
+    A learner always trains one: it is given no weights.
+    """
+    trains = any(part.stage in ("data", "training") for part in row.cell.defense)
     return row.cell.seed if trains or not row.cell.weights_hash else None
+
+
+def under_all(networks: list[list[Row]], right: Callable[[Row], Any]) -> Share:
+    """The samples that are right under every attack on a network, for each of the networks."""
+    each = [np.logical_and.reduce([right(row) for row in rows]) for rows in networks]
+    return Share(each[0] if len(each) == 1 else np.stack(each))
 
 
 def failure(row: Row) -> str:

@@ -4,20 +4,22 @@ from collections.abc import Iterable
 
 from bench.plan.cell import Cell
 from bench.results.store import Row
+from bench.tracks import TRACKS, track_of
 
 HASH = 8  # digits of a hash that tell two settings apart
 
 
-def place(row: Row) -> tuple[str, bool, str]:
+def place(row: Row) -> tuple[str, str]:
     """What the setting of a row is called, whatever versions, data and weights go by these names."""
-    return row.cell.setting, row.cell.learns, row.cell.numerics
+    return _title(row.cell), row.cell.numerics
 
 
 def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
-    """Rows by the setting that they share, served models first, each under a title that no other setting has."""
+    """Rows by the setting that they share, track by track, each under a title that no other setting has."""
     groups: dict[tuple[object, ...], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.cell.learns, _title(row.cell), *_facts(row.cell).values()), []).append(row)
+        number = TRACKS.index(track_of(row.cell))
+        groups.setdefault((number, _title(row.cell), *_facts(row.cell).values()), []).append(row)
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[0], *map(str, key)))]
     alike: dict[str, list[Cell]] = {}
     for members in ordered:
@@ -26,19 +28,19 @@ def by_setting(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def _title(cell: Cell) -> str:
-    return cell.setting + (" · plain numbers" if cell.numerics == "plain" and not cell.learns else "")
+    return track_of(cell).title(cell)
 
 
 def _facts(cell: Cell) -> dict[str, str]:
     """What has to be equal beside what a title says."""
-    facts = {
+    return {
+        **track_of(cell).facts(cell),
         "data": cell.data_hash,
         "weights": cell.weights_hash,
         "data version": str(cell.dataset.version),
         "model version": str(cell.model.version),
         "numbers": cell.numerics,
     }
-    return facts if cell.learns else {"eps": repr(cell.threat.eps), **facts}
 
 
 def _apart(cell: Cell, alike: list[Cell]) -> str:

@@ -55,7 +55,7 @@ def check_records(records: pd.DataFrame, cell: Cell, start: int, stop: int) -> N
     """
     if not records.columns.is_unique:
         raise ValueError("has two columns of one name")
-    for name in LEARNED if cell.learns else ATTACKED:
+    for name in ATTACKED if cell.threat.asks else LEARNED:
         if name not in records:
             raise ValueError(f"has no column {name}")
     for name, column in KNOWN.items():
@@ -67,7 +67,7 @@ def check_records(records: pd.DataFrame, cell: Cell, start: int, stop: int) -> N
         raise ValueError(f"is of another seed than {cell.seed}")
     if "attack_version" in records and (records["attack_version"] != str(cell.attack.version)).any():
         raise ValueError(f"is of another version of the attack than {cell.attack.version}")
-    if not cell.learns:
+    if cell.threat.asks:
         _check_queries(records, cell.threat.query_budget or 0)
 
 

@@ -10,6 +10,7 @@ from bench.measure.pipeline import deploy
 from bench.plan.tasks import Task
 from bench.results.store import Store
 from bench.rng import SampleRng
+from bench.tracks import track_of
 
 TIMED = 3  # batches, after one that warms up
 
@@ -18,13 +19,14 @@ TIMED = 3  # batches, after one that warms up
 class Estimate:
     """The most that a cell can still cost: samples to run, queries for them, and seconds to ask those.
 
-    Samples that fall early cost less; training comes on top and is not in ``seconds``.
+    Samples that fall early cost less; training comes on top and is not in ``seconds``, which are ``None`` where it is
+    all there is.
     """
 
     task: Task
     samples: int
     queries: int
-    seconds: float
+    seconds: float | None
 
 
 def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_size: int) -> list[Estimate]:
@@ -33,11 +35,10 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
     plans = []
     for task in tasks:
         samples = len(store.missing(task.cell))
-        if task.learns or samples == 0:
-            plans.append(Estimate(task, samples, 0, 0.0))
+        queries = track_of(task.cell).queries(task, samples)
+        if queries is None or samples == 0:
+            plans.append(Estimate(task, samples, 0, None if samples else 0.0))
             continue
-        budget = task.cell.threat.query_budget or 0
-        queries = samples * min(budget, getattr(task.attack, "most_queries", budget))
         batch = min(batch_size, samples)
         parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *task.cell.defense))
         kind = (*parts, task.attack.access, batch)

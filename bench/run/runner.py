@@ -3,29 +3,22 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-import pandas as pd
 import torch
 
 from bench.errors import StoreError
-from bench.measure.attacked import attack_served
 from bench.measure.inspection import Inspector
-from bench.measure.learned import learn_released
-from bench.measure.measured import Measured
 from bench.measure.pipeline import Pipeline
-from bench.measure.witness import Witness
-from bench.oracle.served import Target
 from bench.plan.tasks import Task
 from bench.results.provenance import provenance
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
 from bench.system.claims import CLAIMS, Held, claim, present
 from bench.system.interrupt import Stopped, stoppable
-from bench.system.process_state import seed_globals, undisturbed
+from bench.system.process_state import undisturbed
+from bench.tracks import Tools, track_of
 
 PAUSE = 1.0  # seconds between two looks at what other runs are at
 
@@ -79,8 +72,7 @@ def run(
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
-        inspect = Inspector(pipeline.device)
-        work = _Work(store, pipeline, inspect, batch_size, reporter, check)
+        work = _Work(store, Tools(pipeline, Inspector(pipeline.device), batch_size), reporter, check)
         cells = [_CellWork(task, _shards(task, missing[task.cell.key], shard_size)) for task in tasks]
         left = [cell for cell in cells if cell.shards]
         while left:
@@ -98,10 +90,10 @@ def run(
 
 
 def _shards(task: Task, positions: Sequence[int], size: int) -> list[Shard]:
-    """The stretches of the cell that are stored one by one; a learner's training serves all samples at once."""
+    """The stretches of the cell that are stored one by one."""
     if not positions:
         return []
-    size = len(task.cell.ids) if task.learns else size
+    size = track_of(task.cell).shard_size(task, size)
     return [Shard(task.cell, start, stop) for start, stop in stretches(positions, size)]
 
 
@@ -122,9 +114,7 @@ class _Work:
     """What one run works with."""
 
     store: Store
-    pipeline: Pipeline
-    inspect: Inspector
-    batch_size: int
+    tools: Tools
     reporter: Reporter
     check: Callable[[], None]
 
@@ -159,7 +149,7 @@ class _Work:
         if failed != cell.seen[shard.stem]:
             cell.failed = True
             return
-        fine = _run_shard(cell.task, shard, self.store, self.pipeline, self.inspect, self.batch_size, count)
+        fine = _run_shard(cell.task, shard, self.store, self.tools, count)
         cell.ours = True
         cell.failed |= not fine
 
@@ -179,78 +169,26 @@ def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
     yield start, previous + 1
 
 
-def _run_shard(
-    task: Task,
-    shard: Shard,
-    store: Store,
-    pipeline: Pipeline,
-    inspect: Inspector,
-    batch_size: int,
-    count: "_Count",
-) -> bool:
+def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Count") -> bool:
     """Measure one shard and store it; False if it failed.
 
     Raises:
         Held: another process makes what it needs.
     """
-    began, start, stop = time.perf_counter(), shard.start, shard.stop
-
-    def save(measured: Measured) -> None:
-        whole = replace(shard, figures=measured.figures, findings=measured.findings)
-        store.save(_ended(whole, began, pipeline.device, measured.numerics), measured.records)
-
+    began, device = time.perf_counter(), tools.pipeline.device
     try:
-        with undisturbed():
-            if task.learns:
-                _learn(task, start, stop, pipeline, count, save)
-            else:
-                save(_attack(task, start, stop, pipeline, inspect, batch_size, count))
+        with (
+            undisturbed(),
+            track_of(task.cell).measure(task, shard.start, shard.stop, tools, count) as measured,
+        ):
+            whole = replace(shard, figures=measured.figures, findings=measured.findings)
+            store.save(_ended(whole, began, device, measured.numerics), measured.records)
     except (Held, Stopped, StoreError):
         raise
     except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
-        store.fail(_ended(replace(shard, error=traceback.format_exc()), began, pipeline.device))
+        store.fail(_ended(replace(shard, error=traceback.format_exc()), began, device))
         return False
     return True
-
-
-def _learn(
-    task: Task, start: int, stop: int, pipeline: Pipeline, count: "_Count", save: Callable[[Measured], None]
-) -> None:
-    released = pipeline.released(task, count.epochs)
-    seed_globals(task.cell.seed)
-    with pipeline.learning(task, count.epochs) as job:  # what is trained is safe when it is saved
-        measured = learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build)
-        pipeline.check_data(task)
-        save(measured)
-
-
-def _attack(
-    task: Task, start: int, stop: int, pipeline: Pipeline, inspect: Inspector, batch_size: int, count: "_Count"
-) -> Measured:
-    ids = list(task.cell.ids[start:stop])
-    pipeline.train(task, count.epochs)
-    seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
-    tables = []
-    with pipeline.serving(task) as target:
-        witness = _witness(task, target) if start == 0 else None
-        for first in range(0, len(ids), batch_size):
-            part = ids[first : first + batch_size]
-            met = replace(target, searched=witness.watch(target.searched)) if witness and first == 0 else target
-            tables.append(attack_served(task, met, part, pipeline.device, partial(count.queries, first)))
-        records, numbers = pd.concat(tables, ignore_index=True), target.searched.numbers
-        if start:
-            return Measured(records, numerics=numbers)
-        figures, findings = inspect(task, target)
-        return Measured(records, figures, [*findings, *([asdict(witness.finding())] if witness else [])], numbers)
-
-
-def _witness(task: Task, target: Target) -> Witness | None:
-    """Who watches the attack; nobody where answers are said to depend on earlier queries, or cannot be had twice."""
-    if any("stateful" in defense.traits for defense in task.cell.defense):
-        return None
-    with suppress(Exception):  # copying runs the model's own code
-        return Witness(target.searched)
-    return None
 
 
 @dataclass(frozen=True)

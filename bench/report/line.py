@@ -1,0 +1,52 @@
+"""One line of a table, and what the lines of every track share: their order, names and ranks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bench.report.outcomes import Share
+from bench.report.ranking import Held
+from bench.results.store import Row
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a table."""
+
+    defense: str
+    attack: str
+    shares: dict[str, Share]
+    n: int
+    marks: frozenset[str] = frozenset()
+    rank: int | None = None
+    extra: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.report.outcomes.figures
+    lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
+    error: str = ""  # the last line of what a failed row has raised
+
+
+def by_defense(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows of each chain of defenses, as suites write it."""
+    result: dict[str, list[Row]] = {}
+    for row in ordered(rows):
+        result.setdefault(row.cell.defense_name, []).append(row)
+    return result
+
+
+def ordered(rows: Sequence[Row]) -> list[Row]:
+    """By defense, attack and seed."""
+    return sorted(rows, key=lambda row: (row.cell.defense_name, row.cell.attack.spec, row.cell.seed))
+
+
+def attack_label(row: Row, seed: bool = True) -> str:
+    """The attack of a row as tables show it."""
+    return row.cell.attack.label + (seed_label(row) if seed else "")
+
+
+def seed_label(row: Row) -> str:
+    """What tells its seed from the first."""
+    return f", seed {row.cell.seed}" if row.cell.seed else ""
+
+
+def with_rank(line: Line, rank: int | None, held: Held | None) -> Line:
+    """``line`` with its rank, and a mark where that is of less than its own figures."""
+    return replace(line, rank=rank, marks=line.marks | ({"cut"} if rank and held and held.cut else set()))

@@ -1,0 +1,18 @@
+"""The tracks: what differs between attacks on served models and attacks on released data, a file for each.
+
+A new track is a file here and an entry in :data:`TRACKS`.
+"""
+
+from bench.plan.cell import Cell
+from bench.tracks.data import Data
+from bench.tracks.query import Query
+from bench.tracks.track import Progress, Tools, Track
+
+__all__ = ["TRACKS", "Progress", "Tools", "Track", "track_of"]
+
+TRACKS: tuple[Track, ...] = (Query(), Data())  # in the order of their tables
+
+
+def track_of(cell: Cell) -> Track:
+    """The track of a cell."""
+    return next(track for track in TRACKS if cell.threat.access in track.accesses)

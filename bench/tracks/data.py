@@ -1,0 +1,135 @@
+"""The data track: learners that train on released data, and what they know of clean images afterwards."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from bench.measure.learned import learn_released
+from bench.measure.measured import Measured
+from bench.plan.cell import Cell
+from bench.plan.tasks import Task
+from bench.report.line import Line, attack_label, by_defense, with_rank
+from bench.report.marks import UNRANKED, marks_of
+from bench.report.outcomes import Share, column, failure, restricted, tested, under_all
+from bench.report.ranking import Terms, ranks
+from bench.results.store import Row
+from bench.system.process_state import seed_globals
+from bench.threat import Access
+from bench.tracks.track import Progress, Tools
+
+RELEASED = {  # column of a learner's line: figure; shares are printed in percent
+    "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean", "PSNR": "psnr",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """A :class:`bench.tracks.track.Track`; the better protection leaves less of the test accuracy."""
+
+    name: str = "data"
+    accesses: frozenset[Access] = frozenset({"training-data"})
+    pools: bool = False
+
+    def shard_size(self, task: Task, size: int) -> int:
+        return len(task.cell.ids)
+
+    @contextmanager
+    def measure(self, task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
+        released = tools.pipeline.released(task, progress.epochs)
+        seed_globals(task.cell.seed)
+        with tools.pipeline.learning(task, progress.epochs) as job:
+            measured = learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build)
+            tools.pipeline.check_data(task)
+            yield measured  # unfinished work is kept until this is stored
+
+    def queries(self, task: Task, samples: int) -> int | None:
+        return None
+
+    def title(self, cell: Cell) -> str:
+        return cell.setting
+
+    def facts(self, cell: Cell) -> dict[str, str]:
+        return {}
+
+    def summary(self, row: Row) -> str:
+        return f"test accuracy {tested(row)} %"
+
+    def line(self, row: Row, budgets: Sequence[int]) -> Line:
+        return _line(row)
+
+    def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
+        """Each protection under each learner; the learner that gets furthest decides, and low is good for the owner."""
+        met = by_defense(rows)
+        terms = Terms.of(met)
+        learners = {name: _by_learner(members) for name, members in met.items()}
+        reached = {name: {each: learned(members) for each, members in of.items()} for name, of in learners.items()}
+        best = {name: max(of_it, key=lambda learner: _known(of_it[learner].value)) for name, of_it in reached.items()}
+        marks = {
+            name: frozenset().union(terms.bars(members), *map(marks_of, members))
+            for name, members in met.items()
+        }
+        held = {name: terms.learned(learners[name][best[name]]) for name in best if not marks[name] & UNRANKED}
+        ranked = ranks({name: each.standing for name, each in held.items()})
+        unprotected = {learner: share.value for learner, share in reached.get("none", {}).items()}
+        lines = []
+        for name in sorted(best, key=lambda name: (ranked.get(name, len(best) + 1), reached[name][best[name]].value)):
+            learner = best[name]
+            share, members = reached[name][learner], met[name]
+            head = len(members) > 1
+            if head:
+                attack = f"best of {len(learners[name])}: {learner}" if len(learners[name]) > 1 else learner
+                attack += f" · {share.networks} networks" if share.networks > 1 else ""
+                line = Line(members[0].cell.defense_label, attack, {"test": share}, share.n, marks[name])
+                line = replace(line, extra=_beside(unprotected, learner) | (_over_networks(share)))
+                lines.append(with_rank(line, ranked.get(name), held.get(name)))
+            for row in members:
+                line = _line(row)
+                line = replace(line, extra=_beside(unprotected, row.cell.attack.spec) | line.extra)
+                if not head:
+                    line = with_rank(replace(line, marks=marks[name]), ranked.get(name), held.get(name))
+                lines.append(line)
+        return lines
+
+    def shares(self, rows: Sequence[Row], budgets: Sequence[int]) -> dict[str, Share]:
+        return {"test": learned(rows)}
+
+    def notes(self, lines: Sequence[Line]) -> list[str]:
+        return []
+
+
+def _line(row: Row) -> Line:
+    extra = {title: row.figures[figure] for title, figure in RELEASED.items() if figure in row.figures}
+    shares, n = {"test": tested(row)}, len(row.records)
+    return Line(row.cell.defense_label, attack_label(row), shares, n, marks_of(row), extra=extra, error=failure(row))
+
+
+def _beside(unprotected: Mapping[str, float], learner: str) -> dict[str, float]:
+    """What the learner reaches without protection, where that was measured."""
+    return {"clean": unprotected[learner]} if _known(unprotected.get(learner, -1.0)) >= 0 else {}
+
+
+def _over_networks(share: Share) -> dict[str, float]:
+    return {"mean": share.value, "SD": share.spread} if share.networks > 1 else {}
+
+
+def learned(rows: Sequence[Row]) -> Share:
+    """The test accuracy of a learner, of each network that it has trained, on the samples that all have met."""
+    met = [row for row in rows if len(row.records)]
+    if not met:
+        return Share(np.zeros(0, dtype=bool))
+    common = set.intersection(*(set(column(row, "sample_id")) for row in met))
+    return under_all([[restricted(row, common)] for row in met], lambda row: tested(row).right)
+
+
+def _known(value: float) -> float:
+    """``value`` for an order, below all others where nothing was measured."""
+    return -1.0 if np.isnan(value) else value
+
+
+def _by_learner(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    result: dict[str, list[Row]] = {}
+    for row in rows:
+        result.setdefault(row.cell.attack.spec, []).append(row)
+    return result

@@ -1,0 +1,179 @@
+"""The query track: attacks that ask a served model, and how many of its answers each sample cost."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+
+from bench.measure.attacked import attack_served
+from bench.measure.measured import Measured
+from bench.measure.witness import Witness
+from bench.oracle.served import Target
+from bench.plan.cell import Cell
+from bench.plan.tasks import Task
+from bench.report.line import Line, attack_label, by_defense, with_rank
+from bench.report.marks import UNRANKED, marks_of
+from bench.report.outcomes import (
+    Share,
+    clean,
+    column,
+    failure,
+    figures,
+    final,
+    lasting,
+    network,
+    query_budget,
+    restricted,
+    robust,
+    under_all,
+)
+from bench.report.ranking import Terms, counted, ranks
+from bench.results.store import Row
+from bench.system.process_state import seed_globals
+from bench.threat import Access
+from bench.tracks.track import Progress, Tools
+
+RANKS = (
+    "Ranks: an image stands where no query beat it and the final example is right when judged afresh in float32; "
+    "exact McNemar on common images, Holm over all pairs, 5 %"
+)
+
+
+@dataclass(frozen=True)
+class Query:
+    """A :class:`bench.tracks.track.Track`; the better defense leaves more samples after so many queries."""
+
+    name: str = "query"
+    accesses: frozenset[Access] = frozenset({"scores", "labels", "gradients"})
+    pools: bool = True
+
+    def shard_size(self, task: Task, size: int) -> int:
+        return size
+
+    @contextmanager
+    def measure(self, task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
+        ids = list(task.cell.ids[start:stop])
+        tools.pipeline.train(task, progress.epochs)
+        seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
+        tables: list[pd.DataFrame] = []
+        figures: dict[str, float] = {}
+        findings: list[dict[str, Any]] = []
+        with tools.pipeline.serving(task) as target:
+            witness = None if start else _witness(task, target)
+            for first in range(0, len(ids), tools.batch_size):
+                part = ids[first : first + tools.batch_size]
+                met = replace(target, searched=witness.watch(target.searched)) if witness and not first else target
+                tables.append(attack_served(task, met, part, tools.pipeline.device, partial(progress.queries, first)))
+            if not start:
+                figures, findings = tools.inspect(task, target)
+                findings = [*findings, *([asdict(witness.finding())] if witness else [])]  # after all have been asked
+        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.searched.numbers)
+
+    def queries(self, task: Task, samples: int) -> int | None:
+        budget = task.cell.threat.query_budget or 0
+        return samples * min(budget, getattr(task.attack, "most_queries", budget))
+
+    def title(self, cell: Cell) -> str:
+        return cell.setting + (" · plain numbers" if cell.numerics == "plain" else "")
+
+    def facts(self, cell: Cell) -> dict[str, str]:
+        return {"eps": repr(cell.threat.eps)}
+
+    def summary(self, row: Row) -> str:
+        budget = query_budget(row)
+        return f"clean {clean(row)} %, robust @{budget} {robust(row, budget)} %"
+
+    def line(self, row: Row, budgets: Sequence[int]) -> Line:
+        return _line(row, shown([row], budgets))
+
+    def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
+        """Each defense under the worst of its attacks, then under each of them; the best defense first."""
+        reached = shown(rows, budgets)
+        met = by_defense(rows)
+        terms = Terms.of(met)
+        worst = {name: worst_case(counted(members), reached) for name, members in met.items()}
+        worst = {name: replace(line, marks=line.marks | terms.bars(met[name])) for name, line in worst.items()}
+        held = {name: terms.held(counted(met[name])) for name, line in worst.items() if not line.marks & UNRANKED}
+        ranked = ranks({name: each.standing for name, each in held.items()})
+
+        def order(name: str) -> tuple[float, ...]:
+            value = held[name].standing.mean() if name in ranked else worst[name].shares[f"@{reached[-1]}"].value
+            return ranked.get(name, len(worst) + 1), -float(value)
+
+        lines = []
+        for name in sorted(worst, key=order):
+            line = with_rank(worst[name], ranked.get(name), held.get(name))
+            lines.append(line)
+            if len(met[name]) > 1:
+                lines += [_line(row, reached) for row in met[name]]
+        return lines
+
+    def shares(self, rows: Sequence[Row], budgets: Sequence[int]) -> dict[str, Share]:
+        return worst_case(rows, budgets).shares
+
+    def notes(self, lines: Sequence[Line]) -> list[str]:
+        """How the ranks were found, where there are any to tell apart."""
+        return [RANKS] if sum(line.rank is not None for line in lines) > 1 else []
+
+
+def _line(row: Row, budgets: Sequence[int]) -> Line:
+    shares = {"clean": clean(row)}
+    shares |= {f"@{budget}": robust(row, budget) for budget in budgets}
+    shares["final"] = final(row)
+    marks = marks_of(row)
+    again = {f"@{budget}": lasting(row, budget) for budget in budgets} if "random" in marks else {}
+    return Line(
+        row.cell.defense_label, attack_label(row), shares, len(row.records), marks,
+        figures=figures(row), lasting=again, error=failure(row),
+    )  # fmt: skip
+
+
+def worst_case(rows: Sequence[Row], budgets: Sequence[int]) -> Line:
+    """The line of a defense: each sample under whichever of the attacks beats it soonest.
+
+    That is asked of each network by itself, and what several of them give is averaged: no one is served three networks.
+    A row without records counts with its marks alone.
+    """
+    if len(rows) == 1:
+        return _line(rows[0], budgets)
+    met = [row for row in rows if len(row.records)] or rows[:1]
+    common = set.intersection(*(set(column(row, "sample_id")) for row in met))
+    by_network: dict[int | None, list[Row]] = {}
+    for row in met:
+        by_network.setdefault(network(row), []).append(restricted(row, common))
+    networks = list(by_network.values())
+    shares = {"clean": under_all(networks, lambda row: clean(row).right)}
+    for budget in budgets:
+        shares[f"@{budget}"] = _left(networks, budget, robust)
+    shares["final"] = under_all(networks, lambda row: final(row).right)
+    marks = frozenset().union(*(marks_of(row) for row in rows)) - {"rescaled", "batch-dependent", "control"}
+    again = {f"@{budget}": _left(networks, budget, lasting) for budget in budgets} if "random" in marks else {}
+    attacks = dict.fromkeys(attack_label(row, seed=len(networks) == 1) for row in met)
+    name = f"worst of {len(attacks)}" if len(attacks) > 1 else next(iter(attacks))
+    if len(networks) > 1:
+        name += f" · {len(networks)} networks"
+    return Line(met[0].cell.defense_label, name, shares, len(common), marks, lasting=again)
+
+
+def _left(networks: list[list[Row]], budget: int, share: Callable[[Row, int], Share]) -> Share:
+    """The samples that stand after ``budget`` queries of each attack, by :func:`robust` or :func:`lasting`."""
+    # An attack that ran with a smaller budget has beaten its samples within this one, too.
+    return under_all(networks, lambda row: share(row, min(budget, query_budget(row))).right)
+
+
+def shown(rows: Sequence[Row], budgets: Sequence[int]) -> list[int]:
+    """The budgets asked for that rows reach, and those that they ran with."""
+    largest = max(query_budget(row) for row in rows)
+    return sorted({budget for budget in budgets if budget < largest} | {query_budget(row) for row in rows})
+
+
+def _witness(task: Task, target: Target) -> Witness | None:
+    """Who watches the attack; nobody where answers are said to depend on earlier queries, or cannot be had twice."""
+    if any("stateful" in defense.traits for defense in task.cell.defense):
+        return None
+    with suppress(Exception):  # copying runs the model's own code
+        return Witness(target.searched)
+    return None
