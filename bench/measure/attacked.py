@@ -90,4 +90,6 @@ def attack_served(
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
         "best_distance": distance if rules.minimal else torch.full_like(distance, torch.nan),
     }
-    return records_of(task.data.test, rows, table, task)
+    stage = torch.full_like(y, -1).index_copy(0, todo, ledger.stage)
+    names = [referee.stages[number] if number >= 0 else "" for number in stage.tolist()]
+    return records_of(task.data.test, rows, table, task).assign(fell_to=names)

@@ -57,6 +57,10 @@ class Oracle:
         """
         return self.__referee.active()
 
+    def stage(self, name: str) -> None:
+        """Say which of several attacks takes its turn now; who falls from here on is written down as fallen to it."""
+        self.__referee.stages.append(name)
+
     def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits (n, K) or (n, k, K) of the queries ``x``, one query each; NaN where the sample gets no answer.
 

@@ -15,6 +15,7 @@ class Ledger:
     forwards: Tensor       # int64, queries answered
     backwards: Tensor      # int64, gradients answered
     first_hit: Tensor      # int64, number of the first misclassified query in the ball, NEVER without one
+    stage: Tensor          # int64, which of the attacks that took turns it fell to, -1 where none did
     best_margin: Tensor    # smallest margin that a query in the ball has shown
     best_distance: Tensor  # of the nearest misclassified query, which minimum-norm attacks may ask anywhere; or inf
     invalid: Tensor        # bool, the model answered NaN or infinity
@@ -29,6 +30,7 @@ class Ledger:
             forwards=count,
             backwards=count.clone(),
             first_hit=torch.full_like(count, NEVER),
+            stage=torch.full_like(count, -1),
             best_margin=none_yet,
             best_distance=none_yet.clone(),
             invalid=torch.zeros_like(count, dtype=torch.bool),

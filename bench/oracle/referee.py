@@ -68,6 +68,7 @@ class Referee:
             check_levels(x, threat)
         x, y = x.detach().clone(), y.clone()
         self.ledger = Ledger.blank(x)
+        self.stages = list[str]()  # names of the attacks that have taken their turns
         self.query_budget = threat.query_budget
         self.oracle = Oracle(self)
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
@@ -265,6 +266,7 @@ class Referee:
 
         ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
         ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
+        ledger.stage[rows] = torch.where(hit, len(self.stages) - 1, ledger.stage[rows])
         ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
         if self._rules.minimal:
             nearest = torch.where(answered & misclassified, distance, torch.inf).amin(dim=1)

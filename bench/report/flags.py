@@ -33,6 +33,8 @@ THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md say
     "search-is-blind": 0.01,
     "labels-beat-scores": 0.01,
     "transfer-beats-queries": 0.01,
+    "queries-beat-gradients": 0.01,
+    "square-beats-gradients": 0.002,
     "noise-beats-attacks": 0.002,
     "survives-any-radius": 0.01,
     "explained-by-chance": 0.1,
@@ -44,6 +46,7 @@ THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md say
 HALF_THE_RANGE = 0.5  # an linf radius at which nothing can be robust
 LEAST = 20  # images below which chance may explain much
 IDLE = 0.02  # what a defense may not gain beside scores, to have confused queries
+ONE_STEP = ("fgsm", "r-fgsm")  # which leave what any attack takes
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def _alone(rows: Sequence[Row]) -> list[Sign]:
     """Flags of a served model by itself."""
     checks = (
         _invalid_answers, _constraint_violation, _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
-        _transfer_beats_queries, _noise_beats_attacks, _survives_any_radius, _explained_by_chance,
+        _transfer_beats_queries, _queries_beat_gradients, _square_beats_gradients, _noise_beats_attacks,
+        _survives_any_radius, _explained_by_chance,
     )  # fmt: skip
     return [sign for check in checks if (sign := check(rows))]
 
@@ -211,6 +215,30 @@ def _transfer_beats_queries(rows: Sequence[Row]) -> Sign | None:
     transfer = [row for row in rows if is_control(row)]
     queries = [row for row in rows if not _learns_nothing(row) and (_sees(row, "labels") or _sees(row, "scores"))]
     return _less("transfer-beats-queries", transfer, "all queries", queries)
+
+
+def _queries_beat_gradients(rows: Sequence[Row]) -> Sign | None:
+    """RF-25: what needs no gradient leaves more than 1 point less than all attacks that follow one for several steps.
+
+    Then the gradients lead astray, and a figure of white-box attacks says little. Examples of the undefended network
+    count where the defense acts on outputs.
+    """
+    gradients = [row for row in rows if _sees(row, "gradients") and row.cell.attack.name not in ONE_STEP]
+    queries = [row for row in rows if not _learns_nothing(row) and (_sees(row, "labels") or _sees(row, "scores"))]
+    transfer = [row for row in rows if is_control(row)] if _undefended(rows[0].cell) else []
+    return _less("queries-beat-gradients", [*queries, *transfer], "all attacks with gradients", gradients)
+
+
+def _square_beats_gradients(rows: Sequence[Row]) -> Sign | None:
+    """RF-25, as AutoAttack warns of it: its Square takes more than 0.2 points of what its gradients have left."""
+    found = []
+    for row in rows:
+        taken = int((column(row, "fell_to") == "square").sum())
+        if taken > THRESHOLDS["square-beats-gradients"] * len(row.records):
+            beaten = f"{taken} of {len(row.records)} samples"
+            evidence = f"{row.cell.attack.spec}: Square beat {beaten} that attacks with gradients left"
+            found.append((taken / len(row.records), Sign("square-beats-gradients", evidence)))
+    return _widest(found)
 
 
 def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:

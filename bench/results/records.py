@@ -43,6 +43,7 @@ KNOWN: Mapping[str, Column] = {
     "best_distance": Column("real", 0, nan=True),
     "input_hash": Column("text"),
     "attack_version": Column("text"),
+    "fell_to": Column("text"),
 }
 
 
