@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bench.cli import compare, leaderboard, ls, protect, run, version
+from bench.cli import compare, curves, leaderboard, ls, protect, run, version
 from bench.cli.console import complain, say_stopped, warn
 from bench.cli.terminal import abandon_output, is_of_output, speak_plainly
 from bench.errors import BenchError, ConfigError
@@ -18,7 +18,9 @@ app = typer.Typer(
     help="Parry: robustness evaluation for models, data and services that defend themselves.",
     pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
-for command in (run.run, leaderboard.leaderboard, compare.compare, protect.protect, ls.ls, version.version):
+for command in (
+    run.run, leaderboard.leaderboard, compare.compare, curves.curves, protect.protect, ls.ls, version.version,
+):  # fmt: skip
     app.command()(command)
 
 

@@ -12,13 +12,14 @@ from bench.plan.tasks import Task
 
 
 class Measured(NamedTuple):
-    """One record for each sample, and what was measured once: figures, what probing the served model has shown, and the
-    numbers that the attack searched in."""
+    """One record for each sample, and what was measured once: figures, what probing the served model has shown, the
+    numbers that the attack searched in, and what was seen after each epoch of the network's training."""
 
     records: pd.DataFrame
     figures: Mapping[str, float] = {}
     findings: Sequence[Mapping[str, Any]] = ()
     numerics: Mapping[str, Any] = {}
+    training: Sequence[Mapping[str, float]] = ()
 
 
 def records_of(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) -> pd.DataFrame:

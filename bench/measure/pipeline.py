@@ -15,6 +15,7 @@ from bench import numerics
 from bench.dataset import Dataset, Split
 from bench.errors import RefereeError
 from bench.measure.audit import ROUNDED, difference
+from bench.measure.diagnostics import Watch
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
@@ -157,11 +158,27 @@ class Pipeline:
         recipe: Any = task.chain.training or attacks.create("standard")
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
-            learned = as_module(recipe(task.build, released.lent(), job), _trainer(task))
+            watch = _diagnostics(task, released, job)
+            learned = as_module(recipe(task.build, released.lent(), replace(job, watch=watch)), _trainer(task))
             network = _bare(task, learned.cpu().eval())
             self.check_data(task)
+            if watch is not None and watch.epochs:
+                keep_tensors(self._curves(key), watch.columns(), key)
             keep_tensors(path, network.state_dict(), key)
         return network
+
+    def curves(self, task: Task) -> list[dict[str, float]]:
+        """What was seen after each epoch when the network of ``task`` was trained here by a training defense.
+
+        Raises:
+            StoreError: what is kept of it is not what was written.
+        """
+        if task.chain.training is None:
+            return []
+        key = _recipe_key(task)
+        columns = kept_tensors(self._curves(key), key) or {}
+        lines = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return [dict(zip(columns, line, strict=True)) for line in lines]
 
     def _protected(self, task: Task, key: str, progress: Progress) -> Split:
         if (kept := self.kept_release(task)) is not None:
@@ -177,6 +194,10 @@ class Pipeline:
     def _path(self, key: str) -> Path:
         """Where what the recipe ``key`` made is kept."""
         return self.folder / f"{key}.safetensors"
+
+    def _curves(self, key: str) -> Path:
+        """Where what was seen of the training ``key`` is kept."""
+        return self.folder / f"{key}.curves"
 
 
 @contextmanager
@@ -217,6 +238,12 @@ def _bare(task: Task, network: nn.Module) -> nn.Module:
             "logits): a hook, an attribute or a layer around it would be lost when it is kept; train weights alone"
         )
     return bare
+
+
+def _diagnostics(task: Task, released: Dataset, job: Job) -> Watch | None:
+    """Who looks at the training of ``task``: nobody where no training defense says in which ball it trains."""
+    eps = getattr(task.chain.training, "eps", None)
+    return Watch(released.lent(), eps, job) if isinstance(eps, float) and 0 < eps <= 1 else None
 
 
 def _trainer(task: Task) -> str:

@@ -44,6 +44,7 @@ class Shard:
     figures: Mapping[str, float] = field(default_factory=dict)  # measured once for the shard, not for each sample
     provenance: Mapping[str, Any] = field(default_factory=dict)
     findings: Sequence[Mapping[str, Any]] = ()  # what probing the served model has shown, in the first shard of a cell
+    training: Sequence[Mapping[str, float]] = ()  # epoch by epoch, how the network was trained, in the first shard, too
     error: str | None = None  # the traceback of a failed shard
 
     @property
@@ -73,9 +74,10 @@ def write_json(shard: Shard, records_sha256: str | None) -> bytes:
         "start": shard.start,
         "stop": shard.stop,
         "seconds": round(shard.seconds, 3),
-        "figures": {name: value for name, value in shard.figures.items() if math.isfinite(value)},
+        "figures": _finite_ones(shard.figures),
         "provenance": dict(shard.provenance),
         "findings": [dict(finding) for finding in shard.findings],
+        **({"training": [_finite_ones(epoch) for epoch in shard.training]} if shard.training else {}),
         "error": shard.error,
         "records_sha256": records_sha256,
     }
@@ -109,6 +111,10 @@ def table_path(path: Path, records_sha256: str) -> Path:
     return path.with_name(f"{path.stem}-{records_sha256[:12]}.parquet")
 
 
+def _finite_ones(figures: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
 def _finite(value: float) -> float:
     if not math.isfinite(value):
         raise ValueError("not a finite number")
@@ -120,6 +126,15 @@ class _Finding:
     flag: str
     fired: bool
     evidence: str
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    clean_accuracy: Annotated[float, Field(ge=0, le=1)]
+    step_accuracy: Annotated[float, Field(ge=0, le=1)]
+    pgd_accuracy: Annotated[float, Field(ge=0, le=1)]
+    alignment: Annotated[float, Field(ge=-1.01, le=1.01)] = 0.0  # a cosine and its rounding
+    gradient_norm: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,6 +161,7 @@ class _Stated:
     error: str | None
     records_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
     findings: list[_Finding] = field(default_factory=list)  # rows from before findings were stored have none
+    training: list[_Epoch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.start < self.stop <= len(self.cell.ids):
@@ -189,6 +205,7 @@ def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
         cell=cell,
         **{name: content[name] for name in ("start", "stop", "seconds", "figures", "provenance", "error")},
         findings=tuple(content.get("findings", ())),
+        training=tuple(content.get("training", ())),
     )
     return shard, content["records_sha256"]
 

@@ -45,6 +45,11 @@ class Row:
         """What its shards measured once, the later shard winning."""
         return {name: value for shard in self.shards for name, value in shard.figures.items()}
 
+    @property
+    def training(self) -> Sequence[Mapping[str, float]]:
+        """What was seen after each epoch of its network's training; empty where nobody looked."""
+        return next((shard.training for shard in self.shards if shard.training), ())
+
 
 class Store:
     """A folder of results.

@@ -181,7 +181,9 @@ def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Co
             undisturbed(),
             track_of(task.cell).measure(task, shard.start, shard.stop, tools, count) as measured,
         ):
-            whole = replace(shard, figures=measured.figures, findings=measured.findings)
+            whole = replace(
+                shard, figures=measured.figures, findings=measured.findings, training=measured.training
+            )
             store.save(_ended(whole, began, device, measured.numerics), measured.records)
     except (Held, Stopped, StoreError):
         raise

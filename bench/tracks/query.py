@@ -70,7 +70,8 @@ class Query:
             if not start:
                 figures, findings = tools.inspect(task, target)
                 findings = [*findings, *([asdict(witness.finding())] if witness else [])]  # after all have been asked
-        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.searched.numbers)
+        training = () if start else tools.pipeline.curves(task)
+        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.searched.numbers, training)
 
     def queries(self, task: Task, samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0

@@ -1,0 +1,97 @@
+"""What a training shows epoch by epoch: whether single-step training has learnt to fool its own attack."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.ascent import alignment, input_gradients, pgd, uniform
+from bench.dataset import Dataset
+from bench.norms import lp_norm
+from bench.protocols import Job
+from bench.rng import SampleRng
+from bench.threat import Threat
+from bench.training import frozen
+
+LEAST, MOST, PART = 32, 256, 32  # images looked at: a PART-th of those trained on, within these limits
+STEPS, REL_STEP = 10, 0.25  # of the attack that is believed
+SINGLE = 1.25  # step of the attack that is not, from a random start: Fast-AT's
+LOST, FALL, GAP = 0.1, 0.2, 0.2
+
+Curve = Mapping[str, float]  # one epoch: see :func:`diagnose`
+
+
+class Watch:
+    """Diagnoses a network after each epoch of its training, on the last calibration images, within ``eps``.
+
+    What it saw before a kill is kept with the unfinished training. It leaves the training as it is.
+    """
+
+    def __init__(self, data: Dataset, eps: float, job: Job) -> None:
+        count = min(max(LEAST, min(MOST, len(data.train) // PART)), len(data.calibration))
+        rows = torch.arange(len(data.calibration) - count, len(data.calibration))
+        self.x = data.calibration.pixels(rows).to(job.device)
+        self.y = data.calibration.labels[rows].to(job.device)
+        self.rng = SampleRng.create(job.seed, rows.to(job.device), "diagnostics")
+        self.eps, self.scratch = eps, job.scratch
+        self.epochs: list[dict[str, float]] = job.scratch.load("curves") or []
+
+    def __call__(self, model: nn.Module, epoch: int) -> None:
+        """Look at ``model`` after ``epoch`` (0, 1, ...)."""
+        if len(self.x):
+            self.epochs[epoch:] = [diagnose(model, self.x, self.y, self.eps, self.rng.fork(epoch))]
+            self.scratch.save("curves", self.epochs)
+
+    def columns(self) -> dict[str, Tensor]:
+        """What was seen, a float64 value for each epoch, by name."""
+        names = self.epochs[0] if self.epochs else ()
+        return {name: torch.tensor([line[name] for line in self.epochs], dtype=torch.float64) for name in names}
+
+
+def diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: SampleRng) -> dict[str, float]:
+    """What ``model`` withstands on images ``x`` (B, C, H, W) in the linf ball, and how its gradients lie there.
+
+    Returns:
+        ``clean_accuracy``; ``step_accuracy`` under one step of 1.25 ``eps`` from a random start and ``pgd_accuracy``
+        under ten of ``eps`` / 4; ``alignment``, the mean cosine between the gradient of the loss at an image and at a
+        random point of its ball; ``gradient_norm``, the mean l2 norm of the former.
+    """
+    threat = Threat("linf", eps, "gradients")
+    with frozen(model):
+        single = pgd(model, x, y, threat, rng.fork("step"), 1, SINGLE)
+        many = pgd(model, x, y, threat, rng.fork("pgd"), STEPS, REL_STEP)
+        here = input_gradients(model, x, y)
+        there = input_gradients(model, x + uniform(x, eps, rng.fork("alignment")), y)
+        with torch.no_grad():
+            clean, step, robust = (float((model(z).argmax(1) == y).float().mean()) for z in (x, single, many))
+    return {
+        "clean_accuracy": clean,
+        "step_accuracy": step,
+        "pgd_accuracy": robust,
+        "alignment": float(alignment(here, there).mean()),
+        "gradient_norm": float(lp_norm(here, "l2").mean()),
+    }
+
+
+class Collapse(NamedTuple):
+    """An epoch, counted from 1, and what was left after it."""
+
+    epoch: int
+    pgd_accuracy: float
+    step_accuracy: float
+
+
+def collapse(epochs: Sequence[Curve]) -> Collapse | None:
+    """The first epoch after which the network only withstands a single step: catastrophic overfitting.
+
+    PGD leaves less than a tenth, or takes twenty points more than after the epoch before, while a single step leaves at
+    least twenty points more than PGD.
+    """
+    before = 0.0
+    for number, line in enumerate(epochs, start=1):
+        robust, step = line["pgd_accuracy"], line["step_accuracy"]
+        if (robust < LOST or robust < before - FALL) and step > robust + GAP:
+            return Collapse(number, robust, step)
+        before = robust
+    return None
