@@ -36,7 +36,7 @@ tables: install
 # The documentation as a site, in an environment of its own; a dead link or anchor fails.
 DOCS_VENV ?= .venv-docs
 docs: $(DOCS_VENV)/installed
-	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --strict
 
 $(DOCS_VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(DOCS_VENV)
