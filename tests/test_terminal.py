@@ -177,6 +177,13 @@ BROKEN = {
     "is_half_there": "from bench.registry import defenses\n@defenses('early')\nclass E: stage = 'output'\nraise Error",
     "is_not_there": None,
 }
+WORKS = """
+from bench.registry import defenses
+
+@defenses("theirs")
+class Theirs:
+    stage, random, version, paper = "output", False, 1, "ours"
+"""
 
 
 @pytest.fixture
@@ -205,7 +212,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 @pytest.mark.parametrize("command", [["ls", "defenses"], ["version"], ["leaderboard", "FOLDER"]], ids=" ".join)
 def test_broken_plugins_are_named_once_and_left_out(command, plugged, folder):
-    plugged(BROKEN | {"works": "from bench.registry import defenses\n@defenses('theirs')\nclass T: stage = 'output'"})
+    plugged(BROKEN | {"works": WORKS})
     ended = bench(*[str(folder) if part == "FOLDER" else part for part in command])
     assert ended.code == 0
     warnings = ended.err.splitlines()
