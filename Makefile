@@ -25,13 +25,15 @@ FUZZ_EXAMPLES ?= 10000
 fuzz: install
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest -m fuzz
 
-# The committed tables, from the committed rows: what stands below the mark in the README of each board.
+# The committed tables, from the committed rows: what stands below the mark in the README of each board; and the page of
+# every figure and sign, from their catalogues.
 BOARDS := $(wildcard leaderboards/*/flags.json)
 tables: install
 	for board in $(BOARDS:/flags.json=); do \
 		sed -i.old '/<!-- tables -->/q' $$board/README.md && rm $$board/README.md.old; \
 		$(BIN)/bench leaderboard $$board >> $$board/README.md; \
 	done
+	$(BIN)/python -m bench.report.catalogue > docs/figures.md
 
 # The documentation as a site, in an environment of its own; a dead link or anchor fails.
 DOCS_VENV ?= .venv-docs

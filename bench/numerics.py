@@ -98,11 +98,11 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
                 converted = _convert(network, images, folded)
                 found = [_distance(logits, converted.module(images.clone())) for _ in range(2)]
             except Exception as error:
-                reason = reason or f"faster numbers fail ({_named(error)})"
+                reason = reason or f"faster precision fails ({_named(error)})"
                 continue
             if max(found) <= (BFLOAT16 if images.is_cuda else FLOAT32) * spread:
                 return Converted(converted.module, converted.used, max(found), reason)
-            reason = reason or f"faster numbers change its logits by {max(found):.2g}"
+            reason = reason or f"faster precision changes its logits by {max(found):.2g}"
     return Converted(plain(copy.deepcopy(network)), reason=reason)
 
 

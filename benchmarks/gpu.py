@@ -17,7 +17,7 @@ ours and needs none of its own requirements here. They come from where there is 
 Every figure is printed and written at once, into ``--work``; ``--out`` is a copy of it in at most six files below
 16 MiB, side by side: ``printout.txt``, ``figures.json``, ``rows.zip`` (a results folder, to be unpacked as
 ``leaderboards/gpu-NAME``) and the weights that were trained, in parts that a model joins when it is given their common
-name, ``weights=preact-resnet18-cifar10.safetensors``. The same command again goes on where it was stopped; on another
+name, ``weights=preact-resnet18-cifar10.safetensors``. The same command again resumes where it was stopped; on another
 machine with ``--resume`` and the folder that was brought home. A step has its share of ``--minutes`` and is cut down
 where it would overrun: the first leaves settings out, the second epochs, the third images, never queries.
 """
@@ -273,7 +273,7 @@ def limit(here: Here) -> None:
             continue
         here.log.keep(name, pace, f"{name[2:]}: {pace:,.0f} images/s")
     if left_out:
-        here.log.say(f"  {left_out} settings left out, no time; the same command goes on with them")
+        here.log.say(f"  {left_out} settings left out, no time; the same command resumes with them")
 
 
 def forward(
@@ -368,7 +368,7 @@ def attack(here: Here) -> None:
     for defense, name in paces:
         (task,) = tasks(here, model, defense, name, here.log.figures["3 images"])
         if here.left() < 0 and store.missing(task.cell):
-            here.log.say(f"  {defense} under {name}: left out, no time; the same command goes on with it")
+            here.log.say(f"  {defense} under {name}: left out, no time; the same command resumes with it")
             continue
         run([task], store, pipeline, len(task.cell.ids), batch(here), Quiet())
         say_row(here, store.row(task.cell), f"{defense} under {name}")
@@ -471,7 +471,7 @@ def training(here: Here) -> None:
             if name in here.log.figures:
                 continue
             if here.left() < scale.training:
-                here.log.say(f"  {name[2:]}: left out, no time; the same command goes on with it")
+                here.log.say(f"  {name[2:]}: left out, no time; the same command resumes with it")
                 continue
             context = autocast(here.device) if numbers == "bf16" else nullcontext()
             pace = training_pace(here, recipe.format(min(128, scale.batch)), build, data, context)
@@ -527,7 +527,7 @@ def costs(here: Here) -> None:
         if key in here.log.figures:
             continue
         if here.left() < 0:
-            here.log.say(f"  {name}: left out, no time; the same command goes on with it")
+            here.log.say(f"  {name}: left out, no time; the same command resumes with it")
             continue
         defense: Any = defenses.create(name)
         fold = not getattr(defense, "needs_batch_norm", False)

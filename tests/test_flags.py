@@ -43,7 +43,7 @@ def recorded(before: Row, **columns: Any) -> Row:
 
 
 def unlasting(count: int, left: int, n: int = 100) -> Row:
-    """A row in which the first ``count`` hits fail when judged afresh."""
+    """A row in which the first ``count`` hits fail when re-evaluated."""
     plain = met("square", left, n=n)
     return recorded(plain, final_pred=plain.records["final_pred"].where(np.arange(n) >= count, 0))
 

@@ -40,7 +40,7 @@ def test_robust_accuracy_at_every_budget_follows_from_the_first_hits():
 
 
 def draws(before: Row, *lucky: int) -> Row:
-    """``before``, of a random defense, whose hits on the samples ``lucky`` fail when judged afresh."""
+    """``before``, of a random defense, whose hits on the samples ``lucky`` fail when re-evaluated."""
     part = Component("rnd", traits=("random",))
     again = before.records["final_pred"].where(~before.records["sample_id"].isin(lucky), 0)
     return Row(replace(before.cell, defense=(part,)), before.records.assign(final_pred=again), before.shards)
@@ -60,9 +60,9 @@ def test_the_worst_case_of_a_random_defense_takes_hits_that_hold_under_any_attac
     worst, *_ = only(lines)
     assert worst.lasting["@100"].value == 2 / 4
     text = render(tables(lines), "md")
-    assert "judged afresh" in text
-    assert json.loads(render(tables(lines), "json"))[0]["@100 afresh"] == 2 / 4
-    assert "judged afresh:" not in render(tables([row([5])]), "md")
+    assert "re-evaluated" in text
+    assert json.loads(render(tables(lines), "json"))[0]["@100 re-evaluated"] == 2 / 4
+    assert "re-evaluated:" not in render(tables([row([5])]), "md")
 
 
 def test_each_sample_counts_under_the_attack_that_beats_it_soonest():

@@ -230,8 +230,8 @@ def test_a_network_that_draws_goes_on_drawing(build):
 
 @pytest.mark.parametrize(
     ("build", "reason"),
-    [(CannotBeCopied, "cannot be copied .*a connection"), (NeedsContiguousLayers, "faster numbers fail .*view"),
-     (ReadsItsLayers, "faster numbers fail .*running_mean"), (Network, "^$")],
+    [(CannotBeCopied, "cannot be copied .*a connection"), (NeedsContiguousLayers, "faster precision fails .*view"),
+     (ReadsItsLayers, "faster precision fails .*running_mean"), (Network, "^$")],
 )  # fmt: skip
 def test_the_reason_is_kept(build, reason):
     assert re.search(reason, numerics.fast(with_statistics(build()), IMAGES).reason)
@@ -246,7 +246,7 @@ def test_a_difference_that_rounding_does_not_explain_is_refused(monkeypatch):
     network = with_statistics(Network())
     converted = numerics.fast(network, IMAGES)
     assert converted.used == "float32"
-    assert "change its logits by" in converted.reason
+    assert "changes its logits by" in converted.reason
     assert torch.equal(converted.module(IMAGES), network(IMAGES))
 
 

@@ -8,7 +8,8 @@ import torch
 from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, expand
-from bench.report.outcomes import figures, final, robust
+from bench.report.figures import figures
+from bench.report.outcomes import final, robust
 from bench.results.store import Store
 from bench.rng import SampleRng
 from bench.run.runner import run

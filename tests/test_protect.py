@@ -579,7 +579,7 @@ class TestTelling:
         arguments = ("--in", pets(tmp_path / "pets"), "--out", tmp_path / "out")
         ended = bench("protect", "--defense", f"{user}:Stops", *arguments)
         assert ended.code == 130
-        assert "the same command goes on" in ended.err
+        assert "the same command resumes" in ended.err
         assert "Traceback" not in ended.err
 
     def test_an_unchanged_set_is_called_so(self, tmp_path, user):

@@ -16,8 +16,8 @@ import pytest
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell, Component
+from bench.report.figures import figures
 from bench.report.leaderboard import render
-from bench.report.outcomes import figures
 from bench.report.standings import tables
 from bench.results.shards import Shard, read_shard, write_json
 from bench.results.store import Row, Store, united

@@ -113,7 +113,7 @@ class TestRanksAreOfEqualConditions:
     @pytest.mark.parametrize(
         ("fields", "told"),
         [
-            ({"numerics": "plain"}, ["", " · plain numbers"]),
+            ({"numerics": "plain"}, ["", " · plain precision"]),
             ({"weights_hash": "0123456789"}, [" · weights 01234567", " · weights w"]),
             ({"data_hash": "d" * 64}, [" · data dddddddd", " · data none"]),
             ({"threat": Threat("linf", 8 / 255 + 1e-9, "scores", 100)}, [" · eps 0.0313725", " · eps 0.0313725"]),
@@ -186,7 +186,7 @@ class TestTheLowerOfTwo:
         assert ranks([fixed([1] * 20 + [NEVER] * 20), blind]) == {"none": 1, "d": 2}
         (table,) = tables([fixed([1] * 20 + [NEVER] * 20), blind])
         assert [(flag.defense, flag.flag) for flag in table.flags] == [("d", "search-is-blind")]
-        assert "final example is right when judged afresh" in render([table], "md")
+        assert "final example is right when re-evaluated" in render([table], "md")
 
     def test_a_lucky_hit_is_not_taken_back(self):
         lucky = fixed(FALLS, "d")

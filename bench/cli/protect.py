@@ -38,7 +38,7 @@ def protect(
 ) -> None:
     """Protect your own training images with a data defense, in the layout they have.
 
-    The same command again goes on where it was stopped.
+    The same command again resumes where it was stopped.
     """
     if size is None and (crop != "centre" or enlarge):
         raise ConfigError("--crop and --enlarge say how images become --size pixels wide and high; give --size, too")
@@ -50,7 +50,7 @@ def protect(
         with Steps(console) as steps:
             done = protect_images(defense, source, out, seed, where, steps, frame)
     except Stopped as stop:
-        say_stopped(f"stopped; what is done is kept in {out}, the same command goes on")
+        say_stopped(f"stopped; what is done is kept in {out}, the same command resumes")
         raise typer.Exit(stop.exit_code) from None
     for line in report(done, out):
         console.print(line, soft_wrap=True)

@@ -39,7 +39,7 @@ def run(
     eps: Annotated[str | None, typer.Option(help="Radius on the pixel scale, such as 8/255.")] = None,
     queries: Annotated[int | None, typer.Option(help="Query budget of each sample.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed; may be repeated.")] = None,
-    numerics: Annotated[str | None, typer.Option(help="fast (default) or plain numbers for the search.")] = None,
+    numerics: Annotated[str | None, typer.Option(help="Precision of the search: fast (default) or plain.")] = None,
     quantise: Annotated[bool | None, typer.Option("--quantise/--no-quantise", help="8-bit service.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; marks the rows.")] = None,
     out: Annotated[Path | None, typer.Option(parser=path, help="Results folder; runs/SUITE by default.")] = None,
@@ -91,7 +91,7 @@ def run(
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
     except Stopped as stop:
-        say_stopped(f"stopped; finished shards are kept in {out}, the same command goes on")
+        say_stopped(f"stopped; finished shards are kept in {out}, the same command resumes")
         raise typer.Exit(stop.exit_code) from None
     rows = [store.row(task.cell) for task in tasks]
     shown = tables(rows, plan.budgets)

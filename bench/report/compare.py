@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 from bench.errors import ConfigError, did_you_mean
 from bench.plan.identity import placeless
-from bench.report.marks import MARKS, marks_of
+from bench.report.marks import legend, marks_of, signs
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
@@ -92,12 +92,11 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
         cells = []
         previous = None
         for line in duel.lines:
-            signs = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
             low, high = (100 * end for end in line.interval)
             digits = 0 if duel.n < 1000 else 1
             cells.append(
                 {
-                    "attack": "" if line.attack == previous else f"{line.attack} {signs}".strip(),
+                    "attack": "" if line.attack == previous else f"{line.attack} {signs(line.marks)}".strip(),
                     "at": line.at,
                     "A": str(line.a),
                     "B": str(line.b),
@@ -106,7 +105,7 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
                 }
             )
             previous = line.attack
-        notes = [f"{MARKS[name][0]} {MARKS[name][1]}" for name in MARKS if any(name in x.marks for x in duel.lines)]
+        notes = legend(frozenset().union(*(line.marks for line in duel.lines)))
         notes += [
             in_markdown(f"only {name} has met {_listed(specs)}") for name, specs in duel.unshared.items() if specs
         ]

@@ -170,23 +170,23 @@ def _constraint_violation(rows: Sequence[Row]) -> Sign | None:
 
 
 def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
-    """RF-32, RF-33: queries that succeeded fail when judged afresh, on more than 2 points of all samples."""
+    """RF-32, RF-33: queries that succeeded fail when re-evaluated, on more than 2 points of all samples."""
     found = []
     for row in rows:
         both = _Comparison(robust(row, query_budget(row)).right, final(row).right)
         if both.exceeds(THRESHOLDS["hits-do-not-hold"]):
             evidence = (
                 f"{row.cell.attack.spec}: {_percent(both.left)} by first hit, {_percent(both.beside)} when the same "
-                f"examples are judged afresh (n={both.n})"
+                f"examples are re-evaluated (n={both.n})"
             )
             found.append((both.gap, Sign("hits-do-not-hold", evidence)))
     return _widest(found)
 
 
 def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
-    """RF-45: the final examples take over 1 point more than the queries did: the search was answered by other numbers.
+    """RF-45: the final examples take over 1 point more than the queries did: they were answered in other precision.
 
-    A defense that acts in the numbers of the search alone shows so. Minimum-norm attacks return, projected into the
+    A defense that acts in the precision of the search alone shows so. Minimum-norm attacks return, projected into the
     ball, what they have not asked about, and say nothing here.
     """
     found = []
@@ -196,7 +196,7 @@ def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
         if both.exceeds(THRESHOLDS["search-is-blind"]) and asked:
             evidence = (
                 f"{row.cell.attack.spec}: {_percent(both.beside)} by first hit, but {_percent(both.left)} when the "
-                f"final examples are judged afresh (n={both.n})"
+                f"final examples are re-evaluated (n={both.n})"
             )
             found.append((both.gap, Sign("search-is-blind", evidence)))
     return _widest(found)

@@ -6,7 +6,10 @@ from typing import Any, Literal
 
 import pandas as pd
 
-from bench.report.marks import MARKS
+from bench.report.figures import BY_NAME, Place, legend, placed
+from bench.report.line import Line
+from bench.report.marks import PARTIAL, signs
+from bench.report.marks import legend as marks_legend
 from bench.report.outcomes import failure
 from bench.report.standings import Table
 from bench.report.text import in_markdown, latex_table, markdown_table, text_frame, tidy
@@ -17,29 +20,12 @@ Format = Literal["md", "csv", "latex", "json"]
 
 GLANCE = "At a glance: what each attack leaves with all of its queries, in percent; intervals stand above."
 LASTING = (
-    "Random defenses, judged afresh: an image counts as beaten within so many queries only where the majority of 16 "
+    "Random defenses, re-evaluated: an image counts as beaten within so many queries only where the majority of 16 "
     "new evaluations of its first hit is wrong, too. First hits show what one lucky answer gets; this shows what an "
     "example that works again gets. A search ends at its first hit, so the share is an upper bound."
 )
-SCORES = (
-    "What the defense does to its answers: predictions changed (%), mean change of logits (l2) and of probabilities "
-    "(total variation), time of a query against the undefended one; then clean → after the attack that left the least."
-)
-ERRORS = {"ECE": "ece", "adaptive ECE": "adaptive_ece"}
-LOSSES = {"Brier": "brier", "NLL": "nll"}
-QUERIES = (
-    "What the queries achieved among images that were right when clean: area under accuracy against queries (of all "
-    "images), queries of the successes, of all (censored at the budget), and the size of the final changes."
-)
-ACHIEVED = {  # column: figure, how it is printed
-    "AUC": ("auc", "{:.3f}"), "log AUC": ("log_auc", "{:.3f}"), "success": ("success_rate", "{:.1%}"),
-    "mean": ("mean_queries", "{:.0f}"), "median": ("median_queries", "{:.0f}"),
-    "mean of all": ("restricted_mean_queries", "{:.0f}"), "median of all": ("censored_median_queries", "{:.0f}"),
-    "linf": ("linf", "{:.4f}"), "RMSE": ("rmse", "{:.4f}"),
-    "expected": ("expected_accuracy", "{:.1%}"),
-}  # fmt: skip
-PARTIAL = {"limited", "incomplete", "failed", "invalid"}  # marks that stand at a glance, too
-PERCENT = {"clean", "mean", "SD", "peak", "train"}
+SCORES = "What the defense does to its answers, then clean → after the attack that left the least."
+QUERIES = "What the queries achieved; attacked are the images that were right when clean."
 
 
 def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
@@ -65,8 +51,8 @@ def _markdown(table: Table, details: bool) -> str:
         parts.insert(3, "\n".join(["Failed (the last line of each error):\n", *failed]))
     if table.flags:
         told = [[in_markdown(part) for part in (flag.defense, flag.flag, flag.evidence)] for flag in table.flags]
-        signs = [f"- {defense}: **{flag}**. {evidence}." for defense, flag, evidence in told]
-        parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *signs]))
+        fired = [f"- {defense}: **{flag}**. {evidence}." for defense, flag, evidence in told]
+        parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *fired]))
     return "\n\n".join(parts).replace("\n\n\n", "\n") + "\n"
 
 
@@ -90,23 +76,20 @@ def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:
     parts = [("", _accuracies(table))]
     if details:
         parts += [(GLANCE, _glance(table)), (LASTING, _lasting(table))]
-        parts += [(SCORES, _scores(table)), (QUERIES, _queries(table))]
+        parts += [_explained(SCORES, "defense", _scores(table)), _explained(QUERIES, "attack", _queries(table))]
     return [(title, frame) for title, frame in parts if len(frame) or not title]
 
 
 def _accuracies(table: Table) -> pd.DataFrame:
     lines = []
     for line in table.lines:
-        marks = "".join(MARKS[name][0] for name in MARKS if name in line.marks)
         shares = {name: str(share) for name, share in line.shares.items()}
-        extra = {
-            name: f"{100 * value:.1f}" if name in PERCENT else f"{value:.2f}" for name, value in line.extra.items()
-        }
+        extra = {name: _extra(name, value) for name, value in line.extra.items()}
         lines.append(
             {
                 "rank": "" if line.rank is None else str(line.rank),
                 "defense": line.defense,
-                "attack": f"{line.attack} {marks}".strip(),
+                "attack": f"{line.attack} {signs(line.marks)}".strip(),
                 **shares,
                 **extra,
                 "n": str(line.n),
@@ -114,6 +97,17 @@ def _accuracies(table: Table) -> pd.DataFrame:
         )
     frame = _once(lines)
     return frame if any(line.rank for line in table.lines) else frame.drop(columns="rank")
+
+
+def _extra(name: str, value: float) -> str:
+    """A figure in its own form; what is no figure of a row is a share, in percent."""
+    return BY_NAME[name].text(value) if name in BY_NAME else f"{100 * value:.1f}"
+
+
+def _explained(title: str, place: Place, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+    """A table of figures without the columns that no line fills, and what the others hold."""
+    kept = frame[[name for name in frame if (frame[name] != "").any()]]
+    return f"{title} {legend(figure for figure in placed(place) if figure.label in kept)}.", kept
 
 
 def _glance(table: Table) -> pd.DataFrame:
@@ -124,8 +118,7 @@ def _glance(table: Table) -> pd.DataFrame:
         measured = [name for name, share in line.shares.items() if share.n and name not in ("clean", "final")]
         if measured:
             name = line.attack.partition(" of ")[0] + measured[-1].replace("@", " @").replace("test", "")
-            signs = "".join(MARKS[mark][0] for mark in MARKS if mark in line.marks & PARTIAL)
-            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f} {signs}".strip()
+            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f} {signs(line.marks & PARTIAL)}".strip()
     if all(len(shown) <= 2 for shown in lines.values()):
         return pd.DataFrame()
     frame = text_frame(list(lines.values()))
@@ -135,7 +128,7 @@ def _glance(table: Table) -> pd.DataFrame:
 
 
 def _lasting(table: Table) -> pd.DataFrame:
-    """The accuracies of random defenses with hits judged afresh."""
+    """The accuracies of random defenses with hits re-evaluated."""
     lines = [
         {"defense": line.defense, "attack": line.attack}
         | {budget: str(share) for budget, share in line.lasting.items()}
@@ -151,40 +144,24 @@ def _scores(table: Table) -> pd.DataFrame:
     lines = []
     for defense in dict.fromkeys(line.defense for line in table.lines):
         own = [line for line in table.lines if line.defense == defense and "ece" in line.figures]
-        if not own:
-            continue
-        line = min(own, key=lambda line: line.shares["final"].value)
-        found = line.figures
-        lines.append(
-            {
-                "defense": defense,
-                "changed": f"{100 * found['changed_predictions']:.1f}",
-                "Δ logits": f"{found['logit_change']:.2f}",
-                "Δ probs": f"{found['probability_change']:.3f}",
-                "cost": f"{found['cost']:.2f}" if "cost" in found else "",
-                **{name: _before_after(found, key, "{:.1%}") for name, key in ERRORS.items()},
-                **{name: _before_after(found, key, "{:.2f}") for name, key in LOSSES.items()},
-                "under": line.attack,
-            }
-        )
+        if own:
+            line = min(own, key=lambda line: line.shares["final"].value)
+            lines.append({"defense": defense, **_columns(line, "defense"), "under": line.attack})
     return text_frame(lines)
 
 
-def _before_after(found: dict[str, float], key: str, form: str) -> str:
-    return f"{form} → {form}".format(found[key], found[f"attacked_{key}"])
-
-
 def _queries(table: Table) -> pd.DataFrame:
-    lines = []
-    for line in table.lines:
-        found = line.figures
-        if "auc" not in found:
-            continue
-        shown = {"defense": line.defense, "attack": line.attack}
-        for name, (key, form) in ACHIEVED.items():
-            shown[name] = form.format(found[key]).replace("inf", "> all") if key in found else ""
-        lines.append(shown)
-    return _once(lines)
+    lines = [line for line in table.lines if "auc" in line.figures]
+    return _once([{"defense": line.defense, "attack": line.attack, **_columns(line, "attack")} for line in lines])
+
+
+def _columns(line: Line, place: Place) -> dict[str, str]:
+    """The figures of a line that stand in one table, by the heads of their columns."""
+    shown = {}
+    for figure in placed(place):
+        parts = [BY_NAME[name] for name in (figure.name, figure.after) if name in line.figures]
+        shown[figure.label] = " → ".join(part.text(line.figures[part.name], line.row) for part in parts)
+    return shown
 
 
 def _once(lines: list[dict[str, str]]) -> pd.DataFrame:
@@ -196,10 +173,8 @@ def _once(lines: list[dict[str, str]]) -> pd.DataFrame:
 
 
 def _legend(table: Table, latex: bool = False) -> str:
-    present = [name for name in MARKS if any(name in line.marks for line in table.lines)]
-    if latex:
-        return " ".join(f"{MARKS[name][0]} {MARKS[name][1]}." for name in present)
-    return "  \n".join(f"{MARKS[name][0]} {MARKS[name][1]}" for name in present)
+    told = marks_legend(frozenset().union(*(line.marks for line in table.lines)))
+    return " ".join(f"{line}." for line in told) if latex else "  \n".join(told)
 
 
 def _records(table: Table) -> list[dict[str, Any]]:
@@ -215,7 +190,7 @@ def _records(table: Table) -> list[dict[str, Any]]:
             record |= {name: value, f"{name} low": low, f"{name} high": high}
             if share.networks > 1:
                 record |= {f"{name} SD": share.spread, "networks": share.networks}
-        record |= {f"{name} afresh": share.value for name, share in line.lasting.items() if share.n}
+        record |= {f"{name} re-evaluated": share.value for name, share in line.lasting.items() if share.n}
         finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
         records.append({**record, **line.extra, **finite, **({"error": line.error} if line.error else {})})
     return records

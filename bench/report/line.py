@@ -19,7 +19,8 @@ class Line:
     marks: frozenset[str] = frozenset()
     rank: int | None = None
     extra: dict[str, float] = field(default_factory=dict)
-    figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.report.outcomes.figures
+    row: Row | None = None  # that it is of; nothing for several
+    figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.report.figures
     lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
     error: str = ""  # the last line of what a failed row has raised
 

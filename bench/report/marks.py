@@ -1,28 +1,71 @@
 """What a reader of a figure must know, as signs in a table: what bars a row from ranking, and what colours it."""
 
+from collections.abc import Collection
+from dataclasses import dataclass
+
 from bench.report.outcomes import column, is_control
 from bench.results.store import Row
 
-MARKS = {
-    "limited": ("†", "run with --limit on fewer samples than its suite asks for; never ranked"),
-    "incomplete": ("…", "not all samples have run yet; never ranked"),
-    "failed": ("✗", "failed; run again, or read the traceback in its .failed.json; never ranked"),
-    "invalid": ("!", "the model answered NaN or infinity; never ranked"),
-    "spared": ("⊂", "not met by every attack that the undefended model has met; never ranked"),
-    "short": ("<", "fewer queries, samples or seeds than the undefended model has met; never ranked"),
-    "older": ("∘", "made with an older version of a component; never ranked"),
-    "cut": ("∩", "ranked by the queries, samples and seeds that all have in common; its own figures are of more"),
-    "rescaled": ("↔", "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives"),
-    "batch-dependent": ("∥", "samples not independent of their batch: a foreign attack, or a defense that mixes rows"),
-    "stateful": ("‡", "the defense remembers earlier queries, so figures depend on their order and on resuming"),
-    "control": ("⇄", "made on the undefended network, which no attacker of a service has: not in the worst case"),
-    "random": (
+
+@dataclass(frozen=True)
+class Mark:
+    """A ``sign`` in a table, the ``name`` that programs read, and the ``sentence`` of the legend."""
+
+    sign: str
+    name: str
+    sentence: str
+    bars: bool = False     # whether a row that has it is never ranked
+    partial: bool = False  # whether the figure itself is not whole, so that the sign stands wherever the figure does
+    pooled: bool = True    # whether the worst case of several attacks has it where one of them does
+
+    def __str__(self) -> str:
+        return f"{self.sign} {self.sentence}" + ("; never ranked" if self.bars else "")
+
+
+MARKS = (  # in the order in which they stand
+    Mark("†", "limited", "run with --limit on fewer samples than its suite asks for", bars=True, partial=True),
+    Mark("…", "incomplete", "not all samples have run yet", bars=True, partial=True),
+    Mark("✗", "failed", "failed; run again, or read the traceback in its .failed.json", bars=True, partial=True),
+    Mark("!", "invalid", "the model answered NaN or infinity", bars=True, partial=True),
+    Mark("⊂", "spared", "not met by every attack that the undefended model has met", bars=True),
+    Mark("<", "short", "fewer queries, samples or seeds than the undefended model has met", bars=True),
+    Mark("∘", "older", "made with an older version of a component", bars=True),
+    Mark(
+        "∩", "cut", "ranked by the queries, samples and seeds that all have in common; its own figures are of more"
+    ),
+    Mark(
+        "↔",
+        "rescaled",
+        "schedule rescaled to the largest budget, so smaller budgets are not what a run at them gives",
+        pooled=False,
+    ),
+    Mark(
+        "∥",
+        "batch-dependent",
+        "samples not independent of their batch: a foreign attack, or a defense that mixes rows",
+        pooled=False,
+    ),
+    Mark(
+        "‡",
+        "stateful",
+        "the defense remembers earlier queries, so figures depend on their order and on resuming",
+    ),
+    Mark(
+        "⇄",
+        "control",
+        "made on the undefended network, which no attacker of a service has: not in the worst case",
+        pooled=False,
+    ),
+    Mark(
         "~",
+        "random",
         "random defense: @ counts the first success of a query, or of the mean that an averaging attack asks for, "
         "lucky or not; final, the majority of 16 repeats, flatters the defense where it was lucky",
     ),
-}
-UNRANKED = {"limited", "incomplete", "failed", "invalid", "spared", "short", "older"}
+)
+UNRANKED = frozenset(mark.name for mark in MARKS if mark.bars)
+PARTIAL = frozenset(mark.name for mark in MARKS if mark.partial)
+POOLED = frozenset(mark.name for mark in MARKS if mark.pooled)
 
 
 def marks_of(row: Row) -> frozenset[str]:
@@ -36,3 +79,13 @@ def marks_of(row: Row) -> frozenset[str]:
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)
+
+
+def signs(names: Collection[str]) -> str:
+    """The signs of these marks, as they stand behind an attack."""
+    return "".join(mark.sign for mark in MARKS if mark.name in names)
+
+
+def legend(names: Collection[str]) -> list[str]:
+    """A line for each of these marks that says what its sign means."""
+    return [str(mark) for mark in MARKS if mark.name in names]

@@ -1,6 +1,5 @@
-"""What the records of a row say: who was right when clean, after so many queries and in the end, and every figure."""
+"""What the records of a row say: who was right when clean, after so many queries and in the end."""
 
-import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -10,13 +9,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.metrics import (
-    adaptive_calibration_error,
-    calibration_error,
-    log_query_curve_area,
-    query_curve_area,
-    query_statistics,
-)
 from bench.oracle import NEVER
 from bench.report.stats import wilson
 from bench.results.store import Row
@@ -94,15 +86,15 @@ def robust(row: Row, queries: int) -> Share:
 
 
 def final(row: Row) -> Share:
-    """Right when clean, and right on the final example, judged afresh in plain float32."""
+    """Right when clean, and right on the final example, re-evaluated in plain float32."""
     return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
 
 
 def standing(row: Row, queries: int) -> Share:
     """Not beaten by any of the first ``queries``, by :func:`robust`, nor by a final example that came of no hit.
 
-    Where no query was a hit and the final example is wrong all the same, the search was answered by other numbers than
-    those that count: the sample has fallen, and the search has not seen it.
+    Where no query was a hit and the final example is wrong all the same, the search was answered in another precision
+    than the one that counts: the sample has fallen, and the search has not seen it.
     """
     held = robust(row, queries).right
     unseen = (column(row, "first_hit") == NEVER) & (column(row, "final_pred") != column(row, "y"))
@@ -110,7 +102,7 @@ def standing(row: Row, queries: int) -> Share:
 
 
 def lasting(row: Row, queries: int) -> Share:
-    """Like :func:`robust`, but a sample counts as beaten only where its example is wrong when judged afresh, too.
+    """Like :func:`robust`, but a sample counts as beaten only where its example is wrong when re-evaluated, too.
 
     For random defenses, whose first hit may be luck. The search ended at that hit, so this is what it had come to, and
     not what it would have found by going on.
@@ -171,56 +163,3 @@ def failure(row: Row) -> str:
     places = [(Path(file).name, line) for file, line in _FRAME.findall(trace)]
     own = [f" ({file}, line {line})" for file, line in places if re.search(rf"(?<![\w.-]){re.escape(file)}:", named)]
     return said + (own[-1] if own else "")
-
-
-def figures(row: Row) -> dict[str, float]:
-    """Every figure of a row of a served model beside its accuracies; those that its records do not give are left out.
-
-    Of the defense: ``changed_predictions`` (a share), ``logit_change`` (mean l2) and ``probability_change`` (mean total
-    variation) against the undefended network on clean images; ``ece``, ``adaptive_ece``, ``brier`` and ``nll`` on
-    clean images and, after ``attacked_``, on the final examples; ``expected_accuracy``, the mean share of fresh
-    evaluations of the final example that are right; ``cost``, its time for a query over the undefended network's.
-    Of the attack: areas ``auc`` and ``log_auc``, the statistics of :func:`bench.metrics.query_statistics`, and
-    the mean ``linf`` and ``rmse`` of the final examples of the samples it attacked.
-    """
-    found = {**_scores(row), **_queries(row), **{name: row.figures[name] for name in ("cost",) if name in row.figures}}
-    return {name: value for name, value in found.items() if not math.isnan(value)}
-
-
-def _scores(row: Row) -> dict[str, float]:
-    if not len(column(row, "clean_confidence")):
-        return {}
-    y, prediction = column(row, "y"), column(row, "clean_pred")
-    found = {
-        "changed_predictions": float((prediction != column(row, "twin_pred")).mean()),
-        "logit_change": float(column(row, "logit_change").mean()),
-        "probability_change": float(column(row, "probability_change").mean()),
-        "expected_accuracy": float(np.where(column(row, "first_hit") == 0, 0, column(row, "final_share")).mean()),
-    }
-    for prefix, when in (("", "clean"), ("attacked_", "final")):
-        confidence, correct = column(row, f"{when}_confidence").astype(float), column(row, f"{when}_pred") == y
-        found |= {
-            f"{prefix}ece": calibration_error(confidence, correct),
-            f"{prefix}adaptive_ece": adaptive_calibration_error(confidence, correct),
-            f"{prefix}brier": float(column(row, f"{when}_brier").mean()),
-            f"{prefix}nll": float(column(row, f"{when}_nll").mean()),
-        }
-    return found
-
-
-def _queries(row: Row) -> dict[str, float]:
-    hits, budget = column(row, "first_hit").astype(float), query_budget(row)
-    if not len(hits) or not budget:
-        return {}
-    hits[hits == NEVER] = math.inf
-    found = {
-        "auc": query_curve_area(hits, budget),
-        "log_auc": log_query_curve_area(hits, budget),
-        **query_statistics(hits, budget),
-    }
-    attacked = hits > 0
-    for name in ("linf", "rmse"):
-        sizes = column(row, {"linf": "norm_linf"}.get(name, name))
-        if len(sizes) and attacked.any():
-            found[name] = float(sizes[attacked].mean())
-    return found

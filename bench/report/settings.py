@@ -1,4 +1,4 @@
-"""Which rows compare at all: those of one data set, model, threat and kind of numbers."""
+"""Which rows compare at all: those of one data set, model, threat and precision."""
 
 from collections.abc import Iterable
 
@@ -39,7 +39,7 @@ def _facts(cell: Cell) -> dict[str, str]:
         "weights": cell.weights_hash,
         "data version": str(cell.dataset.version),
         "model version": str(cell.model.version),
-        "numbers": cell.numerics,
+        "precision": cell.numerics,
     }
 
 

@@ -25,7 +25,7 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
     "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
-    "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
+    "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
     "Δ": r"$\Delta$", "→": r"$\to$",
 }  # fmt: skip

@@ -10,6 +10,7 @@ from bench.measure.learned import learn_released
 from bench.measure.measured import Measured
 from bench.plan.cell import Cell
 from bench.plan.tasks import Task
+from bench.report.figures import figures, placed
 from bench.report.line import Line, attack_label, by_defense, with_rank
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, column, failure, restricted, tested, under_all
@@ -18,10 +19,6 @@ from bench.results.store import Row
 from bench.system.process_state import seed_globals
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools
-
-RELEASED = {  # column of a learner's line: figure; shares are printed in percent
-    "peak": "peak_test_accuracy", "train": "train_accuracy", "changed pixels": "changed_pixels_mean", "PSNR": "psnr",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,8 @@ class Data:
 
 
 def _line(row: Row) -> Line:
-    extra = {title: row.figures[figure] for title, figure in RELEASED.items() if figure in row.figures}
+    found = figures(row)
+    extra = {figure.name: found[figure.name] for figure in placed("learner") if figure.name in found}
     shares, n = {"test": tested(row)}, len(row.records)
     return Line(row.cell.defense_label, attack_label(row), shares, n, marks_of(row), extra=extra, error=failure(row))
 

@@ -14,14 +14,14 @@ from bench.measure.witness import Witness
 from bench.oracle.served import Target
 from bench.plan.cell import Cell
 from bench.plan.tasks import Task
+from bench.report.figures import figures
 from bench.report.line import Line, attack_label, by_defense, with_rank
-from bench.report.marks import UNRANKED, marks_of
+from bench.report.marks import POOLED, UNRANKED, marks_of
 from bench.report.outcomes import (
     Share,
     clean,
     column,
     failure,
-    figures,
     final,
     lasting,
     network,
@@ -37,7 +37,7 @@ from bench.threat import Access
 from bench.tracks.track import Progress, Tools
 
 RANKS = (
-    "Ranks: an image stands where no query beat it and the final example is right when judged afresh in float32; "
+    "Ranks: an image stands where no query beat it and the final example is right when re-evaluated in float32; "
     "exact McNemar on common images, Holm over all pairs, 5 %"
 )
 
@@ -78,7 +78,7 @@ class Query:
         return samples * min(budget, getattr(task.attack, "most_queries", budget))
 
     def title(self, cell: Cell) -> str:
-        return cell.setting + (" · plain numbers" if cell.numerics == "plain" else "")
+        return cell.setting + (" · plain precision" if cell.numerics == "plain" else "")
 
     def facts(self, cell: Cell) -> dict[str, str]:
         return {"eps": repr(cell.threat.eps)}
@@ -128,7 +128,7 @@ def _line(row: Row, budgets: Sequence[int]) -> Line:
     again = {f"@{budget}": lasting(row, budget) for budget in budgets} if "random" in marks else {}
     return Line(
         row.cell.defense_label, attack_label(row), shares, len(row.records), marks,
-        figures=figures(row), lasting=again, error=failure(row),
+        row=row, figures=figures(row), lasting=again, error=failure(row),
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def worst_case(rows: Sequence[Row], budgets: Sequence[int]) -> Line:
     for budget in budgets:
         shares[f"@{budget}"] = _left(networks, budget, robust)
     shares["final"] = under_all(networks, lambda row: final(row).right)
-    marks = frozenset().union(*(marks_of(row) for row in rows)) - {"rescaled", "batch-dependent", "control"}
+    marks = frozenset().union(*(marks_of(row) for row in rows)) & POOLED
     again = {f"@{budget}": _left(networks, budget, lasting) for budget in budgets} if "random" in marks else {}
     attacks = dict.fromkeys(attack_label(row, seed=len(networks) == 1) for row in met)
     name = f"worst of {len(attacks)}" if len(attacks) > 1 else next(iter(attacks))

@@ -1,0 +1,216 @@
+"""Every figure of a row beside its accuracies: how it is computed, called, printed and explained, one entry each.
+
+Tables, their legends, the keys of JSON and CSV and ``docs/figures.md`` are made of this catalogue. A new figure is an
+entry in :data:`FIGURES`; it is computed from the records of rows, so it needs no new run.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.metrics import (
+    adaptive_calibration_error,
+    calibration_error,
+    log_query_curve_area,
+    query_curve_area,
+    query_statistics,
+)
+from bench.oracle import NEVER
+from bench.report.outcomes import column, query_budget
+from bench.results.store import Row
+
+Place = Literal["defense", "attack", "learner", ""]
+HITS = ("first_hit",)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of one row.
+
+    ``name`` is its key in JSON and CSV, ``label`` the head of its column in the table ``place``. ``better`` says which
+    way a defense wants it. It is computed where the row has what it ``needs``, columns of records or what shards have
+    measured once, and left out where it is NaN.
+    """
+
+    name: str
+    label: str
+    unit: str
+    better: Literal["higher", "lower", ""]
+    needs: tuple[str, ...]
+    compute: Callable[[Row], float]
+    sentence: str
+    place: Place = ""
+    form: str = "{:.2f}"
+    scale: float = 1                 # of what is printed
+    after: str = ""                  # the figure that stands behind an arrow in the same column
+    infinite: str = "> all"          # what is printed for infinity
+    least: Callable[[Row], float] | None = None  # below which it is not known: there it is printed as "≤ least"
+
+    def of(self, row: Row) -> float:
+        """Its value; NaN where the row does not say."""
+        there = all(len(column(row, name)) or name in row.figures for name in self.needs)
+        return float(self.compute(row)) if there else math.nan
+
+    def text(self, value: float, row: Row | None = None) -> str:
+        """``value`` of ``row`` as people read it."""
+        if math.isinf(value):
+            return self.infinite
+        bound = self.least is not None and row is not None and 0 < value <= self.least(row)
+        return ("≤ " if bound else "") + self.form.format(self.scale * value)
+
+
+def figures(row: Row) -> dict[str, float]:
+    """Every figure of a row that its records give, by name."""
+    found = {figure.name: figure.of(row) for figure in FIGURES}
+    return {name: value for name, value in found.items() if not math.isnan(value)}
+
+
+def placed(place: Place) -> list[Figure]:
+    """The figures that have a column in this table, in their order."""
+    return [figure for figure in FIGURES if figure.place == place]
+
+
+def legend(shown: Iterable[Figure]) -> str:
+    """What the columns of these figures hold."""
+    return "; ".join(f"{figure.label}: {figure.sentence}" for figure in shown)
+
+
+def _mean(name: str) -> Callable[[Row], float]:
+    return lambda row: float(column(row, name).mean())
+
+
+def _stored(name: str) -> Callable[[Row], float]:
+    """What shards have measured once."""
+    return lambda row: row.figures[name]
+
+
+def _calibration(error: Callable[[NDArray[Any], NDArray[Any]], float], when: str) -> Callable[[Row], float]:
+    return lambda row: error(
+        column(row, f"{when}_confidence").astype(float), column(row, f"{when}_pred") == column(row, "y")
+    )
+
+
+def _changed(row: Row) -> float:
+    return float((column(row, "clean_pred") != column(row, "twin_pred")).mean())
+
+
+def _expected(row: Row) -> float:
+    return float(np.where(column(row, "first_hit") == 0, 0, column(row, "final_share")).mean())
+
+
+def _hits(row: Row) -> NDArray[np.float64]:
+    """(n,) the query that beat each sample: 0 if it was wrong when clean, infinity if none did."""
+    hits = column(row, "first_hit").astype(float)
+    return np.where(hits == NEVER, math.inf, hits)
+
+
+def _of_queries(statistic: Callable[[NDArray[np.float64], int], float]) -> Callable[[Row], float]:
+    return lambda row: statistic(_hits(row), query_budget(row)) if query_budget(row) else math.nan
+
+
+def _statistic(name: str) -> Callable[[Row], float]:
+    return _of_queries(lambda hits, budget: query_statistics(hits, budget)[name])
+
+
+def _size(name: str) -> Callable[[Row], float]:
+    """The mean of a column over the samples that were attacked."""
+
+    def mean(row: Row) -> float:
+        attacked = column(row, "first_hit") != 0
+        return float(column(row, name)[attacked].mean()) if attacked.any() and query_budget(row) else math.nan
+
+    return mean
+
+
+def _median_distance(row: Row) -> float:
+    """Over the attacked samples; infinite where fewer than half were beaten at any distance, NaN for other attacks.
+
+    A search ends when its sample falls, at a distance that says only that it is below the radius: it counts as that.
+    """
+    distance = column(row, "best_distance").astype(float)[column(row, "first_hit") != 0]
+    if not np.isfinite(distance).any():
+        return math.nan
+    reached = np.where(np.isnan(distance), math.inf, np.maximum(distance, row.cell.threat.eps))
+    return float(np.sort(reached)[(len(reached) - 1) // 2])
+
+
+def _twice(
+    name: str, label: str, unit: str, needs: tuple[str, ...], of: Callable[[str], Callable[[Row], float]], form: str,
+    sentence: str,
+) -> tuple[Figure, Figure]:
+    """A figure of the answers to clean images, and the same of those to final examples, behind an arrow."""
+    before, after = ((*(f"{when}_{need}" for need in needs), "y") for when in ("clean", "final"))
+    return (
+        Figure(name, label, unit, "lower", before, of("clean"), sentence, "defense", form, after=f"attacked_{name}"),
+        Figure(f"attacked_{name}", label, unit, "lower", after, of("final"), f"{sentence}, on final examples",
+               form=form),
+    )  # fmt: skip
+
+
+FIGURES: tuple[Figure, ...] = (
+    Figure(
+        "changed_predictions", "changed", "%", "lower", ("clean_pred", "twin_pred"), _changed,
+        "clean images that are given another class than without the defense", "defense", "{:.1f}", 100,
+    ),
+    Figure(
+        "logit_change", "Δ logits", "logits", "lower", ("logit_change",), _mean("logit_change"),
+        "mean l2 distance of the logits from those without the defense, on clean images", "defense",
+    ),
+    Figure(
+        "probability_change", "Δ probs", "0 to 1", "lower", ("probability_change",), _mean("probability_change"),
+        "mean total variation between the probabilities with the defense and without, on clean images", "defense",
+        "{:.3f}",
+    ),
+    Figure("cost", "cost", "ratio", "lower", ("cost",), _stored("cost"),
+           "time of a query over that of the undefended network", "defense"),
+    *_twice("ece", "ECE", "%", ("confidence", "pred"), partial(_calibration, calibration_error), "{:.1%}",
+            "expected calibration error, 15 bins of equal width"),
+    *_twice("adaptive_ece", "adaptive ECE", "%", ("confidence", "pred"),
+            partial(_calibration, adaptive_calibration_error), "{:.1%}",
+            "the same in 15 bins of equally many images"),
+    *_twice("brier", "Brier", "0 to 2", ("brier",), lambda when: _mean(f"{when}_brier"), "{:.2f}",
+            "mean squared distance of the probabilities from the truth"),
+    *_twice("nll", "NLL", "nats", ("nll",), lambda when: _mean(f"{when}_nll"), "{:.2f}",
+            "mean of minus the logarithm of the true class's probability"),
+    Figure("auc", "AUC", "0 to 1", "higher", HITS, _of_queries(query_curve_area),
+           "area under accuracy against queries, of all images", "attack", "{:.3f}"),
+    Figure("log_auc", "log AUC", "0 to 1", "higher", HITS, _of_queries(log_query_curve_area),
+           "the same against the logarithm of 1 + queries", "attack", "{:.3f}"),
+    Figure("success_rate", "success", "%", "lower", HITS, _statistic("success_rate"),
+           "attacked images that a query beat", "attack", "{:.1%}"),
+    Figure("mean_queries", "mean", "queries", "higher", HITS, _statistic("mean_queries"),
+           "queries of the successes, which fall when an attack gives up on hard images", "attack", "{:.0f}"),
+    Figure("median_queries", "median", "queries", "higher", HITS, _statistic("median_queries"),
+           "their median", "attack", "{:.0f}"),
+    Figure("restricted_mean_queries", "mean of all", "queries", "higher", HITS, _statistic("restricted_mean_queries"),
+           "queries of all attacked images, those that stand with the whole budget", "attack", "{:.0f}"),
+    Figure("censored_median_queries", "median of all", "queries", "higher", HITS, _statistic("censored_median_queries"),
+           "their median, “> all” where fewer than half were beaten", "attack", "{:.0f}"),
+    Figure("linf", "linf", "pixel scale", "higher", (*HITS, "norm_linf"), _size("norm_linf"),
+           "mean size of the final changes", "attack", "{:.4f}"),
+    Figure("rmse", "RMSE", "pixel scale", "higher", (*HITS, "rmse"), _size("rmse"),
+           "root mean square of the final changes of an image, averaged", "attack", "{:.4f}"),
+    Figure(
+        "median_distance", "distance", "norm of the threat", "higher", (*HITS, "best_distance"), _median_distance,
+        "median distance of the nearest misclassified query of a minimum-norm attack, of all attacked images; a search "
+        "ends at the radius, so “≤” it is all that is known of what fell; “none” where fewer than half have such a "
+        "query", "attack", "{:.4f}", infinite="none", least=lambda row: row.cell.threat.eps,
+    ),
+    Figure("expected_accuracy", "expected", "%", "higher", ("first_hit", "final_share"), _expected,
+           "mean share of fresh evaluations of the final example that are right", "attack", "{:.1%}"),
+    Figure("peak", "peak", "%", "lower", ("peak_test_accuracy",), _stored("peak_test_accuracy"),
+           "test accuracy after the best epoch, chosen on the test images, which favours the learner", "learner",
+           "{:.1f}", 100),
+    Figure("train", "train", "%", "", ("train_accuracy",), _stored("train_accuracy"),
+           "accuracy on the released images after the last epoch", "learner", "{:.1f}", 100),
+    Figure("changed pixels", "changed pixels", "pixels", "lower", ("changed_pixels_mean",),
+           _stored("changed_pixels_mean"), "mean number of places in an image that the protection changed", "learner"),
+    Figure("PSNR", "PSNR", "dB", "higher", ("psnr",), _stored("psnr"),
+           "of all pixels together, left out where nothing changed", "learner"),
+)  # fmt: skip
+BY_NAME = {figure.name: figure for figure in FIGURES}
