@@ -25,14 +25,10 @@ RELEASED = (200, 400, 550)  # batches of an epoch (0, 1, ...) after which the re
 class _Variant:
     epochs: int
     dimensions: int
-    steps: int
-    rel_step: float
 
 
-VARIANTS = {
-    "fast": _Variant(epochs=65, dimensions=80, steps=1, rel_step=1.25),
-    "pgd": _Variant(epochs=100, dimensions=100, steps=10, rel_step=0.25),
-}
+VARIANTS = {"fast": _Variant(epochs=65, dimensions=80), "pgd": _Variant(epochs=100, dimensions=100)}
+STEPS, REL_STEP = 10, 0.25  # of the PGD variant's first training
 
 
 @defenses("sub-at")
@@ -51,6 +47,7 @@ class SubspaceAdversarialTraining(Trainer):
         subspace_epochs: epochs inside the subspace; ``epochs`` is those before it.
         subspace_lr: constant rate inside the subspace, where there is no weight decay, as it would lead out.
         enlarge: the radius inside the subspace over ``eps``.
+        rel_step: size of the single step as a share of its radius.
         snapshots: when they are taken. ``as-released`` is after the epoch and after its batches 200, 400 and 550
             as far as it has them: twice in CIFAR-10's 352 batches, once in an epoch of 200 or less. ``as-intended`` is
             twice in every epoch, in the middle and at its end.
@@ -68,6 +65,7 @@ class SubspaceAdversarialTraining(Trainer):
     subspace_epochs: Count = 40
     subspace_lr: Positive = 1.0
     enlarge: Positive = 2.0
+    rel_step: Positive = 1.25
     snapshots: Literal["as-released", "as-intended"] = "as-intended"
     early_stopping: bool = True
     recipe: RecipeName | None = "sub-at"
@@ -121,11 +119,12 @@ class SubspaceAdversarialTraining(Trainer):
 
     def perturb(self, variant: Literal["fast", "pgd"], eps: float) -> Perturb:
         """The attack of a training, within ``eps``."""
-        numbers, threat = VARIANTS[variant], Threat("linf", eps, "gradients")
+        steps, size = (1, self.rel_step) if variant == "fast" else (STEPS, REL_STEP)
+        threat = Threat("linf", eps, "gradients")
 
         def attack(model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
             with frozen(model, training=True):
-                return pgd(model, x, y, threat, rng, numbers.steps, numbers.rel_step)
+                return pgd(model, x, y, threat, rng, steps, size)
 
         return attack
 
