@@ -1,4 +1,4 @@
-"""GradAlign, free-AT, TRADES, MART and AWP against closed forms, limits and what their losses leave behind."""
+"""The trainings that have losses of their own: closed forms, limits, and what their steps leave behind."""
 
 import signal
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from bench import scratch as scratch_module
 from bench.ascent import alignment, input_gradients
 from bench.dataset import Dataset
+from bench.errors import ConfigError
 from bench.models import resolve
 from bench.norms import lp_norm
 from bench.protocols import Job
@@ -21,8 +22,10 @@ from bench.scratch import Scratch
 from bench.system.interrupt import Stopped
 from bench.training import cross_entropy
 from defenses.awp import AdversarialWeightPerturbation
+from defenses.comp_sum import CompSum, comp_sum, margins
 from defenses.free_at import Replay
 from defenses.grad_align import GradAlign
+from defenses.ltd import divided
 from defenses.trades import Mart, Trades, boosted, divergence
 
 
@@ -221,3 +224,51 @@ def test_a_killed_training_goes_on_to_the_same_weights(name, few, tmp_path, monk
         defenses.create(name)(build, few, Job(seed=1, scratch=Scratch(tmp_path), progress=progress))
     gone_on = defenses.create(name)(build, few, Job(seed=1, scratch=Scratch(tmp_path))).state_dict()
     assert all(torch.equal(value, gone_on[key]) for key, value in whole.items())
+
+
+class TestCompSum:
+    def test_its_loss_is_the_papers_family(self):
+        logits, y = torch.randn(6, 4, generator=torch.Generator().manual_seed(3)), torch.tensor([0, 1, 2, 3, 0, 1])
+        u = margins(logits, y)
+        s = torch.stack([sum((-u[n, k]).exp() for k in range(4) if k != y[n]) for n in range(6)])
+        p = logits.softmax(1)[torch.arange(6), y]
+        for tau, expected in ((0.0, s), (1.0, -p.log()), (2.0, 1 - p), (1.5, ((1 + s) ** -0.5 - 1) / -0.5)):
+            assert torch.allclose(comp_sum(u, tau), expected, atol=1e-6)
+
+    def test_without_a_weight_it_is_standard_training(self, batch):
+        x, y = batch
+        loss = one(CompSum(beta=0.0).losses(network(), x, y, streams(x)))
+        assert torch.allclose(loss, one(cross_entropy(network(), x, y, streams(x))))
+
+    def test_its_attack_moves_the_margins_as_far_as_the_ball_lets_a_linear_model(self, batch):
+        x, y = batch
+        x, y, model = 0.25 + x / 2, y % 2, linear()
+        logits = model(x).detach()
+        loss = one(CompSum(eps=0.05, beta=1.0).losses(model, x, y, streams(x)))
+        furthest = 0.05 * (model[1].weight[0] - model[1].weight[1]).abs().sum()
+        assert torch.allclose(loss, F.cross_entropy(logits, y) + furthest, rtol=1e-4)
+
+
+class TestLtd:
+    def test_with_a_sharp_teacher_that_is_right_it_trains_on_hard_labels(self, batch):
+        x, y = batch
+        soft = F.one_hot(y, 10).float()
+        defense = defenses.create("ltd(steps=3, eps=0.1)")
+        ours = defense.attack(network(), x, soft, streams(x))
+        theirs = defenses.create("pgd-at(steps=3, eps=0.1)").perturb(network(), x, y, streams(x))
+        assert torch.equal(ours, theirs)
+
+    def test_the_students_temperature_is_in_its_weights(self, batch):
+        x, _ = batch
+        model = network().eval()
+        with torch.no_grad():
+            before = model(x)
+            assert torch.allclose(divided(model, 0.5)(x), before / 0.5, atol=1e-5)
+        with pytest.raises(ConfigError, match="Flatten ends in no linear layer; use 1"):
+            divided(nn.Flatten(), 2.0)
+
+    def test_both_trainings_are_counted(self, few):
+        seen = []
+        job = Job(progress=lambda done, total: seen.append((done, total)))
+        defenses.create("ltd(steps=1, epochs=2, temperature=0.5)")(network, few, job)
+        assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
