@@ -176,7 +176,7 @@ def test_draws_of_a_random_model_are_averaged():
         attack = APGD(steps=12, eot=eot)
         oracle = referee(
             served, x, y, eps=0.004, access="gradients", budget=1000, random=served is not model,
-            averages=attack.averages,
+            rules=attack.rules,
         )  # fmt: skip
         final = attack_with(attack, oracle, x, y)
         top = model(final).topk(2, dim=1).values
