@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar, get_type_hints
 from bench.declarations import Declarations, fault, of_attack, of_defense
 from bench.errors import ConfigError, did_you_mean
 from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
-from bench.ranges import convert
+from bench.ranges import LARGEST, convert
 from bench.spec import Spec
 from bench.system import user_code
 from bench.system.interrupt import Stopped
@@ -116,6 +116,28 @@ class Registry(Generic[T]):
         load_plugins()
         factory = self._factories.get(spec.partition("(")[0])
         return (parameters(factory) or {}) if factory else {}
+
+    def described(self, spec: str) -> bool:
+        """Whether its parameters say all about what is registered under the name in ``spec``; as in :meth:`declared`."""
+        load_plugins()
+        return dataclasses.is_dataclass(self._factories.get(spec.partition("(")[0]))
+
+    def shortest(self, text: str) -> str:
+        """``text`` without arguments that say the default, the others in the order and the types of their fields.
+
+        So all ways to write one component are one. It is as it was where only the component knows its parameters.
+
+        Raises:
+            ConfigError: an unknown name or a value of the wrong type.
+        """
+        spec = Spec.parse(text)
+        factory = self.factory(spec.name)
+        known = parameters(factory) if isinstance(factory, type) else None
+        if known is None:
+            return text
+        args = _typed(factory, spec.args, f"{self.kind} {spec.name!r}")
+        told = {name: _whole(args[name]) for name, default in known.items() if name in args and args[name] != default}
+        return str(Spec(spec.name, told))
 
     def create(self, spec: Spec | str) -> T:
         """The component that ``spec`` describes, with its arguments checked against the types of its fields.
@@ -267,6 +289,11 @@ def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> di
         except ValueError as error:
             raise ConfigError(f"{who}: {key} is {value!r}; {error}") from None
     return typed
+
+
+def _whole(value: Any) -> Any:
+    """A float without a fraction as a whole number, which is how most people write it."""
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST else value
 
 
 def _from_file(file: Path, name: str, kind: str) -> Callable[..., Any]:

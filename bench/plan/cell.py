@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.numerics import Numerics
 from bench.oracle.rules import COMMON, Rules
-from bench.registry import Registry, attacks, defenses
+from bench.registry import Registry, attacks, datasets, defenses, models
 from bench.threat import Threat
 
 SHOWN = 6  # digits of the hash of a user's code
@@ -47,6 +47,12 @@ class Component:
         name = self.title or self.spec
         return f"{name} #{code[:SHOWN]}" if plus else name
 
+    def meaning(self, registry: Registry[Any]) -> tuple[str, ...]:
+        """What all its spellings have in common: the parameters, where its class in ``registry`` tells all by them."""
+        told = self.params and registry.described(self.spec)
+        params = json.dumps(self.params, sort_keys=True, default=str)
+        return self.name if told else self.spec, str(self.version), params, *self.traits
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Component":
         """The component that was written as plain values."""
@@ -81,12 +87,28 @@ class Cell:
     @property
     def key(self) -> str:
         """64 hexadecimal digits that name this cell and no other."""
+        return _digest(self._keyed())
+
+    @property
+    def meaning(self) -> str:
+        """64 hexadecimal digits that cells have in common whose components are the same in other words.
+
+        ``pgd`` and ``pgd(steps=40)`` mean the same while 40 is the default. What is planned is written in one way only,
+        but rows of earlier versions are as somebody wrote them.
+        """
+        chain = [part.meaning(defenses) for part in self.defense]
+        parts = {"dataset": self.dataset.meaning(datasets), "model": self.model.meaning(models), "defense": chain,
+                 "attack": self.attack.meaning(attacks)}  # fmt: skip
+        return _digest({**self._keyed(), **parts})
+
+    def _keyed(self) -> dict[str, Any]:
+        """All fields that decide a result, as plain values."""
         fields = asdict(self)
         del fields["limited"]
         for part in (fields["dataset"], fields["model"], fields["attack"], *fields["defense"]):
             for name in UNKEYED:
                 del part[name]
-        return sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
+        return fields
 
     @property
     def defense_name(self) -> str:
@@ -141,6 +163,10 @@ class Cell:
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])
         return cls(**fields)
+
+
+def _digest(fields: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _title(registry: Registry[Any], part: Mapping[str, Any]) -> str:

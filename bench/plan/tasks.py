@@ -29,7 +29,7 @@ from bench.protocols import (
     OutputDefense,
     TrainingDefense,
 )
-from bench.registry import attacks, datasets, defenses
+from bench.registry import attacks, datasets, defenses, models
 from bench.rng import SampleRng, global_generators
 from bench.spec import parse_chain
 from bench.system.process_state import undisturbed
@@ -98,7 +98,7 @@ class Loader:
         source = datasets.create(text)
         if text not in self._datasets:
             self._datasets[text] = _load(text, source, self.data_dir)
-        return pin(text, source, hashed=True), self._datasets[text]
+        return pin(datasets.shortest(text), source, hashed=True), self._datasets[text]
 
     def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
         """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
@@ -145,7 +145,8 @@ def _task(
         raise ConfigError(f"n is {grid.n}, but {grid.dataset} has {len(data.test)} test images; lower n")
     architecture = resolve(model)
     specs = parse_chain(defense)
-    named = _by_stage([(str(spec), defenses.create(spec)) for spec in specs])
+    made = [defenses.create(spec) for spec in specs]
+    named = _by_stage([(defenses.shortest(str(spec)), made) for spec, made in zip(specs, made, strict=True)])
     chain = Chain(**{stage: component for stage, (_, component) in named.items()})  # type: ignore[arg-type]
     attack = attacks.create(attack_text)
     learns = attack.access == "training-data"
@@ -161,9 +162,9 @@ def _task(
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
         dataset=data_component,
-        model=pin(model, architecture, hashed=True),
+        model=pin(models.shortest(model), architecture, hashed=True),
         defense=tuple(pin(*part) for part in named.values()),
-        attack=pin(attack_text, attack),
+        attack=pin(attacks.shortest(attack_text), attack),
         threat=threat,
         ids=ids,
         seed=seed,

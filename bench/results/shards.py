@@ -11,6 +11,7 @@ import math
 import re
 import stat
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
@@ -101,6 +102,13 @@ def read_shard(path: Path) -> Stored:
     if sha256(content).hexdigest() != records_sha256:
         raise StoreError(f"{table} was altered or cut short after it was written; {REMEDY}")
     return Stored(shard, _records(table, content, shard))
+
+
+def stated_cell(path: Path) -> Cell | None:
+    """The cell that the JSON at ``path`` names, if it does; believe no more of it than where to look."""
+    with suppress(Exception):  # of a stranger's file: whatever its reader raises
+        return Cell.from_json(json.loads(_content(path, LARGEST_JSON))["cell"])
+    return None
 
 
 def table_path(path: Path, records_sha256: str) -> Path:

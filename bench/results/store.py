@@ -9,7 +9,7 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
@@ -18,7 +18,8 @@ import pandas as pd
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
-from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, table_path, write_json
+from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
+from bench.results.spelling import Spelling
 from bench.system.files import keep_file, replace_file, slug
 
 
@@ -60,6 +61,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._spelling: Spelling | None = None  # of the cells that were there at first
         self._moved: dict[str, Path] | None = None  # folders that were there at first, by the key in their names
 
     def open(self) -> "Store":
@@ -78,6 +80,7 @@ class Store:
         Raises:
             StoreError: the disk is full or the folder is gone. What was stored before is untouched.
         """
+        shard = self._spelt(shard)
         folder = self._folder(shard.cell)
         table = records.to_parquet(index=False)
         digest = sha256(table).hexdigest()
@@ -88,6 +91,7 @@ class Store:
 
     def fail(self, shard: Shard) -> None:
         """Keep the traceback of a shard that could not be finished; the next run tries it again."""
+        shard = self._spelt(shard)
         keep_file(self._folder(shard.cell) / shard.file_name, write_json(shard, None))
 
     def missing(self, cell: Cell) -> list[int]:
@@ -96,12 +100,13 @@ class Store:
         Raises:
             StoreError: a stored shard of this cell is damaged.
         """
-        done = _positions(shard for row in self._whole(cell) for shard in row.shards if shard.error is None)
+        rows = self._whole(self._stored(cell))
+        done = _positions(shard for row in rows for shard in row.shards if shard.error is None)
         return [position for position in range(len(cell.ids)) if position not in done]
 
     def settled(self, shard: Shard) -> tuple[bool, int | None]:
         """Whether exactly this shard is finished, and when it failed last, in ns; other runs may change both."""
-        finished = self._folder(shard.cell) / f"{shard.stem}.json"
+        finished = self._folder(self._stored(shard.cell)) / f"{shard.stem}.json"
         failed = finished.with_name(f"{shard.stem}.failed.json")
         try:
             return finished.exists(), failed.stat().st_mtime_ns
@@ -114,6 +119,7 @@ class Store:
         Raises:
             StoreError: one of its files is damaged.
         """
+        cell = self._stored(cell)
         return _joined(cell, self._whole(cell))
 
     def rows(self) -> tuple[list[Row], list[StoreError]]:
@@ -127,11 +133,25 @@ class Store:
         """
         if not self.root.is_dir():
             raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
-        folders = sorted({path.parent for path in self.root.rglob(SHARDS)})
-        found = {folder: _read_all(folder) for folder in folders}
+        found = {folder: _read_all(folder) for folder in self._folders()}
         damaged = [error for _, errors in found.values() for error in errors]
         rows = united(row for rows, _ in found.values() for row in rows)
         return rows, damaged + _contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
+
+    def _stored(self, cell: Cell) -> Cell:
+        """``cell`` as it is written here: rows from before may name the same in other words, which have another key."""
+        if (self.root / place(cell)).is_dir():
+            return cell
+        if self._spelling is None:
+            stated = (stated_cell(min(folder.glob(SHARDS))) for folder in self._folders())
+            self._spelling = Spelling(cell for cell in stated if cell is not None)
+        return self._spelling.stored(cell)
+
+    def _spelt(self, shard: Shard) -> Shard:
+        return replace(shard, cell=self._stored(shard.cell))
+
+    def _folders(self) -> list[Path]:
+        return sorted({path.parent for path in self.root.rglob(SHARDS)})
 
     def _folder(self, cell: Cell) -> Path:
         """Where the cell is: where new ones go, or wherever a folder with its key in its name has been put."""
@@ -139,8 +159,7 @@ class Store:
         if usual.is_dir():
             return usual
         if self._moved is None:
-            folders = sorted({path.parent for path in self.root.rglob(SHARDS)}, reverse=True)
-            self._moved = {folder.name.rpartition("-")[2]: folder for folder in folders}
+            self._moved = {folder.name.rpartition("-")[2]: folder for folder in reversed(self._folders())}
         found = (self._moved.get(cell.key[:digits]) for digits in KEY_DIGITS)
         return next((folder for folder in found if folder is not None), usual)
 
@@ -161,25 +180,30 @@ def place(cell: Cell) -> Path:
 
 
 def united(rows: Iterable[Row]) -> list[Row]:
-    """The rows, those of one cell as one: of several shards or several folders, each sample once."""
-    by_key: dict[str, list[Row]] = {}
+    """The rows, those of one cell as one: of several shards or several folders, each sample once.
+
+    What is spelt in several ways is called as in the first row that has it.
+    """
+    alike: dict[str, list[Row]] = {}
     for row in rows:
-        by_key.setdefault(row.cell.key, []).append(row)
-    return [same[0] if len(same) == 1 else _joined(same[0].cell, same) for same in by_key.values()]
+        alike.setdefault(row.cell.meaning, []).append(row)
+    spelling = Spelling(same[0].cell for same in alike.values())
+    named = ((spelling.alike(same[0].cell), same) for same in alike.values())
+    return [replace(same[0], cell=cell) if len(same) == 1 else _joined(cell, same) for cell, same in named]
 
 
 def _contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
     """The cells that lie in two folders with different results, told by name."""
-    by_key: dict[str, list[tuple[Path, Row]]] = {}
+    alike: dict[str, list[tuple[Path, Row]]] = {}
     for folder, rows in found.items():
         for row in rows:
-            by_key.setdefault(row.cell.key, []).append((folder, row))
+            alike.setdefault(row.cell.meaning, []).append((folder, row))
     return [
         StoreError(
             f"{one} and {other} are the same cell with different results ({differ} samples differ); the first is "
             "shown: delete the one that you do not trust"
         )
-        for copies in by_key.values()
+        for copies in alike.values()
         for (one, a), (other, b) in combinations(copies, 2)
         if (differ := _differing(a.records, b.records))
     ]

@@ -1,0 +1,37 @@
+"""One spelling for each component: ``pgd`` and ``pgd(steps=40)`` are the same attack, and rows may hold either."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from bench.plan.cell import Cell, Component
+from bench.registry import Registry, attacks, datasets, defenses, models
+
+
+class Spelling:
+    """How ``cells`` are written: each of their components as it is written first."""
+
+    def __init__(self, cells: Iterable[Cell]) -> None:
+        self._first: dict[tuple[str, ...], Component] = {}
+        self._cells: dict[str, Cell] = {}
+        for cell in cells:
+            self._cells.setdefault(cell.meaning, cell)
+            self.alike(cell)
+
+    def stored(self, cell: Cell) -> Cell:
+        """The one of the cells that means the same as ``cell``; where none does, ``cell`` in their words."""
+        return self._cells.get(cell.meaning) or self.alike(cell)
+
+    def alike(self, cell: Cell) -> Cell:
+        """``cell`` in the words of the cells, a component that is new among them in its own."""
+        return replace(
+            cell,
+            dataset=self._known(datasets, cell.dataset),
+            model=self._known(models, cell.model),
+            defense=tuple(self._known(defenses, part) for part in cell.defense),
+            attack=self._known(attacks, cell.attack),
+        )
+
+    def _known(self, registry: Registry[Any], part: Component) -> Component:
+        first = self._first.setdefault((registry.kind, *part.meaning(registry)), part)
+        return replace(part, spec=first.spec, title=first.title)
