@@ -118,7 +118,7 @@ class Registry(Generic[T]):
         return (parameters(factory) or {}) if factory else {}
 
     def described(self, spec: str) -> bool:
-        """Whether its parameters say all about what is registered under the name in ``spec``; as in :meth:`declared`."""
+        """Whether parameters say all of what is registered under the name in ``spec``; read as in :meth:`declared`."""
         load_plugins()
         return dataclasses.is_dataclass(self._factories.get(spec.partition("(")[0]))
 
