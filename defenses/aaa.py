@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from bench.protocols import Stage
 from bench.ranges import Positive
 from bench.registry import added, defenses
 from bench.rng import SampleRng
+from defenses.logits import calibration_logits, straight_through
 
 Target = Callable[[Tensor], Tensor]  # margins (B,) >= 0 to the margins to report
 Solver = Callable[[Tensor, Tensor, Tensor, float], Tensor]  # logits, target margin, target confidence, beta
@@ -367,32 +368,3 @@ def _loss_gradient(z: Tensor, best: Tensor, margin: Tensor, confidence: Tensor, 
     values, classes = z.topk(2, dim=1)
     push = (values[:, :1] - values[:, 1:] - margin).sign()
     return gradient.scatter_add_(1, classes, torch.cat((push, -push), dim=1))
-
-
-def calibration_logits(model: nn.Module, calibration: Split) -> tuple[Tensor, Tensor]:
-    """The logits of ``model`` on the calibration split, and its labels, where the model is."""
-    if len(calibration) == 0:
-        raise ConfigError("temperature is 'tuned' but there are no calibration images; give a number, such as 1.0")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    split = calibration.to(device)
-    with torch.inference_mode():
-        batches = torch.split(torch.arange(len(split), device=device), 256)
-        logits = torch.cat([model(split.pixels(rows)) for rows in batches])
-    return logits, split.labels
-
-
-def straight_through(logits: Tensor, edited: Tensor) -> Tensor:
-    """``edited`` to the last bit, with the gradient of ``logits``: the edit is taken for the identity (BPDA)."""
-    return _StraightThrough.apply(logits, edited)  # type: ignore[no-any-return]
-
-
-class _StraightThrough(torch.autograd.Function):
-    """The value of the second argument with the gradient of the first."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, edited: Tensor) -> Tensor:
-        return edited.view_as(edited)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None

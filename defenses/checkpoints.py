@@ -15,8 +15,8 @@ from bench.protection import fitting, merge, protected_rows
 from bench.protocols import Job
 from bench.rng import SampleRng
 from bench.training import Recipe, fit, small_images
+from defenses.features import features_of
 from defenses.surrogate import check_network, surrogate, surrogate_job
-from defenses.unig import features_of
 
 CHUNK = 500  # images that go through the networks at a time
 

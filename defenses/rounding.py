@@ -9,7 +9,7 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
-from defenses.aaa import straight_through
+from defenses.logits import straight_through
 
 Mode = Literal["nearest", "truncate"]
 

@@ -35,7 +35,7 @@ from defenses.checkpoints import (
     stepwise,
     train_checkpoints,
 )
-from defenses.unig import last_linear
+from defenses.features import last_linear
 
 Variant = Literal["as-intended", "as-released"]
 

@@ -12,7 +12,8 @@ from bench.errors import ConfigError
 from bench.metrics import calibration_error
 from bench.protocols import Stage
 from bench.registry import defenses
-from defenses.aaa import TEMPERATURES, calibration_logits, top_confidence
+from defenses.aaa import TEMPERATURES, top_confidence
+from defenses.logits import calibration_logits
 
 Objective = Literal["nll", "ece"]
 

@@ -4,8 +4,7 @@ An attacker who follows score differences then probes a direction that all sampl
 the sample. Wu et al., ACM TIST 2023.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -17,6 +16,7 @@ from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
+from defenses.features import features_of, last_linear
 from defenses.memory import Memory, turns
 
 Variant = Literal["batch-of-one", "as-released", "stateless"]
@@ -285,52 +285,3 @@ def _from_neighbours(g: Tensor) -> tuple[Tensor, Tensor]:
     edge = torch.zeros_like(g[..., :1, :])
     both = torch.cat((unit, edge), dim=-2) - torch.cat((edge, unit), dim=-2)
     return both, g.amax(dim=(-2, -1), keepdim=True) - g.amin(dim=(-2, -1), keepdim=True)
-
-
-def last_linear(model: nn.Module, x: Tensor) -> nn.Linear:
-    """The linear layer whose output are the logits of ``model``.
-
-    Found by running ``x`` (B, C, H, W) through it; where B is 0, it is taken to be the last linear layer defined.
-
-    Raises:
-        ConfigError: there is none: something comes after it, or the classifier is no ``nn.Linear`` of one vector.
-    """
-    names = {module: name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    layers, why = list(names), "it has none"
-    if len(x) and layers:
-        outputs: list[tuple[nn.Linear, Tensor, Tensor]] = []
-
-        def record(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            assert isinstance(layer, nn.Linear)
-            outputs.append((layer, inputs[0], output))
-
-        handles = [layer.register_forward_hook(record) for layer in layers]
-        try:
-            with torch.no_grad():
-                logits: Tensor = model(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        calls = [layer for layer, _, _ in outputs]
-        if calls:
-            edited = "gives something else, which is made into the logits afterwards"
-            fault = "runs more than once" if calls.count(calls[-1]) > 1 else edited
-            why = f"the last one, {names[calls[-1]]!r}, {fault}"
-        layers = [
-            layer for layer, given, output in outputs
-            if given.ndim == 2 and torch.equal(output.to(logits), logits) and calls.count(layer) == 1
-        ]  # fmt: skip
-    if not layers:
-        raise ConfigError(
-            "features are the input of the nn.Linear whose output are the logits; this network cannot be split there: "
-            f"{why}; use a network that ends in nn.Linear"
-        )
-    return layers[-1]
-
-
-@contextmanager
-def features_of(head: nn.Linear) -> Iterator[list[Tensor]]:
-    """A list of what ``head`` is given while it is open."""
-    seen: list[Tensor] = []
-    with head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        yield seen

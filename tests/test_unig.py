@@ -12,7 +12,8 @@ from bench.models.resnet import ResNet20
 from bench.plan.identity import pin
 from bench.registry import defenses
 from bench.rng import SampleRng
-from defenses.unig import Head, Unified, UniG, _from_neighbours, last_linear
+from defenses.features import last_linear
+from defenses.unig import Head, Unified, UniG, _from_neighbours
 
 NOTHING = Split(torch.zeros(0, 3, 8, 8), torch.zeros(0, dtype=torch.int64))
 CALIBRATION = Split(torch.rand(20, 3, 8, 8, generator=torch.Generator().manual_seed(5)), torch.arange(20) % 6)
