@@ -16,6 +16,7 @@ from bench.protocols import Job
 from bench.rng import SampleRng
 from bench.training import Recipe, fit, small_images
 from defenses.features import features_of
+from defenses.levels import whole_levels
 from defenses.surrogate import check_network, surrogate, surrogate_job
 
 CHUNK = 500  # images that go through the networks at a time
@@ -23,16 +24,6 @@ CHUNK = 500  # images that go through the networks at a time
 ImageLoss = Callable[[Tensor, Tensor], Tensor]  # images (B, C, H, W) in [0, 1] and target classes (B,) to losses (B,)
 # Grey levels (B, C, H, W), targets (B,) and streams, to the levels after each step.
 Craft = Callable[[Tensor, Tensor, SampleRng], Iterator[Tensor]]
-
-
-def check_levels(eps: float) -> None:
-    """Whether ``eps`` is a radius on the grid of grey levels.
-
-    Raises:
-        ConfigError: it is not a whole number of levels, at least one.
-    """
-    if not (1 - 1e-6 < 255 * eps < 255 + 1e-6 and abs(255 * eps - round(255 * eps)) < 1e-6):
-        raise ConfigError(f"eps is {eps:g}; released images are grey levels, so write 1/255, 2/255, ... up to 1")
 
 
 def check_training(network: str | None, epochs: int | None) -> None:
@@ -142,7 +133,7 @@ def protect(
         for step, after in enumerate(craft(levels, target, streams[part]), 1):
             crafted = after
             job.progress(done * steps + step, len(parts) * steps)
-        assert ((crafted.round() - levels).abs() <= round(255 * eps)).all(), "outside the ball"
+        assert ((crafted.round() - levels).abs() <= whole_levels(eps)).all(), "outside the ball"
         moved.append(crafted.round().to(torch.uint8).cpu())
         if job.scratch.due():
             job.scratch.save(f"moved-{saved}", moved[saved:])
@@ -160,7 +151,7 @@ class LevelBox:
     @classmethod
     def around(cls, levels: Tensor, eps: float) -> "LevelBox":
         """The linf ball of ``eps`` (on the pixel scale) around ``levels``, cut to 0 .. 255."""
-        radius = round(255 * eps)
+        radius = whole_levels(eps)
         return cls((levels - radius).clamp(min=0), (levels + radius).clamp(max=255))
 
     def project(self, levels: Tensor) -> Tensor:

@@ -1,13 +1,12 @@
 """Perturbations in whole grey levels, as data defenses release them."""
 
-import math
-
 import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
 from bench.norms import per_sample
 
+ROUNDING = 1e-6  # grey levels that a radius may be off, from divisions by 255
 HALVINGS = 12  # the scale of an l2 perturbation is found to 2^-12
 
 
@@ -15,11 +14,14 @@ def whole_levels(eps: float) -> int:
     """The grey levels in a linf radius ``eps`` on the pixel scale: 8 in 8/255.
 
     Raises:
-        ConfigError: none, or more than all 255.
+        ConfigError: it is no whole number of levels, at least one and at most all 255.
     """
-    if not 1 <= eps * 255 + 1e-6 <= 256:
-        raise ConfigError(f"eps is {eps:g}; in linf it is from 1/255, one grey level, to 1")
-    return math.floor(eps * 255 + 1e-6)
+    levels = eps * 255
+    if not (1 - ROUNDING < levels < 255 + ROUNDING and abs(levels - round(levels)) < ROUNDING):
+        raise ConfigError(
+            f"eps is {eps:g}; released images are grey levels, so write 1/255, which is one grey level, 2/255, ... or 1"
+        )
+    return round(levels)
 
 
 def moved(images: Tensor, delta: Tensor) -> Tensor:

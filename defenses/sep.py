@@ -23,7 +23,6 @@ from bench.training import PUBLISHED
 from defenses.checkpoints import (
     ImageLoss,
     LevelBox,
-    check_levels,
     check_shift,
     check_training,
     class_means,
@@ -36,6 +35,7 @@ from defenses.checkpoints import (
     train_checkpoints,
 )
 from defenses.features import last_linear
+from defenses.levels import whole_levels
 
 Variant = Literal["as-intended", "as-released"]
 
@@ -84,7 +84,7 @@ class SelfEnsemble:
     paper: ClassVar[str] = "Chen et al., ICLR 2023, arXiv:2211.12005"
 
     def __post_init__(self) -> None:
-        check_levels(self.eps)
+        whole_levels(self.eps)
         check_share(self.share)
         check_training(self.network, self.epochs)
         if self.steps < 1 or self.checkpoints < 1:

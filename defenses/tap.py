@@ -18,7 +18,6 @@ from bench.training import augment
 from defenses.checkpoints import (
     ImageLoss,
     LevelBox,
-    check_levels,
     check_shift,
     check_training,
     cross_entropy,
@@ -27,6 +26,7 @@ from defenses.checkpoints import (
     stepwise,
     train_checkpoints,
 )
+from defenses.levels import whole_levels
 
 # How the released protecting network is trained, where it is not as the data set suggests.
 RELEASED = {"epochs": 40, "schedule": "steps", "milestones": (0.375, 0.625, 0.875)}
@@ -71,7 +71,7 @@ class TargetedPoisons:
     paper: ClassVar[str] = "Fowl et al., NeurIPS 2021, arXiv:2106.10807"
 
     def __post_init__(self) -> None:
-        check_levels(self.eps)
+        whole_levels(self.eps)
         check_share(self.share)
         check_training(self.network, self.epochs)
         if self.steps < 1:
