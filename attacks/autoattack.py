@@ -1,6 +1,6 @@
 """AutoAttack: four attacks without parameters, each on the samples that those before it have left."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -23,23 +23,28 @@ SQUARE = 5000  # queries of a sample
 
 
 class Member(NamedTuple):
-    """One attack of the ensemble, the name that stands in records, and the queries that it is told it has."""
+    """One attack of an ensemble, and the name that stands in records."""
 
     name: str
     attack: Attack
-    queries: int
+
+    @property
+    def queries(self) -> int:
+        """How many it is told it has."""
+        return getattr(self.attack, "most_queries", SQUARE)
 
 
-PRESETS: dict[str, tuple[tuple[str, Attack], ...]] = {
+PRESETS: dict[str, tuple[Member, ...]] = {
     "standard": (
-        ("apgd-ce", APGD()), ("apgd-t", TargetedAPGD()), ("fab-t", TargetedFAB()),
-        ("square", Square(preset="autoattack")),
+        Member("apgd-ce", APGD()), Member("apgd-t", TargetedAPGD()), Member("fab-t", TargetedFAB()),
+        Member("square", Square(preset="autoattack")),
     ),
     "plus": (
-        ("apgd-ce", APGD(restarts=5)), ("apgd-dlr", APGD(loss="dlr", restarts=5)), ("fab", FAB(restarts=5)),
-        ("square", Square(preset="autoattack")), ("apgd-t", TargetedAPGD()), ("fab-t", TargetedFAB()),
+        Member("apgd-ce", APGD(restarts=5)), Member("apgd-dlr", APGD(loss="dlr", restarts=5)),
+        Member("fab", FAB(restarts=5)), Member("square", Square(preset="autoattack")),
+        Member("apgd-t", TargetedAPGD()), Member("fab-t", TargetedFAB()),
     ),
-    "rand": (("apgd-ce", APGD(eot=EOT)), ("apgd-dlr", APGD(loss="dlr", eot=EOT))),
+    "rand": (Member("apgd-ce", APGD(eot=EOT)), Member("apgd-dlr", APGD(loss="dlr", eot=EOT))),
 }  # fmt: skip
 
 
@@ -85,22 +90,32 @@ class AutoAttack:
     @property
     def most_queries(self) -> int:
         """Forward passes that a sample costs which never falls."""
-        return sum(member.queries for member in self.members())
+        return sum(member.queries for member in self.members)
 
-    def members(self) -> Iterator[Member]:
+    @property
+    def members(self) -> tuple[Member, ...]:
         """The attacks in the order of their turns."""
-        for name, attack in PRESETS[self.preset]:
-            yield Member(name, attack, getattr(attack, "most_queries", SQUARE))
+        return PRESETS[self.preset]
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns what APGD came to last for those that stand."""
-        x_adv = x.clone()
-        for name, attack, queries in self.members():
-            rows = oracle.active()
-            if len(rows) == 0:
-                break
-            oracle.stage(name)
-            found = attack(Part(oracle, rows, queries), x[rows], y[rows], threat, rng[rows].fork(name))
-            if name.startswith("apgd"):
-                x_adv[rows] = found
-        return x_adv
+        return cascade(self.members, oracle, x, y, threat, rng)
+
+
+def cascade(
+    members: Iterable[Member], oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng
+) -> Tensor:
+    """Each of ``members`` on the samples that those before it have left; returns what the last ascent came to.
+
+    What FAB and Square return for a sample that they do not beat is weaker and does not count.
+    """
+    x_adv = x.clone()
+    for member in members:
+        rows = oracle.active()
+        if len(rows) == 0:
+            break
+        oracle.stage(member.name)
+        found = member.attack(Part(oracle, rows, member.queries), x[rows], y[rows], threat, rng[rows].fork(member.name))
+        if not isinstance(member.attack, FAB | Square):
+            x_adv[rows] = found
+    return x_adv

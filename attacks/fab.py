@@ -9,14 +9,13 @@ from torch import Tensor
 from attacks.apgd_t import rivals
 from attacks.hyperplane import to_hyperplane
 from bench.errors import ConfigError
-from bench.norms import TINY, lp_norm, per_sample, project
+from bench.norms import DUAL, TINY, lp_norm, per_sample, project
 from bench.oracle import Oracle, Rules
 from bench.ranges import Count, Positive, Share
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
-DUAL: dict[Norm, float] = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}
 NEAR = 1e-8  # below which a distance counts as this much
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from bench.errors import ConfigError
 from bench.threat import Norm, Threat
 
+DUAL: dict[Norm, float] = {"linf": 1.0, "l2": 2.0, "l1": torch.inf}  # order of the norm that gradients are measured in
 TINY = 1e-12  # keeps a zero direction from dividing by zero
 
 
@@ -36,7 +37,7 @@ def box(x: Tensor, threat: Threat) -> tuple[Tensor, Tensor]:
     return (x - threat.eps).clamp(min=0), (x + threat.eps).clamp(max=1)
 
 
-def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
+def project(x_adv: Tensor, x: Tensor, threat: Threat, radius: Tensor | None = None) -> Tensor:
     """The point of the ball around ``x`` and the box [0, 1] that stands for ``x_adv``.
 
     The nearest one in l2 for linf and l1. For l2 the ball comes first and the box second; clamping moves every pixel
@@ -45,28 +46,30 @@ def project(x_adv: Tensor, x: Tensor, threat: Threat) -> Tensor:
     Args:
         x_adv, x: (B, C, H, W).
         threat: ``linf``, ``l2`` or ``l1``.
+        radius: (B,) of the balls, in place of ``threat.eps`` for all.
 
     Raises:
         ConfigError: another norm.
     """
     if threat.norm == "linf":
-        low, high = box(x, threat)
+        far = threat.eps if radius is None else per_sample(radius)
+        low, high = (x - far).clamp(min=0), (x + far).clamp(max=1)
         return torch.minimum(torch.maximum(x_adv, low), high)
     if threat.norm == "l2":
         delta = x_adv - x
-        scale = (threat.eps / (lp_norm(delta, "l2") + TINY)).clamp(max=1)
+        scale = ((threat.eps if radius is None else radius) / (lp_norm(delta, "l2") + TINY)).clamp(max=1)
         return (x + delta * per_sample(scale)).clamp(0, 1)
     if threat.norm == "l1":
-        clean = x.double()
-        delta = _nearest_l1((x_adv - clean).flatten(1), clean.flatten(1), threat.eps).view_as(x)
+        clean, far = x.double(), threat.eps if radius is None else radius[:, None]
+        delta = _nearest_l1((x_adv - clean).flatten(1), clean.flatten(1), far).view_as(x)
         nearest = (clean + delta).to(x.dtype)
         # Rounding errors of all values add up, so each is rounded towards x.
         return torch.where((nearest - clean).abs() > delta.abs(), nearest.nextafter(x), nearest)
     raise ConfigError(f"no projection onto the {threat.norm} ball; use linf, l2 or l1")
 
 
-def _nearest_l1(delta: Tensor, x: Tensor, eps: float) -> Tensor:
-    """The change (B, d) nearest to ``delta`` of l1 norm at most ``eps`` that keeps ``x`` in the box.
+def _nearest_l1(delta: Tensor, x: Tensor, eps: float | Tensor) -> Tensor:
+    """The change (B, d) nearest to ``delta`` of l1 norm at most ``eps``, one or (B, 1), that keeps ``x`` in the box.
 
     By Lagrange, every value loses the same length ``cut`` and is clamped to its room in the box. What is left is
     piecewise linear in ``cut``; each value starts to lose at its excess over the room, and has lost all at its size.

@@ -6,7 +6,7 @@ import torch
 from attacks import autoattack
 from attacks.apgd import APGD
 from attacks.apgd_t import TargetedAPGD
-from attacks.autoattack import AutoAttack
+from attacks.autoattack import AutoAttack, Member
 from attacks.fab import TargetedFAB
 from attacks.square import Square
 from bench.errors import AccessError, ConfigError
@@ -19,10 +19,10 @@ from tests.problems import Noisy, Recorded, asks_for, attack_with, curved, image
 def brief(monkeypatch):
     """The same members with few steps."""
     standard = (
-        ("apgd-ce", APGD(steps=3)), ("apgd-t", TargetedAPGD(steps=3, targets=1)),
-        ("fab-t", TargetedFAB(steps=3, targets=1)), ("square", Square(preset="autoattack")),
+        Member("apgd-ce", APGD(steps=3)), Member("apgd-t", TargetedAPGD(steps=3, targets=1)),
+        Member("fab-t", TargetedFAB(steps=3, targets=1)), Member("square", Square(preset="autoattack")),
     )  # fmt: skip
-    rand = (("apgd-ce", APGD(steps=3, eot=5)), ("apgd-dlr", APGD(steps=3, loss="dlr", eot=5)))
+    rand = (Member("apgd-ce", APGD(steps=3, eot=5)), Member("apgd-dlr", APGD(steps=3, loss="dlr", eot=5)))
     monkeypatch.setattr(autoattack, "PRESETS", {"standard": standard, "rand": rand})
 
 
@@ -32,7 +32,7 @@ def attacked(attack, model, x, y, budget=400, **settings):
 
 
 def test_costs_are_those_of_the_members():
-    names = {preset: [member.name for member in AutoAttack(preset=preset).members()] for preset in ("standard", "plus")}
+    names = {preset: [member.name for member in AutoAttack(preset=preset).members] for preset in ("standard", "plus")}
     assert names["standard"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert names["plus"] == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
     assert AutoAttack().most_queries == 101 + (1 + 9 * 101) + (1 + 9 * 200) + 5000
