@@ -66,7 +66,7 @@ def test_the_threat_takes_its_access_from_the_attack():
     assert square.cell.threat == Threat("linf", 4 / 255, "scores", 7)
     assert pgd.cell.threat == Threat("linf", 4 / 255, "gradients", 7)
     assert standard.cell.threat == Threat("linf", 0.0, "training-data")
-    assert [track_of(task.cell).name for task in (square, pgd, standard)] == ["query", "query", "data"]
+    assert [track_of(task.cell).name for task in (square, pgd, standard)] == ["query", "white-box", "data"]
 
 
 def test_a_learner_meets_the_threat_that_the_data_defense_allows_itself():

@@ -35,21 +35,35 @@ def test_reports_and_runs_ask_the_track():
 
 
 @dataclass(frozen=True)
-class Gradients(Query):
-    name: str = "gradients"
-    accesses: frozenset[Access] = frozenset({"gradients"})
+class Labels(Query):
+    name: str = "labels"
+    accesses: frozenset[Access] = frozenset({"labels"})
 
     def title(self, cell: Cell) -> str:
-        return f"{super().title(cell)} · gradients"
+        return f"{super().title(cell)} · labels"
 
 
 def test_a_third_track_is_a_few_lines(monkeypatch):
-    first, *rest = TRACKS
-    asked = replace(first, accesses=first.accesses - {"gradients"})
-    monkeypatch.setattr(bench.tracks, "TRACKS", (asked, Gradients(), *rest))
+    asked = replace(TRACKS[0], accesses=frozenset({"scores"}))
+    monkeypatch.setattr(bench.tracks, "TRACKS", (asked, Labels(), TRACKS[-1]))
     monkeypatch.setattr("bench.report.settings.TRACKS", bench.tracks.TRACKS)
-    seen = Threat("linf", 8 / 255, "gradients", 100)
-    found = tables([learner(1, 4), row([5, 7], attack="pgd", threat=seen), row([5, 9])])
+    seen = Threat("linf", 8 / 255, "labels", 100)
+    found = tables([learner(1, 4), row([5, 7], attack="rays", threat=seen), row([5, 9])])
     assert [table.title for table in found] == [
-        "digits · cnn · linf 8/255", "digits · cnn · linf 8/255 · gradients", "digits · cnn · released training data",
+        "digits · cnn · linf 8/255", "digits · cnn · linf 8/255 · labels", "digits · cnn · released training data",
     ]  # fmt: skip
+
+
+def test_whoever_has_gradients_can_ask_for_scores_too():
+    """A white-box worst case without the query attacks would credit a defense for what hides gradients alone."""
+    seen = Threat("linf", 8 / 255, "gradients", 40)
+    asked, white_box = tables([row([5, 9, -1, 0]), row([-1, 3, 7, 0], attack="pgd", threat=seen)])
+    assert [line.attack for line in asked.lines] == ["square"]
+    assert [line.attack for line in white_box.lines] == ["worst of 2", "pgd", "square"]
+    assert [list(line.shares) for line in white_box.lines] == [["clean", "robust", "final"]] * 3
+    assert white_box.lines[0].shares["robust"].right.tolist() == [False] * 4
+    assert white_box.lines[1].shares["robust"].right.tolist() == [True, False, False, False]
+
+
+def test_queries_alone_make_no_white_box_table():
+    assert [table.title for table in tables([row([5, 9])])] == ["digits · cnn · linf 8/255"]

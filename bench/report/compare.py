@@ -203,12 +203,11 @@ def _versus(attack: str, pairs: Sequence[_Pair], ids: Collection[int], budgets: 
     track = track_of(pairs[0].a.cell)
     shares_a, shares_b = (track.shares(rows, budgets) for rows in (rows_a, rows_b))
     marks = frozenset().union(*(marks_of(row) for row in (*rows_a, *rows_b)))
-    wanted = {f"@{budget}" for budget in budgets} | {"clean", "test"}
-    wanted |= {"final"} if all(pair.even for pair in pairs) else set()
+    even = all(pair.even for pair in pairs)
     return [
         Versus(attack, name, share, shares_b[name], marks)
         for name, share in shares_a.items()
-        if name in wanted and share.n and shares_b[name].n
+        if (even or name != "final") and share.n and shares_b[name].n
     ]
 
 

@@ -7,10 +7,11 @@ from bench.plan.cell import Cell
 from bench.tracks.data import Data
 from bench.tracks.query import Query
 from bench.tracks.track import Progress, Tools, Track
+from bench.tracks.white_box import WhiteBox
 
 __all__ = ["TRACKS", "Progress", "Tools", "Track", "track_of"]
 
-TRACKS: tuple[Track, ...] = (Query(), Data())  # in the order of their tables
+TRACKS: tuple[Track, ...] = (Query(), WhiteBox(), Data())  # in the order of their tables
 
 
 def track_of(cell: Cell) -> Track:

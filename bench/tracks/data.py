@@ -27,6 +27,7 @@ class Data:
 
     name: str = "data"
     accesses: frozenset[Access] = frozenset({"training-data"})
+    beside: frozenset[Access] = frozenset()
     pools: bool = False
 
     def shard_size(self, task: Task, size: int) -> int:

@@ -1,10 +1,10 @@
 """The query track: attacks that ask a served model, and how many of its answers each sample cost."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import pandas as pd
 
@@ -42,12 +42,19 @@ RANKS = (
 )
 
 
+class Measure(Protocol):
+    """What stands of the samples of a row: ``again`` where hits are re-evaluated, ``pooled`` beside other attacks."""
+
+    def __call__(self, row: Row, again: bool, pooled: bool) -> Share: ...
+
+
 @dataclass(frozen=True)
 class Query:
     """A :class:`bench.tracks.track.Track`; the better defense leaves more samples after so many queries."""
 
     name: str = "query"
-    accesses: frozenset[Access] = frozenset({"scores", "labels", "gradients"})
+    accesses: frozenset[Access] = frozenset({"scores", "labels"})
+    beside: frozenset[Access] = frozenset()
     pools: bool = True
 
     def shard_size(self, task: Task, size: int) -> int:
@@ -87,21 +94,25 @@ class Query:
         budget = query_budget(row)
         return f"clean {clean(row)} %, robust @{budget} {robust(row, budget)} %"
 
+    def columns(self, budgets: Sequence[int]) -> dict[str, Measure]:
+        """What a table shows of a row between its clean and its final accuracy, by the heads of the columns."""
+        return {f"@{budget}": partial(_within, budget) for budget in budgets}
+
     def line(self, row: Row, budgets: Sequence[int]) -> Line:
-        return _line(row, shown([row], budgets))
+        return _line(row, self.columns(shown([row], budgets)))
 
     def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
         """Each defense under the worst of its attacks, then under each of them; the best defense first."""
-        reached = shown(rows, budgets)
+        columns = self.columns(shown(rows, budgets))
         met = by_defense(rows)
         terms = Terms.of(met)
-        worst = {name: worst_case(counted(members), reached) for name, members in met.items()}
+        worst = {name: worst_case(counted(members), columns) for name, members in met.items()}
         worst = {name: replace(line, marks=line.marks | terms.bars(met[name])) for name, line in worst.items()}
         held = {name: terms.held(counted(met[name])) for name, line in worst.items() if not line.marks & UNRANKED}
         ranked = ranks({name: each.standing for name, each in held.items()})
 
         def order(name: str) -> tuple[float, ...]:
-            value = held[name].standing.mean() if name in ranked else worst[name].shares[f"@{reached[-1]}"].value
+            value = held[name].standing.mean() if name in ranked else worst[name].shares[list(columns)[-1]].value
             return ranked.get(name, len(worst) + 1), -float(value)
 
         lines = []
@@ -109,37 +120,45 @@ class Query:
             line = with_rank(worst[name], ranked.get(name), held.get(name))
             lines.append(line)
             if len(met[name]) > 1:
-                lines += [_line(row, reached) for row in met[name]]
+                lines += [_line(row, columns) for row in met[name]]
         return lines
 
     def shares(self, rows: Sequence[Row], budgets: Sequence[int]) -> dict[str, Share]:
-        return worst_case(rows, budgets).shares
+        return worst_case(rows, self.columns(budgets)).shares
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
         """How the ranks were found, where there are any to tell apart."""
         return [RANKS] if sum(line.rank is not None for line in lines) > 1 else []
 
 
-def _line(row: Row, budgets: Sequence[int]) -> Line:
+def _within(budget: int, row: Row, again: bool, pooled: bool) -> Share:
+    """The samples that stand after ``budget`` queries; see :data:`Measure`."""
+    # An attack that ran with a smaller budget has beaten its samples within this one, too.
+    queries = min(budget, query_budget(row)) if pooled else budget
+    return lasting(row, queries) if again else robust(row, queries)
+
+
+def _line(row: Row, columns: Mapping[str, Measure]) -> Line:
     shares = {"clean": clean(row)}
-    shares |= {f"@{budget}": robust(row, budget) for budget in budgets}
+    shares |= {name: share(row, again=False, pooled=False) for name, share in columns.items()}
     shares["final"] = final(row)
     marks = marks_of(row)
-    again = {f"@{budget}": lasting(row, budget) for budget in budgets} if "random" in marks else {}
+    random = "random" in marks
+    again = {name: share(row, again=True, pooled=False) for name, share in columns.items()} if random else {}
     return Line(
         row.cell.defense_label, attack_label(row), shares, len(row.records), marks,
         row=row, figures=figures(row), lasting=again, error=failure(row),
     )  # fmt: skip
 
 
-def worst_case(rows: Sequence[Row], budgets: Sequence[int]) -> Line:
+def worst_case(rows: Sequence[Row], columns: Mapping[str, Measure]) -> Line:
     """The line of a defense: each sample under whichever of the attacks beats it soonest.
 
     That is asked of each network by itself, and what several of them give is averaged: no one is served three networks.
     A row without records counts with its marks alone.
     """
     if len(rows) == 1:
-        return _line(rows[0], budgets)
+        return _line(rows[0], columns)
     met = [row for row in rows if len(row.records)] or rows[:1]
     common = set.intersection(*(set(column(row, "sample_id")) for row in met))
     by_network: dict[int | None, list[Row]] = {}
@@ -147,11 +166,11 @@ def worst_case(rows: Sequence[Row], budgets: Sequence[int]) -> Line:
         by_network.setdefault(network(row), []).append(restricted(row, common))
     networks = list(by_network.values())
     shares = {"clean": under_all(networks, lambda row: clean(row).right)}
-    for budget in budgets:
-        shares[f"@{budget}"] = _left(networks, budget, robust)
+    shares |= {name: _pooled(networks, share, again=False) for name, share in columns.items()}
     shares["final"] = under_all(networks, lambda row: final(row).right)
     marks = frozenset().union(*(marks_of(row) for row in rows)) & POOLED
-    again = {f"@{budget}": _left(networks, budget, lasting) for budget in budgets} if "random" in marks else {}
+    random = "random" in marks
+    again = {name: _pooled(networks, share, again=True) for name, share in columns.items()} if random else {}
     attacks = dict.fromkeys(attack_label(row, seed=len(networks) == 1) for row in met)
     name = f"worst of {len(attacks)}" if len(attacks) > 1 else next(iter(attacks))
     if len(networks) > 1:
@@ -159,10 +178,9 @@ def worst_case(rows: Sequence[Row], budgets: Sequence[int]) -> Line:
     return Line(met[0].cell.defense_label, name, shares, len(common), marks, lasting=again)
 
 
-def _left(networks: list[list[Row]], budget: int, share: Callable[[Row, int], Share]) -> Share:
-    """The samples that stand after ``budget`` queries of each attack, by :func:`robust` or :func:`lasting`."""
-    # An attack that ran with a smaller budget has beaten its samples within this one, too.
-    return under_all(networks, lambda row: share(row, min(budget, query_budget(row))).right)
+def _pooled(networks: list[list[Row]], share: Measure, again: bool) -> Share:
+    """What stands of each network under all its rows."""
+    return under_all(networks, lambda row: share(row, again=again, pooled=True).right)
 
 
 def shown(rows: Sequence[Row], budgets: Sequence[int]) -> list[int]:

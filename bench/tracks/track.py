@@ -43,6 +43,10 @@ class Track(Protocol):
     @property
     def accesses(self) -> frozenset[Access]: ...
     @property
+    def beside(self) -> frozenset[Access]:
+        """Accesses of other tracks whose attacks its adversary has, too: their rows count in its tables as well."""
+        ...
+    @property
     def pools(self) -> bool:
         """Whether all attacks together are one worst case, sample by sample."""
         ...
