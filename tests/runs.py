@@ -81,7 +81,7 @@ def contents(tasks, folder):
     store = Store(folder)
     files = {
         str(path.relative_to(folder)): path.read_bytes().hex()
-        for pattern in ("*/*.parquet", "networks/*.safetensors") for path in folder.glob(pattern)
+        for pattern in ("*/*/*/*.parquet", "networks/*.safetensors") for path in folder.glob(pattern)
     }  # fmt: skip
     rows = [store.row(task.cell) for task in tasks]
     figures = [{name: value for name, value in row.figures.items() if name != "cost"} for row in rows]

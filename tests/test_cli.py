@@ -320,7 +320,7 @@ def test_a_broken_cell_is_a_failed_row_and_costs_no_other(user, means, tmp_path)
 def test_a_truncated_row_is_named_and_the_others_are_shown(means, tmp_path):
     arguments = ("--attack", "pgd(steps=3)", "--out", tmp_path)
     assert run(*arguments, model=means).code == 0
-    (broken,) = tmp_path.glob("*square*/*.parquet")
+    (broken,) = tmp_path.glob("*/*/square*/*.parquet")
     broken.write_bytes(broken.read_bytes()[:-100])
     shown = bench("leaderboard", tmp_path)
     assert shown.code == 2
@@ -360,13 +360,13 @@ def test_a_killed_run_resumes_where_it_was(user, means, tmp_path):
     ]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("killed/*/*.json")):
+    while not list(tmp_path.glob("killed/*/*/*/*.json")):
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    finished = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("killed/*/*.json")}
+    finished = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in tmp_path.glob("killed/*/*/*/*.json")}
     assert 1 <= len(finished) < 8, "the kill came in the middle"
 
     assert run(*arguments, "--out", tmp_path / "killed", model=means).code == 0
