@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 
 import bench.data  # noqa: F401 registers them
+from bench.ascent import pgd
 from bench.dataset import Split
 from bench.errors import ConfigError, WeightsError
 from bench.models import check_logits, resolve
 from bench.models.resnet import ZeroPadded
 from bench.models.weights import load_weights, save_parts, state_fingerprint
 from bench.models.zoo import _loading
-from bench.numerics import fold_batch_norm
+from bench.numerics import fold_batch_norm, plain
 from bench.registry import datasets, models
+from bench.rng import SampleRng
+from bench.threat import Threat
 
 SHARED = Path(__file__).parents[2] / "shared"
 RGB = (3, 32, 32)
@@ -194,6 +197,21 @@ def test_the_robust_resnet18_refuses_other_data():
     need("pyautoattack")
     with pytest.raises(WeightsError, match=r"linear\.weight \(10, 512\) instead of \(100, 512\)"):
         build("robust-resnet18", classes=100)
+
+
+def test_the_reference_network_is_as_right_as_its_page_says_and_robust(cifar):
+    network = build("resnet20-at")
+    p, n = 0.6107, len(cifar)  # over all 10,000 test images
+    assert accuracy(network, cifar) == pytest.approx(p, abs=3 * (p * (1 - p) / n) ** 0.5)
+    x, y = cifar.pixels(slice(32)), cifar.labels[:32]
+    rng = SampleRng.create(0, torch.arange(32), "test")
+    x_adv = pgd(plain(network), x, y, Threat("linf", 8 / 255, "gradients"), rng, 5, 0.5)
+    assert (network(x_adv).argmax(1) == y).float().mean() > 0.1  # nothing is left of a network that is not robust
+
+
+def test_the_reference_network_refuses_other_data():
+    with pytest.raises(WeightsError, match=r"resnet20-at with 100 classes .*linear\.weight \(10, 64\) instead of"):
+        build("resnet20-at", classes=100)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
