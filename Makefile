@@ -33,7 +33,7 @@ tables: install
 		sed -i.old '/<!-- tables -->/q' $$board/README.md && rm $$board/README.md.old; \
 		$(BIN)/bench leaderboard $$board >> $$board/README.md; \
 	done
-	$(BIN)/python -m bench.report.catalogue > docs/figures.md
+	$(BIN)/python -m bench.report.figures_page > docs/figures.md
 
 # The documentation as a site, in an environment of its own; a dead link or anchor fails.
 DOCS_VENV ?= .venv-docs

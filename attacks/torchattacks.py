@@ -17,7 +17,7 @@ from torch import Tensor
 from bench.errors import ConfigError, did_you_mean
 from bench.norms import per_sample
 from bench.oracle import Oracle, Rules
-from bench.oracle.bounds import apart, inside
+from bench.oracle.balls import apart, inside
 from bench.oracle.foreign import Order, Over
 from bench.registry import attacks
 from bench.rng import SampleRng

@@ -20,8 +20,8 @@ What the author of an attack or a defense imports:
     bench.numerics    what a network computes in
     bench.system      libraries that may be missing (``bench.system.extras``)
 
-The other rooms are what happens to components: ``plan``, ``measure``, ``results``, ``report``, ``release``, ``run`` and
-``cli``.
+The other rooms are what happens to components: ``data``, ``plan``, ``measure``, ``results``, ``tracks``, ``report``,
+``release``, ``run`` and ``cli``.
 """
 
 import os

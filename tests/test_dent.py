@@ -10,7 +10,7 @@ from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.models.resnet import ResNet20
-from bench.plan.identity import pin
+from bench.plan.pin import pin
 from bench.registry import defenses, describe
 from defenses.dent import Adapted, entropy
 

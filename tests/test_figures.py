@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from bench.oracle import NEVER
-from bench.report.catalogue import as_markdown
+from bench.report.escape import in_latex
 from bench.report.figures import BY_NAME, FIGURES, figures
+from bench.report.figures_page import as_markdown
 from bench.report.leaderboard import render
 from bench.report.marks import MARKS, UNRANKED, legend, signs
 from bench.report.standings import tables
-from bench.report.text import in_latex
 from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import row
@@ -80,4 +80,4 @@ def test_latex_can_print_every_sign(mark):
 
 def test_the_page_of_figures_is_made_of_the_catalogues():
     written = (ROOT / "docs" / "figures.md").read_text()
-    assert written == as_markdown(), "run python -m bench.report.catalogue > docs/figures.md"
+    assert written == as_markdown(), "run python -m bench.report.figures_page > docs/figures.md"

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from bench.errors import StoreError
 from bench.measure.pipeline import Pipeline
-from bench.system.kept import keep_tensors, kept_tensors
+from bench.system.sealed import keep_tensors, kept_tensors
 from tests.test_runner import grid
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from bench.oracle import NEVER
 from bench.plan.cell import Component
-from bench.report.match import Match, match, render_matches
+from bench.report.beside_published import Match, match, render_matches
 from bench.report.published import Figure, Ours, Published
 from bench.report.stats import wilson
 from bench.results.store import Row

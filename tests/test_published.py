@@ -6,7 +6,7 @@ import pytest
 
 from bench.errors import ConfigError
 from bench.registry import attacks, defenses, load_plugins, models
-from bench.report.match import match
+from bench.report.beside_published import match
 from bench.report.published import LEADERBOARDS, MEASURES, Figure, load_published
 from bench.results.store import Store
 from bench.spec import parse_chain

@@ -6,7 +6,7 @@ import torch
 from bench.errors import ConfigError
 from bench.norms import lp_norm, project
 from bench.oracle import NEVER, check_levels
-from bench.oracle.rounding import eight_bit
+from bench.oracle.quantise import eight_bit
 from bench.threat import Threat
 from tests.problems import Linear, Recorded, images, referee
 

@@ -13,8 +13,8 @@ import pytest
 
 from bench import registry
 from bench.cli import main
-from bench.cli.columns import _widths
 from bench.cli.ls import _paragraphs
+from bench.cli.terminal_table import _widths
 from bench.registry import attacks, defenses, load_plugins
 from tests.test_cli import ROOT, bench, complaint
 from tests.test_reading import cell, store_rows

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from bench.cli.terminal import Terminal
 from bench.oracle import NEVER
+from bench.report.escape import in_csv, in_latex, in_markdown, in_terminal, latex_table, markdown_table, tidy
 from bench.report.leaderboard import render
 from bench.report.standings import tables
-from bench.report.text import in_csv, in_latex, in_markdown, in_terminal, latex_table, markdown_table, tidy
 from bench.results.store import Row
 from tests.rows import row
 

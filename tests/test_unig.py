@@ -9,7 +9,7 @@ from bench import numerics
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.models.resnet import ResNet20
-from bench.plan.identity import pin
+from bench.plan.pin import pin
 from bench.registry import defenses
 from bench.rng import SampleRng
 from defenses.features import last_linear

@@ -7,8 +7,8 @@ import typer
 
 from bench.cli.console import complain, path
 from bench.errors import ConfigError, StoreError
+from bench.report.beside_published import match, render_matches
 from bench.report.compare import Style, duels, render_duels
-from bench.report.match import match, render_matches
 from bench.report.published import load_published, result_folders
 from bench.results.store import Row, Store, united
 

@@ -9,7 +9,7 @@ import typer
 
 from bench.cli.terminal import Terminal
 from bench.errors import BenchError, ConfigError
-from bench.plan.identity import code_files
+from bench.plan.pin import code_files
 from bench.spec import Spec
 
 console = Terminal()

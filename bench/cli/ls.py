@@ -11,12 +11,12 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
-from bench.cli.columns import columns, fit
 from bench.cli.console import console
+from bench.cli.terminal_table import columns, fit
 from bench.errors import ConfigError
 from bench.plan.suite import suite_names
 from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, models, parameters
-from bench.report.text import in_terminal
+from bench.report.escape import in_terminal
 
 Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
 REGISTRIES: dict[str, Registry[Any]] = {

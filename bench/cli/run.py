@@ -7,9 +7,9 @@ import torch
 import typer
 from rich.text import Text
 
-from bench.cli.columns import columns
 from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
+from bench.cli.terminal_table import columns
 from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, expand

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from bench.report.text import in_terminal
+from bench.report.escape import in_terminal
 
 ASCII = {
     "†": "+", "…": "...", "✗": "x", "⊂": "c", "∘": "o", "∩": "n", "↔": "<->", "∥": "//", "‡": "++", "⇄": "<=>",

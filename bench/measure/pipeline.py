@@ -26,7 +26,7 @@ from bench.protection import check_release, declared_threat
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
 from bench.scratch import scratch, sweep
-from bench.system.kept import keep_tensors, kept_tensors
+from bench.system.sealed import keep_tensors, kept_tensors
 from bench.system.threads import training_threads
 from bench.training import initialised
 

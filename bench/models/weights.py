@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bench.errors import WeightsError
 from bench.system.files import reachable
-from bench.system.kept import fingerprint
+from bench.system.sealed import fingerprint
 
 SHOWN = 3  # how many keys of each kind an error names
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from bench.errors import AccessError, ThreatViolation
 from bench.norms import per_sample, project
-from bench.oracle.bounds import apart, distances, inside
+from bench.oracle.balls import apart, distances, inside
 
 if TYPE_CHECKING:
     from bench.oracle.referee import Referee

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import AccessError
-from bench.oracle.attacker import Oracle
+from bench.oracle.oracle import Oracle
 from bench.oracle.served import ServedModel
 
 

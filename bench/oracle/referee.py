@@ -9,11 +9,11 @@ from torch import Tensor
 from bench.errors import AccessError, RefereeError, ThreatViolation
 from bench.losses import margin
 from bench.norms import lp_norm, per_sample
-from bench.oracle.attacker import Oracle
-from bench.oracle.bounds import TOLERANCE, limit
+from bench.oracle.balls import TOLERANCE, limit
 from bench.oracle.ledger import NEVER, Ledger
+from bench.oracle.oracle import Oracle
+from bench.oracle.quantise import check_levels, eight_bit
 from bench.oracle.repeats import repeats
-from bench.oracle.rounding import check_levels, eight_bit
 from bench.oracle.rules import COMMON, Rules
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng

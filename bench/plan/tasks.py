@@ -16,7 +16,7 @@ from bench.models.lent import fingerprint
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
 from bench.plan.cell import Cell, Component
-from bench.plan.identity import pin
+from bench.plan.pin import pin
 from bench.plan.suite import Grid, Suite
 from bench.protection import declared_threat
 from bench.protocols import (

@@ -16,7 +16,7 @@ from bench.dataset import Dataset, Split, grey_levels
 from bench.measure.perturbation import in_words, perturbation
 from bench.measure.pipeline import Pipeline, data_defense, release_key
 from bench.plan.tasks import Task
-from bench.report.text import in_terminal
+from bench.report.escape import in_terminal
 from bench.system.files import keep_file, slug
 
 ROWS, EXAMPLES = 8, 3  # classes shown, and images of each

@@ -23,7 +23,7 @@ from bench.data.images import Frame, in_parallel
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, RefereeError, StoreError
 from bench.measure.perturbation import in_words, perturbation
-from bench.plan.identity import pin
+from bench.plan.pin import pin
 from bench.protection import check_release, declared_threat
 from bench.protocols import DataDefense, Job
 from bench.registry import code_hash, defenses
@@ -35,7 +35,7 @@ from bench.scratch import scratch
 from bench.spec import Spec, parse_chain
 from bench.system.claims import Held
 from bench.system.files import BESIDE, keep_file, reachable
-from bench.system.kept import keep_tensors, kept_tensors
+from bench.system.sealed import keep_tensors, kept_tensors
 from bench.system.threads import training_threads
 
 MANIFEST, SHEET = "manifest.json", "contact-sheet.png"

@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from bench.errors import ConfigError, did_you_mean
-from bench.plan.identity import placeless
+from bench.plan.pin import placeless
+from bench.report.escape import in_markdown, markdown_table, text_frame, tidy
 from bench.report.marks import legend, marks_of, signs
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
 from bench.report.stats import mcnemar, paired_bootstrap
-from bench.report.text import in_markdown, markdown_table, text_frame, tidy
 from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.spec import parse_chain

@@ -6,7 +6,7 @@ from html import escape
 from typing import Any, Literal
 
 from bench.measure.diagnostics import collapse
-from bench.report.text import in_terminal, markdown_table, text_frame, tidy
+from bench.report.escape import in_terminal, markdown_table, text_frame, tidy
 from bench.results.store import Row
 
 Style = Literal["md", "csv", "json"]

@@ -1,7 +1,8 @@
 """Every figure of a row beside its accuracies: how it is computed, called, printed and explained, one entry each.
 
 Tables, their legends, the keys of JSON and CSV and ``docs/figures.md`` are made of this catalogue. A new figure is an
-entry in :data:`FIGURES`; it is computed from the records of rows, so it needs no new run.
+entry in :data:`FIGURES`; it is computed from the records of rows and needs no new run, unless it wants what runs
+measure once.
 """
 
 import math

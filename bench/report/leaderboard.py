@@ -6,13 +6,13 @@ from typing import Any, Literal
 
 import pandas as pd
 
+from bench.report.escape import in_markdown, latex_table, markdown_table, text_frame, tidy
 from bench.report.figures import BY_NAME, Place, legend, placed
 from bench.report.line import Line
 from bench.report.marks import PARTIAL, signs
 from bench.report.marks import legend as marks_legend
 from bench.report.outcomes import failure
 from bench.report.standings import Table
-from bench.report.text import in_markdown, latex_table, markdown_table, text_frame, tidy
 from bench.results.store import Row
 from bench.tracks import track_of
 

@@ -6,8 +6,8 @@ from rich.progress import Task as Bar
 from rich.text import Text
 
 from bench.plan.tasks import Task
+from bench.report.escape import in_terminal
 from bench.report.leaderboard import summary
-from bench.report.text import in_terminal
 from bench.results.store import Row
 
 

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from rich.cells import cell_len
 from rich.table import Table
 
-from bench.report.text import in_terminal
+from bench.report.escape import in_terminal
 
 BETWEEN = 2  # blanks after each column but the last
 SHORT = ("norms", "samples", "queries ≤", "time ≤")  # columns whose cells stay in one line where there is room

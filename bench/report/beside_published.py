@@ -10,11 +10,11 @@ from bench.metrics import query_statistics
 from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.report.compare import Style
+from bench.report.escape import in_markdown, markdown_table, text_frame, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, clean, column, query_budget, robust, tested
 from bench.report.published import Figure, Published
-from bench.report.text import in_markdown, markdown_table, text_frame, tidy
 from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.spec import Spec, parse_chain

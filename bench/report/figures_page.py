@@ -1,11 +1,11 @@
 """``docs/figures.md``: every figure and every sign, from the catalogues that tables are made of.
 
-Written by ``python -m bench.report.catalogue > docs/figures.md``.
+Written by ``python -m bench.report.figures_page > docs/figures.md``.
 """
 
+from bench.report.escape import markdown_table, text_frame
 from bench.report.figures import FIGURES, Figure
 from bench.report.marks import MARKS
-from bench.report.text import markdown_table, text_frame
 
 HEAD = """# Figures and signs
 
