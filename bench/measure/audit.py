@@ -1,4 +1,4 @@
-"""Red flags that show when a served model is probed, apart from any attack: what is random, coupled, coarse or reversed.
+"""Red flags from probing a served model, apart from any attack: what is random, coupled, coarse or reversed.
 
 A flag is no verdict: it says which attacks a figure needs before it can be trusted. docs/red-flags.md has the rule and
 the source of each by its RF number. Zero and masked gradients (RF-09, RF-11 to RF-16) matter where attacks see
