@@ -180,8 +180,8 @@ class RobustResNet18:
 class RobustResNet20:
     """A robust ResNet-20 for CIFAR-10, which comes with Parry: fine-tuned by N-FGSM at linf 8/255, for two epochs.
 
-    It gets 61.1 % of the JPEG-coded test images right. ``bench/models/files/README.md`` has its recipe, its log and
-    what it withstands.
+    It gets 61.1 % of the JPEG-coded test images right, and keeps 30.6 % of 500 after 50 steps of PGD.
+    ``bench/models/files/README.md`` has its recipe, its log and its figures.
     """
 
     version: ClassVar[int] = 1
