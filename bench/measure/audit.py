@@ -1,8 +1,8 @@
 """Red flags from probing a served model, apart from any attack: what is random, coupled, coarse or reversed.
 
 A flag is no verdict: it says which attacks a figure needs before it can be trusted. docs/red-flags.md has the rule and
-the source of each by its RF number. Zero and masked gradients (RF-09, RF-11 to RF-16) matter where attacks see
-gradients and are not looked at here.
+the source of each by its RF number. Gradients, which matter where attacks see them, are looked at in
+:mod:`bench.measure.gradients`.
 
 Probes meet copies of the model as it was deployed, so an audit leaves no trace in a stateful one; they use known
 streams and seed every generator, so that noise is not taken for state or for coupling between rows. Audit the plain

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.measure.audit import audit, confirm
+from bench.measure.gradients import gradient_findings
 from bench.oracle.served import ServedModel, Target
 from bench.plan.tasks import Task
 from bench.rng import SampleRng
@@ -33,7 +34,7 @@ class Inspector:
         cell = task.cell
         parts = tuple((part.spec, part.version) for part in (cell.model, *cell.defense))
         model = cell.data_hash, parts, cell.weights_hash, cell.numerics, cell.seed
-        key = *model, cell.threat.norm, cell.threat.eps, cell.ids[:INSPECTED]
+        key = *model, cell.threat.norm, cell.threat.eps, cell.threat.access == "gradients", cell.ids[:INSPECTED]
         if key not in self._seen:
             self._seen[key] = self._inspect(task, target)
         return self._seen[key]
@@ -44,6 +45,8 @@ class Inspector:
         declared = {trait for component in cell.defense for trait in component.traits}
         findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
         findings += confirm(findings, declared)
+        if cell.threat.access == "gradients":
+            findings += gradient_findings(target.plain, target.undefended, x, y, cell.threat, cell.seed)
         figures = {}
         with suppress(Exception):  # the model's own code fails; the audit says of what
             figures["cost"] = _cost(target, x, SampleRng.create(cell.seed, rows.to(self._device), "cost"))
