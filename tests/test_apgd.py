@@ -13,7 +13,7 @@ from bench.norms import lp_norm
 from bench.oracle import NEVER
 from bench.rng import SampleRng
 from bench.threat import Threat
-from tests.problems import Linear, Recorded, Scripted, attack_with, curved, images, referee
+from tests.problems import Linear, Noisy, Recorded, Scripted, asks_for, attack_with, curved, images, referee
 
 
 def test_step_sizes_are_looked_at_where_the_paper_says():
@@ -167,8 +167,6 @@ def test_targets_are_the_likeliest_wrong_classes():
 
 def test_draws_of_a_random_model_are_averaged():
     """With mean gradients of 30 draws, the margin comes out as without noise; of one draw it does not."""
-    from tests.problems import Noisy
-
     model, x = curved(), images(20, (1, 5, 5))
     y = model(x).argmax(1)
     reached = {}
@@ -199,3 +197,24 @@ def test_too_few_classes_are_refused():
     with pytest.raises(ConfigError, match="loss=dlr compares 3 classes"):
         APGD(loss="dlr").check(2, (1, 8, 8))
     TargetedAPGD(loss="ce").check(2, (1, 8, 8))
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted"])
+def test_as_strong_as_the_authors_code_for_no_more_passes(loss):
+    base = pytest.importorskip("pyautoattack.autopgd_base")
+    model, x, eps, steps = curved().float(), images(40, (1, 5, 5)).float(), 0.09, 20
+    y = model(x).argmax(1)
+    recorded = Recorded(model)
+    settings = {"norm": "Linf", "eps": eps, "n_iter": steps, "seed": 0, "device": "cpu"}
+    if loss == "targeted":
+        attack, theirs = TargetedAPGD(steps=steps, targets=3), base.APGDAttack_targeted(recorded, **settings)
+        theirs.n_target_classes = 3
+    else:
+        attack, theirs = APGD(steps=steps, loss=loss), base.APGDAttack(recorded, loss=loss, **settings)
+    beaten = (model(theirs.perturb(x, y)).argmax(1) != y).sum().item()
+    oracle = referee(model, x, y, eps=eps, budget=1000, **asks_for(attack, model))
+    attack_with(attack, oracle, x, y)
+    fallen = (oracle.ledger.first_hit != NEVER).sum().item()
+    assert 0 < beaten < 40
+    assert fallen >= beaten - (beaten * (1 - beaten / 40)) ** 0.5
+    assert oracle.ledger.forwards.sum() <= sum(len(batch) for batch in recorded.asked)
