@@ -54,7 +54,7 @@ class AutoAttack:
     """AutoAttack (Croce and Hein, ICML 2020): APGD, FAB and Square in turn, each on the samples that still stand.
 
     A sample falls once, to the first attack that beats it, and ``fell_to`` of its record names that attack. A sample
-    that none beats costs 7,812 forward and 2,700 backward passes under ``standard``, for which the budget has to leave
+    that none beats costs 7,812 forward and 1,900 backward passes under ``standard``, for which the budget has to leave
     room: what is left over at its end is not run. For random defenses use ``rand``, which averages 20 draws.
 
     The public code's warnings are red flags here: random, softmax and optimised outputs are found by probing the served

@@ -91,7 +91,7 @@ class PMA:
 @attacks("pma-plus")
 @dataclass(frozen=True, kw_only=True)
 class PMAPlus:
-    """PMA, then APGD-T on what it has left: nearly what AutoAttack takes, for a seventh of its passes.
+    """PMA, then APGD-T on what it has left: for under a quarter of the passes that AutoAttack needs.
 
     ``fell_to`` of a sample's record names which of the two beat it.
 
