@@ -9,6 +9,7 @@ import pytest
 
 import bench.tracks
 from bench.plan.cell import Cell
+from bench.report.leaderboard import render
 from bench.report.standings import tables
 from bench.threat import Access, Threat
 from bench.tracks import TRACKS, track_of
@@ -67,3 +68,11 @@ def test_whoever_has_gradients_can_ask_for_scores_too():
 
 def test_queries_alone_make_no_white_box_table():
     assert [table.title for table in tables([row([5, 9])])] == ["digits · cnn · linf 8/255"]
+
+
+def test_at_a_glance_a_white_box_table_names_attacks_alone():
+    seen = Threat("linf", 8 / 255, "gradients", 40)
+    rows = [row([5, -1], defense, attack, threat=seen) for defense in ("none", "pgd-at") for attack in ("pgd", "apgd")]
+    glance = render(tables(rows), "md").partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
+    assert re.findall(r"worst|a?pgd(?!-)", glance) == ["worst", "apgd", "pgd"]
+    assert "robust" not in glance

@@ -117,7 +117,7 @@ def _glance(table: Table) -> pd.DataFrame:
         shown = lines.setdefault(line.defense, {"defense": line.defense})
         measured = [name for name, share in line.shares.items() if share.n and name not in ("clean", "final")]
         if measured:
-            name = line.attack.partition(" of ")[0] + measured[-1].replace("@", " @").replace("test", "")
+            name = line.attack.partition(" of ")[0] + (f" {measured[-1]}" if measured[-1].startswith("@") else "")
             shown[name] = f"{100 * line.shares[measured[-1]].value:.1f} {signs(line.marks & PARTIAL)}".strip()
     if all(len(shown) <= 2 for shown in lines.values()):
         return pd.DataFrame()
