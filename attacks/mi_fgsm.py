@@ -121,7 +121,7 @@ class MIFGSM:
         side = self.kernel or (3 if min(gradient.shape[2:]) < SMALL else 15)
         if side == 1:
             return gradient
-        bell = torch.exp(-torch.linspace(-3, 3, side).square() / 2).to(gradient)
+        bell = torch.exp(-torch.linspace(-3, 3, side, device=gradient.device).square() / 2).to(gradient)
         weight = bell[:, None] * bell / bell.sum() ** 2
         channels = gradient.shape[1]
         return F.conv2d(gradient, weight.expand(channels, 1, side, side), padding=side // 2, groups=channels)

@@ -109,7 +109,8 @@ class Oracle:
             truth = self.__referee.truth(rows).repeat_interleave(each)
             values = loss(logits.nan_to_num().flatten(0, -2), truth)
             told = answered.flatten()
-            columns = [torch.where(told, column, 0) for column in values.view(len(told), -1).unbind(1)]
+            table = values.view(len(told), -1)
+            columns = [torch.where(told, table[:, number], 0) for number in range(table.shape[1])]
             parts = [  # of a sum, which keeps the samples independent
                 torch.autograd.grad(column.sum(), x, retain_graph=number < len(columns))[0]
                 for number, column in enumerate(columns, 1)
