@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bench.losses import LOSSES, check_classes
+from bench.losses import WITH_DLR, check_classes
 from bench.norms import TINY, lp_norm, per_sample, project, steepest
 from bench.oracle import Oracle, Rules
 from bench.ranges import Count
@@ -72,7 +72,7 @@ class APGD:
         """See :class:`bench.protocols.Attack`; returns each sample's point of the largest loss."""
         search = Search(oracle, x, y, threat, self.steps, self.eot)
         for restart in range(self.restarts):
-            search.run(start(x, threat, rng.fork(restart)), lambda rows: LOSSES[self.loss])
+            search.run(start(x, threat, rng.fork(restart)), lambda rows: WITH_DLR[self.loss])
         return search.best
 
 

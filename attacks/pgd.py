@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.losses import LOSSES, check_classes
+from bench.losses import WITH_DLR, check_classes
 from bench.norms import lp_norm, per_sample, project, steepest
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -63,7 +63,7 @@ class PGD:
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's iterate of the largest loss."""
         best, lowest = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)
-        loss = LOSSES[self.loss]
+        loss = WITH_DLR[self.loss]
         for restart in range(self.restarts):
             u = x.clone() if self.start == "clean" and restart == 0 else self._start(x, threat, rng.fork(restart))
             for step in range(self.steps + 1):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.losses import LOSSES, check_classes, margin
+from bench.losses import WITH_DLR, check_classes, margin
 from bench.norms import TINY, box, lp_norm, per_sample
 from bench.oracle import Oracle
 from bench.registry import added, attacks
@@ -163,7 +163,7 @@ class Square:
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """What :class:`Square` minimises (n,); ``y`` holds the targets of a targeted search, which are to win."""
         side = -1 if self.targeted else 1
-        value = side * LOSSES[self.loss](logits, y)
+        value = side * WITH_DLR[self.loss](logits, y)
         if self.accept == "loss_or_fooled" and self.loss != "margin":  # under the margin, fooled is lower already
             value = torch.where(side * margin(logits, y) <= 0, -math.inf, value)
         return value

@@ -310,8 +310,8 @@ def test_a_broken_cell_is_a_failed_row_and_costs_no_other(user, means, tmp_path)
     for name in ("Raises", "Leaves"):
         assert len(by_attack[name].records) == 0, "never a row with clean inputs"
         assert by_attack[name].errors[0].startswith("Traceback")
-    (table,) = [line for line in ended.out.splitlines() if "Raises" in line and line.startswith("|")]
-    assert "✗" in table
+    tables = [line for line in ended.out.splitlines() if "Raises" in line and line.startswith("|")]
+    assert ["✗" in line for line in tables] == [True, True], "with queries, and beside gradients"
     again = run(*arguments, model=means, attack=f"{mine}:Raises")
     assert again.code == 1
     assert "0 cells run, 1 were done before, 2 failed" in again.out, "failed cells are tried again, done ones are not"
