@@ -21,6 +21,7 @@ LINES = {  # what is drawn: figure, colour, dashes
     "PGD": ("pgd_accuracy", "#0072b2", ""), "alignment": ("alignment", "#009e73", "4 3"),
 }  # fmt: skip
 WIDTH, HEIGHT, COLUMNS = 320, 180, 2  # pixels of a panel's axes, panels beside each other
+TITLE = 52  # letters that fit above a panel
 LEFT, TOP, GAP = 44, 34, 46
 
 
@@ -116,7 +117,7 @@ def _panel(one: Training) -> str:
     def point(epoch: int, value: float) -> str:
         return f"{WIDTH * epoch / last:.1f},{HEIGHT * (1 - min(max(value, 0), 1)):.1f}"
 
-    parts = [f'<text y="-10" font-weight="bold">{escape(in_terminal(one.title))[:90]}</text>']
+    parts = [f'<text y="-10" font-weight="bold">{escape(_cut(in_terminal(one.title)))}</text>']
     for share in (0, 0.25, 0.5, 0.75, 1):
         y = HEIGHT * (1 - share)
         parts.append(f'<path d="M0 {y}H{WIDTH}" stroke="#e4e4e4"/>'
@@ -132,3 +133,8 @@ def _panel(one: Training) -> str:
     parts.append(f'<text y="{HEIGHT + 16}">epoch 1</text>'
                  f'<text x="{WIDTH}" y="{HEIGHT + 16}" text-anchor="end">{len(one.epochs)}</text>')  # fmt: skip
     return "".join(parts)
+
+
+def _cut(title: str) -> str:
+    """``title`` as far as it fits above a panel."""
+    return title if len(title) <= TITLE else f"{title[: TITLE - 1]}…"
