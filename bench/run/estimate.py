@@ -40,7 +40,8 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
             plans.append(Estimate(task, samples, 0, None if samples else 0.0))
             continue
         batch = min(batch_size, samples)
-        parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *task.cell.defense))
+        served = (part for part in task.cell.defense if part.stage == "output")  # the others change no network's speed
+        parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *served))
         kind = (*parts, task.attack.access, batch)
         if kind not in timings:
             timings[kind] = _seconds_per_query(task, device, batch)
