@@ -56,6 +56,19 @@ def test_links_lead_somewhere(page):
             assert anchor in anchors(there), target
 
 
+def on_the_site() -> set[Path]:
+    """The files that docs/site.py takes into the site, read without the generator, which tests do not install."""
+    tree = ast.parse((ROOT / "docs" / "site.py").read_text())
+    named = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    return {file for pattern in ast.literal_eval(named["PAGES"]) for file in ROOT.glob(pattern)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_links_to_is_on_the_site(page):
+    links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if "://" not in link]
+    assert {(page.parent / link).resolve() for link in links if link} <= on_the_site()
+
+
 def test_the_examples_of_components_are_complete(tmp_path, capsys):
     (attack,), (defense,) = blocks("docs/attack.md", "python"), blocks("docs/defense.md", "python")
     (model,) = blocks("docs/own.md", "python")
