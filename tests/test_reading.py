@@ -134,7 +134,8 @@ def test_no_row_can_say_of_a_registered_name_what_it_is_not():
 def test_stage_and_control_of_a_row_are_its_own_and_stay_out_of_the_key():
     plain = cell(defense="theirs/evil.py:Defense", attack="theirs/evil.py:Attack")
     (defense,) = plain.defense
-    told = replace(plain, defense=(replace(defense, stage="training"),), attack=replace(plain.attack, control=True))
+    attack = replace(plain.attack, control=True, asks=7812)
+    told = replace(plain, defense=(replace(defense, stage="training"),), attack=attack)
     assert told.key == plain.key
     assert Cell.from_json(told.as_json()) == told
     before_they_were = "0745cb4146d2293322f3b93811989acf3e985fc7c5af716902bdec7194d10ffe"

@@ -5,12 +5,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
+import pandas as pd
 import pytest
 
 import bench.tracks
 from bench.plan.cell import Cell
+from bench.plan.suite import load_suite
+from bench.plan.tasks import Loader, expand
 from bench.report.leaderboard import render
+from bench.report.marks import UNRANKED, marks_of
 from bench.report.standings import tables
+from bench.results.store import Row
 from bench.threat import Access, Threat
 from bench.tracks import TRACKS, track_of
 from bench.tracks.query import Query
@@ -76,3 +81,18 @@ def test_at_a_glance_a_white_box_table_names_attacks_alone():
     glance = render(tables(rows), "md").partition("At a glance")[2].partition("\n\n")[2].partition("\n\n")[0]
     assert re.findall(r"worst|a?pgd(?!-)", glance) == ["worst", "apgd", "pgd"]
     assert "robust" not in glance
+
+
+def test_an_attack_that_was_cut_short_is_marked_and_never_ranked():
+    """A white-box table has no budgets: AutoAttack with 1,000 queries, two of its members unrun, stood there whole."""
+    found = {}
+    for queries in (1000, 8000):
+        grid = {"dataset": "digits", "model": "cnn", "attack": ["autoattack", "square"], "n": 4, "queries": queries}
+        seen, asked = (task.cell for task in expand(load_suite(None, grid), Loader(None, None)))
+        found[queries] = [marks_of(Row(cell, records(4), ())) for cell in (seen, asked)]
+    assert found == {1000: [{"curtailed"}, set()], 8000: [set(), set()]}
+    assert "curtailed" in UNRANKED
+
+
+def records(n: int) -> pd.DataFrame:
+    return pd.DataFrame({"sample_id": range(n), "y": 0, "first_hit": -1, "final_pred": 0, "invalid": False})

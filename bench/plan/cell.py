@@ -23,7 +23,8 @@ class Component:
     ``stateful``. ``stage`` is where a defense acts; ``control`` tells of an attack that it works on the undefended
     network, which no attacker of a service has. Who reads a row asks these and never the component itself, which may
     be anybody's code. Both are empty where nobody has said. ``title`` is what one has to write today for the same
-    parameters, where a default has changed since. None of the three is part of a cell's key.
+    parameters, where a default has changed since. ``asks`` is how many queries an attack asks for where a sample never
+    falls, 0 where it does not say. None of the four is part of a cell's key.
     """
 
     spec: str
@@ -33,6 +34,7 @@ class Component:
     stage: str = ""
     control: bool = False
     title: str = ""
+    asks: int = 0
 
     @property
     def name(self) -> str:
@@ -59,7 +61,7 @@ class Component:
         return cls(**{**data, "traits": tuple(data["traits"])})
 
 
-UNKEYED = ("stage", "control", "title")  # fields of components that follow from the others
+UNKEYED = ("stage", "control", "title", "asks")  # fields of components that follow from the others
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ def pin(text: str, component: Any, *, hashed: bool = False) -> Component:
         return hashed or value in read
 
     shown = {key: _placeless(value, is_path) for key, value in params.items()}
-    return Component(str(placeless(spec, is_path)), version, shown, traits, stage, control)
+    asks = getattr(component, "most_queries", 0)
+    return Component(str(placeless(spec, is_path)), version, shown, traits, stage, control, asks=asks)
 
 
 def code_files(spec: Spec) -> set[Path]:

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from bench.report.outcomes import column, is_control
+from bench.report.outcomes import column, is_control, query_budget
 from bench.results.store import Row
 
 
@@ -27,6 +27,7 @@ MARKS = (  # in the order in which they stand
     Mark("…", "incomplete", "not all samples have run yet", bars=True, partial=True),
     Mark("✗", "failed", "failed; run again, or read the traceback in its .failed.json", bars=True, partial=True),
     Mark("!", "invalid", "the model answered NaN or infinity", bars=True, partial=True),
+    Mark("⊣", "curtailed", "fewer queries than the attack asks for, so that parts of it were never run", bars=True),
     Mark("⊂", "spared", "not met by every attack that the undefended model has met", bars=True),
     Mark("<", "short", "fewer queries, samples or seeds than the undefended model has met", bars=True),
     Mark("∘", "older", "made with an older version of a component", bars=True),
@@ -75,6 +76,7 @@ def marks_of(row: Row) -> frozenset[str]:
         "incomplete": not row.complete,
         "failed": bool(row.errors),
         "invalid": bool(column(row, "invalid").any()),
+        "curtailed": query_budget(row) < row.cell.attack.asks,
         "control": is_control(row) and row.cell.defense_name != "none",
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
