@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from bench.losses import WITH_DLR, check_classes
+from bench.losses import WITH_DLR, Loss, check_classes
 from bench.norms import TINY, lp_norm, per_sample, project, steepest
 from bench.oracle import Oracle, Rules
 from bench.ranges import Count
@@ -21,12 +21,29 @@ RHO = 0.75       # share of steps between two checks that must have helped
 SPARSER = 1.5    # in l1, by how much fewer values a step moves than the best point has moved
 SLOWEST = 10.0   # in l1, eps over the smallest step
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what is minimised (n,)
+
+@dataclass(frozen=True, kw_only=True)
+class AutoPGD:
+    """What the untargeted and the targeted attack share."""
+
+    steps: Count = 100
+    restarts: Count = 1
+    eot: Count = 1
+
+    access: ClassVar[Access] = "gradients"
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:2003.01690"
+
+    @property
+    def rules(self) -> Rules:
+        """With ``eot``, the queries of a call are draws of one image."""
+        return Rules(averages=self.eot > 1)
 
 
 @attacks("apgd")
 @dataclass(frozen=True, kw_only=True)
-class APGD:
+class APGD(AutoPGD):
     """Auto-PGD (Croce and Hein, ICML 2020) on the cross-entropy or on DLR, in linf and l2, and in l1 with sparse steps.
 
     Steps start at 2 eps and are halved where they stop to help, each time going back to the best point. Costs
@@ -45,23 +62,10 @@ class APGD:
     """
 
     loss: Literal["ce", "dlr"] = "ce"
-    steps: Count = 100
-    restarts: Count = 1
-    eot: Count = 1
-
-    access: ClassVar[Access] = "gradients"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:2003.01690"
 
     def check(self, classes: int, shape: tuple[int, int, int]) -> None:
         """Whether the data have the classes that the loss compares."""
         check_classes(self.loss, classes)
-
-    @property
-    def rules(self) -> Rules:
-        """With ``eot``, the queries of a call are draws of one image."""
-        return Rules(averages=self.eot > 1)
 
     @property
     def most_queries(self) -> int:

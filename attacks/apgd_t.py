@@ -2,23 +2,23 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from attacks.apgd import Loss, Search, start
-from bench.losses import check_classes, log_likelihood, targeted_dlr
-from bench.oracle import Oracle, Rules
+from attacks.apgd import AutoPGD, Search, start
+from bench.losses import Loss, check_classes, log_likelihood, targeted_dlr
+from bench.oracle import Oracle
 from bench.ranges import Count
 from bench.registry import attacks
 from bench.rng import SampleRng
-from bench.threat import Access, Norm, Threat
+from bench.threat import Threat
 
 
 @attacks("apgd-t")
 @dataclass(frozen=True, kw_only=True)
-class TargetedAPGD:
+class TargetedAPGD(AutoPGD):
     """APGD on the targeted difference of logits ratio, towards the ``targets`` likeliest wrong classes in turn.
 
     Finds most of what untargeted losses miss on robust models. A sample falls as soon as it is misclassified, whatever
@@ -32,24 +32,11 @@ class TargetedAPGD:
     """
 
     targets: Count = 9
-    steps: Count = 100
-    restarts: Count = 1
     loss: Literal["dlr", "ce"] = "dlr"
-    eot: Count = 1
-
-    access: ClassVar[Access] = "gradients"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:2003.01690"
 
     def check(self, classes: int, shape: tuple[int, int, int]) -> None:
         """Whether the data have the classes that the loss compares."""
         check_classes(self.loss, classes, fewest=4)
-
-    @property
-    def rules(self) -> Rules:
-        """With ``eot``, the queries of a call are draws of one image."""
-        return Rules(averages=self.eot > 1)
 
     @property
     def most_queries(self) -> int:

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attacks.descent import Descent
 from bench.errors import ConfigError
 from bench.losses import WITH_DLR, check_classes
-from bench.norms import lp_norm, per_sample, project, steepest
+from bench.norms import lp_norm, per_sample, project
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -62,26 +63,13 @@ class PGD:
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's iterate of the largest loss."""
-        best, lowest = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)
         loss = WITH_DLR[self.loss]
+        descent = Descent(oracle, x, y, threat, loss)
         for restart in range(self.restarts):
             u = x.clone() if self.start == "clean" and restart == 0 else self._start(x, threat, rng.fork(restart))
-            for step in range(self.steps + 1):
-                rows = oracle.active()
-                if len(rows) == 0:
-                    return best
-                now = u[rows]
-                if step < self.steps:
-                    logits, gradient = oracle.gradients(now, loss, rows)
-                    move = self._size(step) * threat.eps * steepest(gradient, threat.norm)
-                    u[rows] = project(now - move, x[rows], threat)
-                else:
-                    logits = oracle.scores(now, rows)
-                value = loss(logits, y[rows]).to(x.dtype)
-                better = value < lowest[rows]
-                best[rows] = torch.where(per_sample(better), now, best[rows])
-                lowest[rows] = torch.where(better, value, lowest[rows])
-        return best
+            if not descent.run(u, self.steps, lambda step: loss, self._size):
+                break
+        return descent.best
 
     def _size(self, step: int) -> float:
         """The length of a step as a share of eps."""

@@ -1,17 +1,17 @@
 """PMA: projected ascent on the margin of probabilities, taken apart at first; PMA+ with APGD-T after it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from attacks.apgd_t import TargetedAPGD
 from attacks.autoattack import Member, cascade
-from bench.losses import check_classes, probability, probability_margin
-from bench.norms import per_sample, project, steepest
+from attacks.descent import Descent
+from bench.losses import Loss, check_classes, probability, probability_margin
+from bench.norms import project
 from bench.oracle import Oracle
 from bench.ranges import Count
 from bench.registry import attacks
@@ -52,28 +52,15 @@ class PMA:
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's point of the lowest margin."""
-        best, lowest = x.clone(), torch.full(x.shape[:1], torch.inf, dtype=x.dtype, device=x.device)
+        descent = Descent(oracle, x, y, threat, probability_margin)
         for run in range(RUNS * self.restarts):
             noise = rng.fork(run).uniform(*x.shape[1:]).to(x) * 2 - 1
             u = project(x + threat.eps * noise, x, threat)
-            for step in range(self.steps + 1):
-                rows = oracle.active()
-                if len(rows) == 0:
-                    return best
-                now = u[rows]
-                if step < self.steps:
-                    logits, gradient = oracle.gradients(now, self._loss(step, run % RUNS), rows)
-                    move = self._size(step) * threat.eps * steepest(gradient, threat.norm)
-                    u[rows] = project(now - move, x[rows], threat)
-                else:
-                    logits = oracle.scores(now, rows)
-                value = probability_margin(logits, y[rows]).to(x.dtype)
-                better = value < lowest[rows]
-                best[rows] = torch.where(per_sample(better), now, best[rows])
-                lowest[rows] = torch.where(better, value, lowest[rows])
-        return best
+            if not descent.run(u, self.steps, partial(self._loss, run % RUNS), self._size):
+                break
+        return descent.best
 
-    def _loss(self, step: int, run: int) -> Callable[[Tensor, Tensor], Tensor]:
+    def _loss(self, run: int, step: int) -> Loss:
         """What this step minimises."""
         if step == 0:
             return lambda logits, y: -probability(logits, y)

@@ -89,7 +89,7 @@ def check_classes(loss: str, classes: int, fewest: int = 3) -> None:
         raise ConfigError(f"loss=dlr compares {fewest} classes, and the data have {classes}; use loss=ce")
 
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what is minimised (n,)
 
 LOSSES: dict[str, Loss] = {"margin": margin, "ce": log_likelihood, "prob": probability}  # of any number of classes
 WITH_DLR: dict[str, Loss] = {**LOSSES, "dlr": dlr}  # for attacks that hold data against check_classes
