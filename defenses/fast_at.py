@@ -1,5 +1,6 @@
 """Fast adversarial training: one step from a random start, which is cheap and may collapse."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +19,7 @@ from defenses.early_stopping import EarlyStopping
 
 
 @dataclass(frozen=True, kw_only=True)
-class SingleStep(Trainer):
+class SingleStep(Trainer, ABC):
     """What single-step trainings share: an epoch costs two forward and backward passes per image.
 
     The attack sees the network in training mode, as in the papers' codes: it goes by the statistics of its batch, and
@@ -39,9 +40,9 @@ class SingleStep(Trainer):
         selection = EarlyStopping(data, self.eps, job) if self.early_stopping else None
         return self.train(build, data, job, perturb=self.perturb, selection=selection)
 
+    @abstractmethod
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
         """The images (B, C, H, W) to train on instead of ``x``."""
-        raise NotImplementedError
 
 
 @defenses("fast-at")

@@ -1,5 +1,6 @@
 """TRADES and MART: adversarial training that weighs the clean image against the answers around it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +22,7 @@ SURE = 1e-12  # keeps the logarithm of a probability finite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Regularised(Trainer):
+class Regularised(Trainer, ABC):
     """What the two share: an attack on the network in eval mode, from normal noise, and a weight ``beta``."""
 
     eps: Radius = 8 / 255
@@ -35,9 +36,9 @@ class Regularised(Trainer):
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
         return self.train(build, data, job, objective=self.losses)
 
+    @abstractmethod
     def losses(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Iterator[Tensor]:
         """What is stepped on."""
-        raise NotImplementedError
 
     def attack(self, loss: Callable[[Tensor], Tensor], x: Tensor, rng: SampleRng) -> Tensor:
         """The images in the ball around ``x`` (B, C, H, W) to which ``loss`` leads up."""

@@ -31,9 +31,10 @@ def _in_track(rows: Sequence[Row], track: Track) -> list[list[Row]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for accesses in (track.accesses, track.beside):
         for row in rows:
-            key = track.title(row.cell), *_facts(row.cell, track).values()
-            if row.cell.threat.access in accesses and (accesses is track.accesses or key in groups):
-                groups.setdefault(key, []).append(row)
+            if row.cell.threat.access in accesses:
+                key = track.title(row.cell), *_facts(row.cell, track).values()
+                if accesses is track.accesses or key in groups:
+                    groups.setdefault(key, []).append(row)
     return [groups[key] for key in sorted(groups)]
 
 
