@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from bench.errors import AccessError, ThreatViolation
+from bench.errors import AccessError, RefereeError, ThreatViolation
 from bench.losses import margin
 from bench.oracle import NEVER
 from bench.oracle.referee import REFRESH
@@ -215,6 +215,13 @@ def test_an_example_returned_from_outside_is_refused():
         oracle.finish(x + 0.1)
     with pytest.raises(ThreatViolation, match="expected x_adv like x"):
         oracle.finish(x.float())
+
+
+@pytest.mark.parametrize("returned", [None, 3.0, [1]])
+def test_an_attack_that_returns_no_tensor_is_told_what_to_return(returned):
+    oracle, _ = scripted(99)
+    with pytest.raises(RefereeError, match="return x_adv, a tensor like x"):
+        oracle.finish(returned)
 
 
 @pytest.mark.parametrize(("access", "denied"), [("labels", ["scores", "gradients"]), ("scores", ["gradients"])])

@@ -183,7 +183,10 @@ class Referee:
 
         Raises:
             ThreatViolation: a query or an example outside the ball or the box, or an example of another shape.
+            RefereeError: no tensor.
         """
+        if not isinstance(x_adv, Tensor):
+            raise RefereeError(f"{self.attack} returned a {type(x_adv).__name__}; return x_adv, a tensor like x")
         if x_adv.shape != self._x.shape or x_adv.dtype != self._x.dtype:
             raise ThreatViolation(
                 f"{self.attack} returned {x_adv.dtype} {tuple(x_adv.shape)}; "
