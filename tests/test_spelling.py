@@ -64,6 +64,15 @@ def test_a_row_in_other_words_is_found_and_gone_on_with(tmp_path):
     assert store.row(task.cell).complete
 
 
+def test_a_cell_that_is_whole_in_other_words_is_not_run_again(tmp_path):
+    (task,) = plan(attack="pgd", n=20)
+    Store(tmp_path).open().save(Shard(task.cell, 0, 10), records(task.cell, 0, 10))
+    old = spelt(task.cell, attack="pgd(steps=40)")
+    Store(tmp_path / "theirs").open().save(Shard(old, 0, 20), records(old, 0, 20))
+    assert Store(tmp_path).missing(task.cell) == []
+    assert Store(tmp_path).row(task.cell).complete
+
+
 def test_what_joins_a_folder_takes_its_words(tmp_path):
     """Or the attacks on one defense would stand in two lines of a table, each with a worst case of its own."""
     first, second = (task.cell for task in plan(attack=["pgd", "square"], defense="rnd", n=20))
@@ -94,7 +103,7 @@ def test_other_parameters_and_code_that_only_knows_itself_stay_apart():
     bare = [replace(cell, attack=Component(f"pgd(steps={steps})")) for steps in (1, 2)]
     newer = replace(cell, attack=replace(cell.attack, version=3))
     assert len({each.meaning for each in (cell, other, newer, *theirs, *bare)}) == 7
-    assert Spelling([cell]).stored(other) == other
+    assert Spelling([cell]).alike(other) == other
 
 
 def test_fast_and_plain_numbers_share_no_worst_case():

@@ -94,6 +94,28 @@ def test_folders_that_contradict_each_other_are_named(store):
     assert all("others" in str(error) for error in damaged)
 
 
+def test_a_cell_is_one_whose_shards_lie_in_two_folders(store):
+    """As two machines leave it; whoever reads sees it whole, so nobody may run it again."""
+    save(store, 0, 6)
+    save(Store(store.root / "theirs"), 6, 10)
+    again = Store(store.root)
+    assert again.missing(cell()) == []
+    assert again.row(cell()).complete
+    save(Store(store.root / "others"), 5, 10, hit=7)
+    with pytest.raises(StoreError, match="1 samples differ"):
+        Store(store.root).missing(cell())
+
+
+@pytest.mark.parametrize("name", ["square-{} (copy)", "square{}", "square"])
+def test_a_folder_that_nobody_reads_is_named_before_a_run_does_it_again(store, name):
+    save(store, 0, 10)
+    home = files(store, "*.json")[0].parent
+    home.rename(home.with_name(name.format(cell().key[:8])))
+    assert len(store.rows()[1]) == 1
+    with pytest.raises(StoreError, match="of another cell than its folder"):
+        Store(store.root).missing(cell())
+
+
 def test_a_failure_is_kept_and_forgotten_when_the_shard_succeeds(store):
     save(store, 0, 5)
     store.fail(Shard(cell(), 5, 10, error="Traceback\nRuntimeError: boom"))

@@ -224,8 +224,8 @@ def _check_place(path: Path, shard: Shard) -> None:
     Raises:
         StoreError: it was copied or renamed.
     """
-    keys = [shard.cell.key[:digits] for digits in KEY_DIGITS]
-    if not path.resolve().parent.name.endswith(tuple(keys)):
+    name, keys = path.resolve().parent.name, [shard.cell.key[:digits] for digits in KEY_DIGITS]
+    if name not in keys and not name.endswith(tuple(f"-{key}" for key in keys)):
         raise StoreError(
             f"{path} is of another cell than its folder ({shard.cell}, key {keys[0]}); move it to a folder whose name "
             f"ends with -{keys[0]}, or delete it"

@@ -13,14 +13,8 @@ class Spelling:
 
     def __init__(self, cells: Iterable[Cell]) -> None:
         self._first: dict[tuple[str, ...], Component] = {}
-        self._cells: dict[str, Cell] = {}
         for cell in cells:
-            self._cells.setdefault(cell.meaning, cell)
             self.alike(cell)
-
-    def stored(self, cell: Cell) -> Cell:
-        """The one of the cells that means the same as ``cell``; where none does, ``cell`` in their words."""
-        return self._cells.get(cell.meaning) or self.alike(cell)
 
     def alike(self, cell: Cell) -> Cell:
         """``cell`` in the words of the cells, a component that is new among them in its own."""

@@ -61,8 +61,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._spelling: Spelling | None = None  # of the cells that were there at first
-        self._moved: dict[str, Path] | None = None  # folders that were there at first, by the key in their names
+        self._at_first: _Contents | None = None
 
     def open(self) -> "Store":
         """Make the folder and try it, before slow work starts."""
@@ -80,8 +79,7 @@ class Store:
         Raises:
             StoreError: the disk is full or the folder is gone. What was stored before is untouched.
         """
-        shard = self._spelt(shard)
-        folder = self._folder(shard.cell)
+        shard, folder = self._placed(shard)
         table = records.to_parquet(index=False)
         digest = sha256(table).hexdigest()
         path = folder / shard.file_name
@@ -91,22 +89,22 @@ class Store:
 
     def fail(self, shard: Shard) -> None:
         """Keep the traceback of a shard that could not be finished; the next run tries it again."""
-        shard = self._spelt(shard)
-        keep_file(self._folder(shard.cell) / shard.file_name, write_json(shard, None))
+        shard, folder = self._placed(shard)
+        keep_file(folder / shard.file_name, write_json(shard, None))
 
     def missing(self, cell: Cell) -> list[int]:
-        """The positions in ``cell.ids`` that no finished shard covers.
+        """The positions in ``cell.ids`` that no finished shard covers, wherever it lies.
 
         Raises:
-            StoreError: a stored shard of this cell is damaged.
+            StoreError: a stored shard of this cell is damaged, or two give the same samples other results.
         """
-        rows = self._whole(self._stored(cell))
-        done = _positions(shard for row in rows for shard in row.shards if shard.error is None)
+        done = _positions(shard for row in self._whole(cell) for shard in row.shards if shard.error is None)
         return [position for position in range(len(cell.ids)) if position not in done]
 
     def settled(self, shard: Shard) -> tuple[bool, int | None]:
         """Whether exactly this shard is finished, and when it failed last, in ns; other runs may change both."""
-        finished = self._folder(self._stored(shard.cell)) / f"{shard.stem}.json"
+        _, folder = self._placed(shard)
+        finished = folder / f"{shard.stem}.json"
         failed = finished.with_name(f"{shard.stem}.failed.json")
         try:
             return finished.exists(), failed.stat().st_mtime_ns
@@ -117,10 +115,9 @@ class Store:
         """Everything that is stored about ``cell``.
 
         Raises:
-            StoreError: one of its files is damaged.
+            StoreError: one of its files is damaged, or two folders give the same samples other results.
         """
-        cell = self._stored(cell)
-        return _joined(cell, self._whole(cell))
+        return _joined(self._home(cell)[0], self._whole(cell))
 
     def rows(self) -> tuple[list[Row], list[StoreError]]:
         """All cells in the folder, in the order of their names, and what is wrong with the shards that cannot be read.
@@ -138,39 +135,59 @@ class Store:
         rows = united(row for rows, _ in found.values() for row in rows)
         return rows, damaged + _contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
 
-    def _stored(self, cell: Cell) -> Cell:
-        """``cell`` as it is written here: rows from before may name the same in other words, which have another key."""
-        if (self.root / place(cell)).is_dir():
-            return cell
-        if self._spelling is None:
-            stated = (stated_cell(min(folder.glob(SHARDS))) for folder in self._folders())
-            self._spelling = Spelling(cell for cell in stated if cell is not None)
-        return self._spelling.stored(cell)
+    def _home(self, cell: Cell) -> tuple[Cell, Path]:
+        """``cell`` as it is written here, and where its next shard goes.
 
-    def _spelt(self, shard: Shard) -> Shard:
-        return replace(shard, cell=self._stored(shard.cell))
+        Rows from before may name the same in other words, which have another key, and people may have put its folder
+        elsewhere. A cell that is new here takes the words of those that are there.
+        """
+        if (usual := self.root / place(cell)).is_dir():
+            return cell, usual
+        there = self._contents()
+        if homes := there.homes.get(cell.meaning):
+            return homes[0]
+        cell = there.spelling.alike(cell)
+        return cell, self.root / place(cell)
+
+    def _placed(self, shard: Shard) -> tuple[Shard, Path]:
+        cell, folder = self._home(shard.cell)
+        return replace(shard, cell=cell), folder
+
+    def _contents(self) -> "_Contents":
+        if self._at_first is None:
+            stated = [(stated_cell(min(folder.glob(SHARDS))), folder) for folder in self._folders()]
+            self._at_first = _Contents([(cell, folder) for cell, folder in stated if cell is not None])
+        return self._at_first
 
     def _folders(self) -> list[Path]:
         return sorted({path.parent for path in self.root.rglob(SHARDS)})
 
-    def _folder(self, cell: Cell) -> Path:
-        """Where the cell is: where new ones go, or wherever a folder with its key in its name has been put."""
-        usual = self.root / place(cell)
-        if usual.is_dir():
-            return usual
-        if self._moved is None:
-            self._moved = {folder.name.rpartition("-")[2]: folder for folder in reversed(self._folders())}
-        found = (self._moved.get(cell.key[:digits]) for digits in KEY_DIGITS)
-        return next((folder for folder in found if folder is not None), usual)
-
     def _whole(self, cell: Cell) -> list[Row]:
-        """The shards of ``cell``, a row of each, none of them damaged."""
-        whole, damaged = _read_all(self._folder(cell))
-        if damaged:
-            raise damaged[0]
-        if other := next((row.cell for row in whole if row.cell.key != cell.key), None):
-            raise StoreError(f"{self._folder(cell)} is of {other}, whose key starts alike; use another --out for this")
-        return whole
+        """The shards of ``cell`` in all folders that hold some, a row of each, none of them damaged."""
+        homes = [self._home(cell)[1], *(folder for _, folder in self._contents().homes.get(cell.meaning, ()))]
+        found = {}
+        for folder in dict.fromkeys(homes):
+            found[folder], damaged = _read_all(folder)
+            if damaged:
+                raise damaged[0]
+            if other := next((row.cell for row in found[folder] if row.cell.meaning != cell.meaning), None):
+                raise StoreError(f"{folder} is of {other}, whose key starts alike; use another --out for this")
+        if contradictions := _contradictions({folder: united(rows) for folder, rows in found.items()}):
+            raise contradictions[0]
+        return [row for rows in found.values() for row in rows]
+
+
+class _Contents:
+    """What a folder of results held when somebody first looked: by its meaning where a cell lies, and how it is spelt.
+
+    Folders of cells that came later are where such folders go.
+    """
+
+    def __init__(self, found: Sequence[tuple[Cell, Path]]) -> None:
+        self.homes: dict[str, list[tuple[Cell, Path]]] = {}
+        for cell, folder in found:
+            self.homes.setdefault(cell.meaning, []).append((cell, folder))
+        self.spelling = Spelling(cell for cell, _ in found)
 
 
 def place(cell: Cell) -> Path:
