@@ -28,6 +28,7 @@ WATCHED = 2  # images that show which layers follow which
 REPEATS = 1e-5  # the largest difference between two plain answers, as a share of the spread of all logits
 FLOAT32 = 1e-3  # the largest that another order of float32 sums explains
 BFLOAT16 = 0.1  # the largest that bfloat16 explains
+COARSE = "bfloat16"  # rounds so much that a verdict near a boundary needs another look
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def _convert(network: nn.Module, images: Tensor, folded: bool) -> Converted:
     count = fold_batch_norm(module, images[:WATCHED]) if folded else 0
     module.to(memory_format=torch.channels_last)
     wrapped = _Bfloat16(module) if images.is_cuda else _ChannelsLast(module)
-    numbers = "bfloat16" if images.is_cuda else "float32"
+    numbers = COARSE if images.is_cuda else "float32"
     return Converted(wrapped.eval(), f"{numbers}, channels last" + (f", {count} batch-norms folded" if count else ""))
 
 

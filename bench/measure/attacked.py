@@ -57,7 +57,8 @@ def attack_served(
         surrogate = replace(target.undefended, module=own(target.undefended.module, task.build))
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
-        classes=len(task.data.classes), surrogate=surrogate, attack=cell.attack.spec,
+        classes=len(task.data.classes), surrogate=surrogate, exact=target.plain if target.searched.coarse else None,
+        attack=cell.attack.spec,
         on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()

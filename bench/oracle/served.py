@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import RefereeError
+from bench.numerics import COARSE
 from bench.rng import SampleRng
 
 
@@ -35,6 +36,11 @@ class ServedModel:
     random: bool = False
     batch_size: int = 256
     numbers: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def coarse(self) -> bool:
+        """Whether its numbers round more than float32 does."""
+        return str(self.numbers.get("used", "")).startswith(COARSE)
 
     def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
         """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic.
@@ -67,3 +73,8 @@ class Target:
     plain: ServedModel
     undefended_searched: ServedModel
     undefended: ServedModel
+
+    @property
+    def numbers(self) -> Mapping[str, Any]:
+        """What a row remembers of the numbers that were searched in."""
+        return {**self.searched.numbers, **({"hits": "confirmed in float32"} if self.searched.coarse else {})}

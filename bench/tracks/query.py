@@ -78,7 +78,7 @@ class Query:
                 figures, findings = tools.inspect(task, target)
                 findings = [*findings, *([asdict(witness.finding())] if witness else [])]  # after all have been asked
         training = () if start else tools.pipeline.curves(task)
-        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.searched.numbers, training)
+        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.numbers, training)
 
     def queries(self, task: Task, samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0
