@@ -117,7 +117,8 @@ def test_distances_are_searched_in_the_numbers_that_they_are_judged_in(attack, o
     monkeypatch.setattr(pipeline, "served", lambda task, mode: modes.append(mode))
     monkeypatch.setattr(pipeline, "undefended", lambda task, mode: modes.append(mode))
     monkeypatch.setattr(pipeline, "check_data", lambda task: None)
-    pipeline._last = _Network("", nn.Identity(), contents(nn.Identity()))
+    network = nn.Identity()
+    pipeline._last = _Network("", network, contents(network))
     with pipeline.serving(task):
         pass
     assert modes == [on_a_gpu if device == "cuda" else "fast", "plain"] * 2
