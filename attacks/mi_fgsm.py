@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from attacks.sourced import Sourced
 from bench.errors import ConfigError
 from bench.norms import TINY, per_sample, project
-from bench.oracle import Oracle, Rules
+from bench.oracle import Oracle
 from bench.oracle.served import ServedModel
 from bench.ranges import Count, NonNegative, Positive, Whole
 from bench.registry import attacks
@@ -21,14 +22,15 @@ SMALL = 64  # pixels; smaller images get a kernel of 3, others of 15
 
 @attacks("mi-fgsm")
 @dataclass(frozen=True, kw_only=True)
-class MIFGSM:
-    """Momentum iterative FGSM (Dong et al., CVPR 2018) on the undefended network, in linf, replayed on the served one.
+class MIFGSM(Sourced):
+    """Momentum iterative FGSM (Dong et al., CVPR 2018) on a surrogate, in linf, replayed on the served model.
 
     Sign steps of eps / ``steps`` along a running sum of gradients of the cross-entropy, each divided by its mean size.
     The other methods of the family add to that, and every one of them is a switch here, so that they combine. The last
-    iterate is asked about, with one query for its label; all work on the surrogate is free.
+    iterate is asked about, with one query for its label; work on the surrogate costs no queries, and is counted apart.
 
     Args:
+        from_: see :class:`attacks.sourced.Sourced`.
         momentum: share of the sum that is kept from step to step.
         nesterov: take the gradient where the sum alone would lead (NI).
         scales: copies of the image, each half as bright as the one before, over which gradients are averaged (SI).
@@ -53,7 +55,6 @@ class MIFGSM:
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
-    rules: ClassVar[Rules] = Rules(surrogate=True)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Dong et al., 2018, arXiv:1710.06081"
     most_queries: ClassVar[int] = 1

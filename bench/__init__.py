@@ -5,6 +5,7 @@ What the author of an attack or a defense imports:
     bench.registry    the decorators ``@attacks("name")``, ``@defenses("name")``, and ``added`` for later parameters
     bench.protocols   the signatures that components follow
     bench.errors      ``ConfigError`` and its kin: one line for the user
+    bench.spec        names of components with arguments, in one string
     bench.threat      norm, radius, access, budget
     bench.oracle      what an attack asks; its views for foreign attacks
     bench.rng         random numbers that belong to a sample

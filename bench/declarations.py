@@ -64,6 +64,8 @@ ATTACK: Declarations = {
     "rescaled": _yes_or_no(),
     "most_queries": Declaration("1000, or as many as it asks at most", _whole),
     "check": Declaration("a method check(classes, shape)", callable),
+    "sources": Declaration('("resnet20", "cnn"), the models it works on', lambda value: isinstance(value, tuple)),
+    "replays": Declaration('"apgd", the attack whose examples it takes', lambda value: isinstance(value, str)),
 }  # fmt: skip
 TRAINING_DEFENSE: Declarations = {"stage": one_of(Stage, required=True), **ANY}
 OUTPUT_DEFENSE: Declarations = {

@@ -29,7 +29,8 @@ class Attack(Protocol):
 
     Class attributes (or properties): ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``;
     optionally ``rules``, what the referee is to do otherwise (:class:`bench.oracle.Rules`): an attack on the undefended
-    network is a control, which stands in no worst case; ``batch_dependent = True`` where a sample's result depends on
+    network is a control, which stands in no worst case, unless it names other models to work on in ``sources``;
+    ``replays`` names an attack whose examples it takes; ``batch_dependent = True`` where a sample's result depends on
     the rest of its batch (foreign code), and ``rescaled = True`` where the schedule is stretched over the query budget.
     A method ``check(classes, shape)`` may refuse data, of images (C, H, W), by a ConfigError before anything runs.
     """

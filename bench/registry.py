@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import importlib.util
+import keyword
 import pkgutil
 import re
 import sys
@@ -161,6 +162,7 @@ class Registry(Generic[T]):
                     hint = did_you_mean(key, known, otherwise=f"it takes: {', '.join(known) or 'nothing'}")
                     raise ConfigError(f"{self.kind} {spec.name!r} has no parameter {key!r}; {hint}")
             args = _typed(factory, args, f"{self.kind} {spec.name!r}")
+            args = {_in_code(key): value for key, value in args.items()}
         try:
             component = factory(**args)
             wrong = _fault(component, self.declares)
@@ -187,7 +189,7 @@ def parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:
     """The arguments of a component and their defaults; ``None`` where only the component itself can tell."""
     if not dataclasses.is_dataclass(factory):
         return None
-    return {field.name: _default(field) for field in dataclasses.fields(factory) if field.init}
+    return {_written(field.name): _default(field) for field in dataclasses.fields(factory) if field.init}
 
 
 def added(default: Any) -> Any:
@@ -206,7 +208,17 @@ def describe(component: Any) -> dict[str, Any]:
     for field in dataclasses.fields(component):
         if "added" in field.metadata and values[field.name] == field.default:
             del values[field.name]
-    return values
+    return {_written(name): value for name, value in values.items()}
+
+
+def _written(field: str) -> str:
+    """How users write a parameter: one that Python keeps for itself, such as ``from``, is ``from_`` in code."""
+    return field[:-1] if field.endswith("_") and keyword.iskeyword(field[:-1]) else field
+
+
+def _in_code(name: str) -> str:
+    """The field of the parameter that users write as ``name``."""
+    return f"{name}_" if keyword.iskeyword(name) else name
 
 
 @lru_cache
@@ -285,7 +297,7 @@ def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> di
     typed = {}
     for key, value in args.items():
         try:
-            typed[key] = convert(value, hints[key])
+            typed[key] = convert(value, hints[_in_code(key)])
         except ValueError as error:
             raise ConfigError(f"{who}: {key} is {value!r}; {error}") from None
     return typed

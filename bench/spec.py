@@ -55,9 +55,14 @@ class Spec:
         return f"{name}({inside})" if inside else name
 
 
+def parse_sum(text: str) -> tuple[Spec, ...]:
+    """Read names with a ``+`` between them, such as ``resnet20(width=8) + cnn``; empty text gives none."""
+    return tuple(Spec.parse(part) for part in _split(text, "+"))
+
+
 def parse_chain(text: str) -> tuple[Spec, ...]:
     """Read a chain such as ``pgd-at(eps=0.1) + aaa-linear``; ``none`` is the empty chain."""
-    specs = tuple(Spec.parse(part) for part in _split(text, "+"))
+    specs = parse_sum(text)
     if not specs:
         raise ConfigError("an empty defense; write none for the undefended model")
     if len(specs) > 1 and any(spec.name == "none" for spec in specs):

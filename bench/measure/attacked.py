@@ -16,6 +16,7 @@ from bench.norms import lp_norm
 from bench.oracle import Referee
 from bench.oracle.rules import rules_of
 from bench.oracle.served import Target
+from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
 from bench.protocols import Attack
 from bench.rng import SampleRng
@@ -31,7 +32,8 @@ def attack_served(
     """Attack the samples ``ids`` and measure what came of it.
 
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
-    and what the defense changes is measured against the undefended network, which attacks with a surrogate are given.
+    and what the defense changes is measured against the undefended network. Attacks with a surrogate are given that,
+    or the networks that they name, and what they ask of those is counted together, for all images alike.
     Samples that are misclassified when clean fell at query 0 and are not attacked.
 
     Returns:
@@ -54,7 +56,9 @@ def attack_served(
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     rules, surrogate = rules_of(attack), None
     if rules.surrogate:
-        surrogate = replace(target.undefended, module=own(target.undefended.module, task.build))
+        owners = [*zip(target.sources, task.sources, strict=True)] or [(target.undefended, task)]
+        made_on = Surrogate([own(source.module, owner.build) for source, owner in owners])
+        surrogate = replace(target.undefended, module=made_on)
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
         classes=len(task.data.classes), surrogate=surrogate, exact=target.plain if target.searched.coarse else None,
@@ -91,6 +95,9 @@ def attack_served(
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
         "best_distance": distance if rules.minimal else torch.full_like(distance, torch.nan),
     }
+    if rules.surrogate:
+        share = torch.zeros_like(clean.margin).index_fill(0, todo, 1 / max(len(todo), 1))
+        table |= {"surrogate_forwards": made_on.forwards * share, "surrogate_backwards": made_on.backwards * share}
     stage = torch.full_like(y, -1).index_copy(0, todo, ledger.stage)
     names = [referee.stages[number] if number >= 0 else "" for number in stage.tolist()]
     return records_of(task.data.test, rows, table, task).assign(fell_to=names)

@@ -63,13 +63,14 @@ class Pipeline:
         mode = task.cell.numerics
         if self.device.type == "cuda" and rules_of(task.attack).minimal:
             mode = "plain"  # a distance is as exact as the numbers that it was searched in
+        sources = tuple(self.undefended(source, "plain") for source in task.sources)
         self.train(task, lambda done, total: None)
         assert self._last is not None
         try:
             with _unchanged(task, self._last.module, self._last.contents):
                 yield Target(
                     self.served(task, mode), self.served(task, "plain"),
-                    self.undefended(task, mode), self.undefended(task, "plain"),
+                    self.undefended(task, mode), self.undefended(task, "plain"), sources,
                 )  # fmt: skip
         except BaseException:
             self._last = None  # the next cell makes its own

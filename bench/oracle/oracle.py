@@ -42,7 +42,7 @@ class Oracle:
 
     @property
     def surrogate(self) -> ServedModel:
-        """The undefended network, to work on at will; what is done to it counts nowhere.
+        """The undefended network, or those that the attack names, to work on at will; it tells nothing of the target.
 
         Raises:
             AccessError: the attack does not declare that it works on a surrogate.

@@ -45,8 +45,9 @@ class Referee:
         quantise: round every query to 8 bit first, as a service that takes images does.
         rules: what the attack declares.
         classes: how many the data have.
-        surrogate: the undefended network in plain float32, for an attack whose rules have ``surrogate``.
+        surrogate: what an attack whose rules have ``surrogate`` works on, in plain float32.
         exact: ``model`` in plain float32, which confirms the hits of one in coarser numbers.
+        falls: whether a misclassified query ends a sample; not where examples are made for another model.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
     """
@@ -64,6 +65,7 @@ class Referee:
         classes: int | None = None,
         surrogate: ServedModel | None = None,
         exact: ServedModel | None = None,
+        falls: bool = True,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
     ) -> None:
@@ -81,6 +83,7 @@ class Referee:
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
         self._quantise, self._rules, self._classes = quantise, rules, classes
         self._surrogate, self._exact, self.attack, self._on_spent = surrogate, exact, attack, on_spent
+        self._falls = falls
         self.reach = math.inf if rules.minimal or rules.lookahead else threat.eps  # how far queries may go
         self._margin = math.inf if rules.lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
@@ -265,7 +268,7 @@ class Referee:
             logits = (total / draws.clamp(min=1)[..., None]).expand_as(logits)
             judged = answered & (answered.cumsum(dim=1) == draws)  # the last of them
         finite = logits.isfinite().all(dim=-1)
-        wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None])
+        wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None]) & self._falls
         counts = finite
         if self._rules.minimal or self._rules.lookahead:
             distance, outside_box = self._measure(x, clean)

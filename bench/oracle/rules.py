@@ -16,7 +16,8 @@ class Rules:
             together: by the mean of the logits that were answered, k or as many as the budget leaves.
         alone: forward the queries of each row as a batch of their own, for an attack on defenses that couple a batch.
             What a row is answered then depends on its own queries alone; it costs a forward pass for each row.
-        surrogate: it works on the undefended network, found at ``oracle.surrogate``.
+        surrogate: it works on the undefended network, found at ``oracle.surrogate``, or on the networks that it names
+            in ``sources``, which are then found there.
     """
 
     minimal: bool = False
@@ -27,7 +28,10 @@ class Rules:
 
     @property
     def control(self) -> bool:
-        """Whether it stands beside the attacks and in no worst case: no attacker of a service has that network."""
+        """Whether it stands beside the attacks and in no worst case: no attacker of a service has that network.
+
+        An attack that names ``sources`` works on networks that anybody can have, and is none.
+        """
         return self.surrogate
 
 

@@ -73,6 +73,7 @@ class Target:
     plain: ServedModel
     undefended_searched: ServedModel
     undefended: ServedModel
+    sources: tuple[ServedModel, ...] = ()  # the networks that the attack names to work on, in plain numbers
 
     @property
     def numbers(self) -> Mapping[str, Any]:

@@ -61,6 +61,18 @@ class Component:
         return cls(**{**data, "traits": tuple(data["traits"])})
 
 
+@dataclass(frozen=True)
+class Source:
+    """A network that an attack makes examples on, other than the attacked one.
+
+    ``weights_hash`` is empty where the recipe decides its weights: those of the standard training, and of the seed
+    after the cell's, so that a model that is its own source is another network.
+    """
+
+    model: Component
+    weights_hash: str = ""
+
+
 UNKEYED = ("stage", "control", "title", "asks")  # fields of components that follow from the others
 
 
@@ -71,6 +83,9 @@ class Cell:
     Two cells with equal fields give equal results (up to the rounding of the hardware), and ``key`` is a hash of all
     of them but ``limited``, which only remembers that the samples are fewer than the suite asks for, and what its
     components say for readers.
+
+    ``sources`` are the networks on which the attack makes its examples where that is not the undefended one, and
+    ``replays`` is the attack that makes them where it is not its own.
     """
 
     dataset: Component
@@ -85,6 +100,8 @@ class Cell:
     data_hash: str = ""
     weights_hash: str = ""  # of the network before any training; empty where the recipe decides
     limited: bool = False
+    sources: tuple[Source, ...] = ()
+    replays: Component | None = None
 
     @property
     def key(self) -> str:
@@ -107,9 +124,14 @@ class Cell:
         """All fields that decide a result, as plain values."""
         fields = asdict(self)
         del fields["limited"]
-        for part in (fields["dataset"], fields["model"], fields["attack"], *fields["defense"]):
+        more = [source["model"] for source in fields["sources"]]
+        more += [fields["replays"]] if self.replays else []
+        for part in (fields["dataset"], fields["model"], fields["attack"], *fields["defense"], *more):
             for name in UNKEYED:
                 del part[name]
+        for name in ("sources", "replays"):  # cells without are older than these fields
+            if not fields[name]:
+                del fields[name]
         return fields
 
     @property
@@ -155,7 +177,12 @@ class Cell:
             fields[name] = Component.from_json(fields[name])
         attack = fields["attack"]
         told = Rules(surrogate=bool(attack.get("control")))
-        control = attacks.declared(attack["spec"], "rules", COMMON, told).control
+        fields["sources"] = tuple(
+            Source(Component.from_json(source["model"]), source["weights_hash"]) for source in fields.get("sources", ())
+        )
+        if replays := fields.get("replays"):
+            fields["replays"] = Component.from_json(replays)
+        control = attacks.declared(attack["spec"], "rules", COMMON, told).control and not fields["sources"]
         fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
         fields["defense"] = tuple(
             Component.from_json({**part, "stage": stage, "title": _title(defenses, part)})

@@ -1,6 +1,7 @@
 """What a cell remembers of a component: what it is and does, and not where it lies."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def pin(text: str, component: Any, *, hashed: bool = False) -> Component:
     if files:
         version = f"{version}+{joint_hash(files)}"
     traits = tuple(trait for trait in TRAITS if getattr(component, trait.replace("-", "_"), False))
-    stage, control = getattr(component, "stage", ""), rules_of(component).control
+    stage = getattr(component, "stage", "")
+    control = rules_of(component).control and not getattr(component, "sources", ())
 
     def is_path(value: str) -> bool:
         return hashed or value in read
@@ -39,6 +41,14 @@ def pin(text: str, component: Any, *, hashed: bool = False) -> Component:
     shown = {key: _placeless(value, is_path) for key, value in params.items()}
     asks = getattr(component, "most_queries", 0)
     return Component(str(placeless(spec, is_path)), version, shown, traits, stage, control, asks=asks)
+
+
+def rewritten(component: Component, told: Mapping[str, str]) -> Component:
+    """``component`` with other words for those of its parameters that are ``told`` and that it has."""
+    spec = Spec.parse(component.spec)
+    args = {name: told.get(name, value) for name, value in spec.args.items()}
+    params = {name: told.get(name, value) for name, value in component.params.items()}
+    return replace(component, spec=str(Spec(spec.name, args)), params=params)
 
 
 def code_files(spec: Spec) -> set[Path]:

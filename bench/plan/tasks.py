@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import cast
@@ -15,8 +15,8 @@ from bench.models import FromFile, check_logits, resolve
 from bench.models.lent import fingerprint
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
-from bench.plan.cell import Cell, Component
-from bench.plan.pin import pin
+from bench.plan.cell import Cell, Component, Source
+from bench.plan.pin import pin, rewritten
 from bench.plan.suite import Grid, Suite
 from bench.protection import declared_threat
 from bench.protocols import (
@@ -58,6 +58,7 @@ class Task:
     chain: Chain
     attack: Attack | Learner
     model_dir: Path | None
+    sources: tuple["Task", ...] = ()  # the networks that the attack works on, as if they were to be attacked
 
     @property
     def trains(self) -> bool:
@@ -174,7 +175,47 @@ def _task(
         weights_hash=loader.weights_hash(model, architecture, grid.dataset, data),
         limited=n < grid.n,
     )
-    return Task(cell, data, architecture, chain, attack, loader.model_dir)
+    return _sourced(Task(cell, data, architecture, chain, attack, loader.model_dir), grid.dataset, loader)
+
+
+def _sourced(task: Task, dataset: str, loader: Loader) -> Task:
+    """``task`` with the networks and the attack that its own attack names, if it names any."""
+    sources = [_source(task, text, dataset, loader) for text in getattr(task.attack, "sources", ())]
+    replays = _replayed(task) if getattr(task.attack, "replays", "") else None
+    if not sources and replays is None:
+        return task
+    models = tuple(Source(source.cell.model, source.cell.weights_hash) for source in sources)
+    if any(source in models[:number] for number, source in enumerate(models)):
+        raise ConfigError("the attack names one source twice; name each once")
+    told = {"from": " + ".join(source.model.spec for source in models)} if models else {}
+    attack = rewritten(task.cell.attack, told | ({"attack": replays.spec} if replays else {}))
+    cell = replace(task.cell, attack=attack, sources=models, replays=replays)
+    return replace(task, cell=cell, sources=tuple(sources))
+
+
+def _source(task: Task, text: str, dataset: str, loader: Loader) -> Task:
+    """The network ``text``, as if it were to be attacked in place of that of ``task``."""
+    architecture = resolve(text)
+    _check_training(False, {}, architecture, text, dataset, task.data)
+    weights = loader.weights_hash(text, architecture, dataset, task.data)
+    if weights and weights == task.cell.weights_hash:
+        raise ConfigError(f"the source {text} is the attacked network itself; name another, or leave from= out")
+    cell = replace(
+        task.cell, model=pin(models.shortest(text), architecture, hashed=True), defense=(), weights_hash=weights,
+        seed=task.cell.seed + (not architecture.trained),
+    )  # fmt: skip
+    return Task(cell, task.data, architecture, Chain(), task.attack, task.model_dir)
+
+
+def _replayed(task: Task) -> Component:
+    """The attack whose examples that of ``task`` takes."""
+    text = task.attack.replays  # type: ignore[union-attr]  # the caller has looked
+    made = attacks.create(text)
+    if task.cell.threat.norm not in getattr(made, "norms", ()):
+        raise ConfigError(f"attack={text} does not work in {task.cell.threat.norm}; change norm or attack")
+    if hasattr(made, "check"):
+        made.check(len(task.data.classes), task.data.test.shape)
+    return pin(attacks.shortest(text), made)
 
 
 def _by_stage(named: Iterable[tuple[str, Defense]]) -> dict[str, tuple[str, Defense]]:

@@ -197,6 +197,12 @@ FIGURES: tuple[Figure, ...] = (
     Figure("rmse", "RMSE", "pixel scale", "higher", (*HITS, "rmse"), _size("rmse"),
            "root mean square of the final changes of an image, averaged", "attack", "{:.4f}"),
     Figure(
+        "surrogate_passes", "surrogate passes", "passes", "", (*HITS, "surrogate_forwards", "surrogate_backwards"),
+        lambda row: _size("surrogate_forwards")(row) + _size("surrogate_backwards")(row),
+        "forward and backward passes of each attacked image through the networks that its example was made on",
+        "attack", "{:.0f}",
+    ),
+    Figure(
         "median_distance", "distance", "norm of the threat", "higher", (*HITS, "best_distance"), _median_distance,
         "median distance of the nearest misclassified query of a minimum-norm attack, of all attacked images; a search "
         "ends at the radius, so “≤” it is all that is known of what fell; “none” where fewer than half have such a "

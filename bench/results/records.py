@@ -41,6 +41,7 @@ KNOWN: Mapping[str, Column] = {
     "probability_change": Column("real", 0, 1, nan=True),
     **{name: Column("real", 0) for name in ("norm_linf", "norm_l2", "rmse", "ball_violation", "box_violation")},
     "best_distance": Column("real", 0, nan=True),
+    **{name: Column("real", 0) for name in ("surrogate_forwards", "surrogate_backwards")},
     "input_hash": Column("text"),
     "attack_version": Column("text"),
     "fell_to": Column("text"),

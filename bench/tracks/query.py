@@ -63,7 +63,8 @@ class Query:
     @contextmanager
     def measure(self, task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
         ids = list(task.cell.ids[start:stop])
-        tools.pipeline.train(task, progress.epochs)
+        for needed in (*task.sources, task):
+            tools.pipeline.train(needed, progress.epochs)
         seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
         tables: list[pd.DataFrame] = []
         figures: dict[str, float] = {}
