@@ -42,6 +42,7 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("data", "models"),
     ("plan",),
     ("measure",),
+    ("check",),
     ("results",),
     ("report", "tracks"),
     ("release",),

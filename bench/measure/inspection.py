@@ -49,13 +49,17 @@ class Inspector:
             findings += gradient_findings(target.plain, target.undefended, x, y, cell.threat, cell.seed)
         figures = {}
         with suppress(Exception):  # the model's own code fails; the audit says of what
-            figures["cost"] = _cost(target, x, SampleRng.create(cell.seed, rows.to(self._device), "cost"))
+            rng = SampleRng.create(cell.seed, rows.to(self._device), "cost")
+            figures["cost"], _ = relative_cost(target, x, rng)
         return figures, [asdict(finding) for finding in findings]
 
 
 @torch.no_grad()
-def _cost(target: Target, x: Tensor, rng: SampleRng) -> float:
-    """The time of a query over that of the same query without the defense, medians of a few forwards of ``x``."""
+def relative_cost(target: Target, x: Tensor, rng: SampleRng) -> tuple[float, float]:
+    """The time of a query over that of the same query without the defense, and its seconds for all of ``x``.
+
+    Both are medians of a few forwards of ``x`` (n, C, H, W).
+    """
 
     def seconds(model: ServedModel) -> float:
         started = time.perf_counter()
@@ -65,5 +69,5 @@ def _cost(target: Target, x: Tensor, rng: SampleRng) -> float:
         return time.perf_counter() - started
 
     rounds = [(seconds(target.searched), seconds(target.undefended_searched)) for _ in range(ROUNDS)]
-    warm = rounds[1:]
-    return median(defended for defended, _ in warm) / median(undefended for _, undefended in warm)
+    defended, undefended = (median(times) for times in zip(*rounds[1:], strict=True))
+    return defended / undefended, defended

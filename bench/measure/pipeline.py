@@ -4,12 +4,13 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import numerics
 from bench.dataset import Dataset, Split
@@ -164,7 +165,9 @@ class Pipeline:
         with self._job(task, key, progress) as job:
             watch = _diagnostics(task, released, job)
             learned = as_module(recipe(task.build, released.lent(), replace(job, watch=watch)), _trainer(task))
-            network = _bare(task, learned.cpu().eval())
+            seen = task.data.train.pixels(slice(COMPARED))
+            fresh = partial(initialised, task.build, Job(task.cell.seed))
+            network = kept_weights(learned.cpu().eval(), fresh, seen, _trainer(task))
             self.check_data(task)
             if watch is not None and watch.epochs:
                 keep_tensors(self._curves(key), watch.columns(), key)
@@ -222,23 +225,26 @@ def _unchanged(task: Task, network: nn.Module, before: Contents) -> Iterator[Non
             raise RefereeError(f"{task.cell} has changed the network that other cells share: {some(changed)}")
 
 
-def _bare(task: Task, network: nn.Module) -> nn.Module:
-    """The network of ``task`` with the weights of ``network``: what is kept, and what a later run will find.
+def kept_weights(network: nn.Module, build: Callable[[], nn.Module], x: Tensor, trainer: str) -> nn.Module:
+    """A network from ``build`` with the weights of ``network``: what is kept, and what a later run will find.
+
+    Args:
+        x: images (n, C, H, W) in [0, 1] on which the two are compared.
+        trainer: the name of whoever trained it, for complaints.
 
     Raises:
         RefereeError: it does not answer as ``network`` does, which then has more to it than weights.
     """
-    bare = initialised(task.build, Job(task.cell.seed)).eval()
-    x = task.data.train.pixels(slice(COMPARED))
+    bare = build().eval()
     try:
         bare.load_state_dict(network.state_dict())
         with torch.no_grad():
             gap = float(difference(network(x.clone()), bare(x.clone())).amax())
     except (RuntimeError, ValueError, TypeError) as error:
-        raise RefereeError(f"{_trainer(task)} returned another network than it was given to train: {error}") from error
+        raise RefereeError(f"{trainer} returned another network than it was given to train: {error}") from error
     if gap > ROUNDED:
         raise RefereeError(
-            f"{_trainer(task)} returned a network that answers otherwise than its weights do (by {gap:.2g} of the "
+            f"{trainer} returned a network that answers otherwise than its weights do (by {gap:.2g} of the "
             "logits): a hook, an attribute or a layer around it would be lost when it is kept; train weights alone"
         )
     return bare
