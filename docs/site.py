@@ -9,7 +9,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 PAGES = (
     "*.md", "LICENSE", "CITATION.cff", "docs/*.md", "docs/*.svg", "docs/*.css", "leaderboards/**/*.md",
-    "leaderboards/*/*.svg", "leaderboards/*/sheets/*.png", "bench/models/files/*.md", "bench/models/files/*.jsonl",
+    "leaderboards/*/*.svg", "leaderboards/*/sheets/*.png", "bench/models/files/*.md",
 )  # fmt: skip
 WIDE = ("leaderboards/", "docs/findings.md")  # pages with tables that need the whole width
 
