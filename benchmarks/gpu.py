@@ -6,13 +6,14 @@ jinja2 and filelock, in the root of a checkout, which need not be installed (one
     python3 -m pip install -q --no-index --no-deps --upgrade --target runs/site carried/*.whl;
     PYTHONPATH=.:runs/site PYTHONUNBUFFERED=1 python3 benchmarks/gpu.py --data-dir carried --out "$OUT"
 
-What travels is the checkout (13 MiB) and beside it the folder ``carried`` (25 MiB), which git ignores: CIFAR-10, all
+What travels is the checkout (37 MiB) and beside it the folder ``carried`` (21 MiB), which git ignores: CIFAR-10, all
 60,000 images, as ``carried/cifar10/{train,test}-00000-of-00001.parquet`` (18 MiB), and wheels of what such a machine
-may lack (7 MiB): ``pillow`` decodes the images, ``tabulate`` prints boards, ``torchattacks`` 3.5.1 is attacked beside
-ours and needs none of its own requirements here. They come from where there is a network:
+may lack (3 MiB): pydantic and its parts, and ``torchattacks`` 3.5.1, which is attacked beside ours and needs none of
+its own requirements here. They come from where there is a network:
 
     python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 --implementation cp
-    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 -d carried pillow tabulate torchattacks==3.5.1
+    --platform manylinux2014_x86_64 -d carried pydantic pydantic-core annotated-types typing-inspection
+    torchattacks==3.5.1
 
 Every figure is printed and written at once, into ``--work``; ``--out`` is a copy of it in at most six files below
 16 MiB, side by side: ``printout.txt``, ``figures.json``, ``rows.zip`` (a results folder, to be unpacked as
@@ -321,7 +322,7 @@ def train(here: Here) -> None:
     def build() -> nn.Module:
         return resolve(scale.networks[0])(len(data.classes), data.test.shape, None)
 
-    few = replace(data, train=data.train.subset(slice(16 * scale.batch)))
+    few = replace(data, train=data.train.subset(slice(48 * scale.batch)))
     pace = training_pace(here, recipe(1), build, few, autocast(here.device))
     epochs = max(1, min(scale.epochs, int((here.left() - 8) * pace / len(data.train))))
     with autocast(here.device):
@@ -482,22 +483,26 @@ def training(here: Here) -> None:
 
 
 def training_pace(here: Here, recipe: str, build: Callable[[], nn.Module], data: Dataset, context: Any) -> float:
-    """Images per second of ``recipe``, measured on as many as take ``scale.training`` seconds, after a first few."""
+    """Images per second of ``recipe``, of those beyond the first few, as a training also takes a while to begin."""
     registry = attacks if recipe.startswith("standard") else defenses
     trainer: Any = registry.create(recipe)
-    size = min(len(data.train), here.scale.first)
-    pace = 0.0
+
+    def duration(size: int) -> float:
+        part = replace(data, train=data.train.subset(slice(size)))
+        began = time.perf_counter()
+        trainer(build, part, Job(device=here.device))
+        wait(here.device)
+        return time.perf_counter() - began
+
+    few = min(len(data.train), here.scale.first)
     with context:
-        for _ in range(2):
-            part = replace(data, train=data.train.subset(slice(size)))
-            began = time.perf_counter()
-            trainer(build, part, Job(device=here.device))
-            wait(here.device)
-            pace = size / (time.perf_counter() - began)
-            if here.scale.training == 0:
-                break
-            size = max(size, min(len(data.train), int(pace * here.scale.training)))
-    return pace
+        if here.scale.training:
+            duration(few)  # kernels are chosen
+        short = duration(few)
+        many = min(len(data.train), max(4 * few, int(few / short * here.scale.training)))
+        if many == few or not here.scale.training:
+            return few / short
+        return (many - few) / max(duration(many) - short, 1e-9)
 
 
 def protecting_pace(here: Here, data: Dataset) -> float:
