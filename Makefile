@@ -2,14 +2,14 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: install demo test fuzz tables docs
+.PHONY: install demo test fuzz tables site docs
 
 install: $(VENV)/installed
 
 # The constraints pin every dependency, so that tomorrow's release of one cannot break today's demo.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,foreign,zoo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,foreign,site,zoo]'
 	@touch $@
 
 demo: install
@@ -34,6 +34,11 @@ tables: install
 		$(BIN)/bench leaderboard $$board >> $$board/README.md; \
 	done
 	$(BIN)/python -m bench.report.figures_page > docs/figures.md
+
+# The committed boards as web pages; open runs/site/index.html.
+SITE ?= runs/site
+site: install
+	$(BIN)/bench site leaderboards --out $(SITE)
 
 # The documentation as a site, in an environment of its own; a dead link or anchor fails.
 DOCS_VENV ?= .venv-docs

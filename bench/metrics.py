@@ -24,9 +24,15 @@ def calibration_error(confidence: Floats, correct: Bools) -> float:
     Source:
         Guo et al., 2017, arXiv:1706.04599, equation 3.
     """
-    bins = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    bins = calibration_bins(confidence)
     sums: Floats = np.bincount(bins, confidence - correct, minlength=BINS).astype(float)
     return _gap(sums, len(confidence))
+
+
+def calibration_bins(confidence: Floats) -> NDArray[np.intp]:
+    """(n,) which of 15 equal bins (a, b] each confidence lies in, 0 to 14."""
+    bins: NDArray[np.intp] = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
+    return bins
 
 
 def adaptive_calibration_error(confidence: Floats, correct: Bools) -> float:

@@ -45,7 +45,7 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("check",),
     ("results",),
     ("report", "tracks"),
-    ("release",),
+    ("release", "site"),
     ("run",),
     ("cli",),
 )

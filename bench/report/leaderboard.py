@@ -8,7 +8,7 @@ import pandas as pd
 
 from bench.report.escape import in_markdown, latex_table, markdown_table, text_frame, tidy
 from bench.report.figures import BY_NAME, Place, legend, placed
-from bench.report.line import Line
+from bench.report.line import Line, hardest
 from bench.report.marks import PARTIAL, signs
 from bench.report.marks import legend as marks_legend
 from bench.report.outcomes import failure
@@ -115,10 +115,10 @@ def _glance(table: Table) -> pd.DataFrame:
     lines: dict[str, dict[str, str]] = {}
     for line in table.lines:
         shown = lines.setdefault(line.defense, {"defense": line.defense})
-        measured = [name for name, share in line.shares.items() if share.n and name not in ("clean", "final")]
-        if measured:
-            name = line.attack.partition(" of ")[0] + (f" {measured[-1]}" if measured[-1].startswith("@") else "")
-            shown[name] = f"{100 * line.shares[measured[-1]].value:.1f} {signs(line.marks & PARTIAL)}".strip()
+        if line.left:
+            column, share = line.left
+            name = line.attack.partition(" of ")[0] + (f" {column}" if column.startswith("@") else "")
+            shown[name] = f"{100 * share.value:.1f} {signs(line.marks & PARTIAL)}".strip()
     if all(len(shown) <= 2 for shown in lines.values()):
         return pd.DataFrame()
     frame = text_frame(list(lines.values()))
@@ -143,9 +143,8 @@ def _scores(table: Table) -> pd.DataFrame:
     """One line for each defense, the scores under attack those under the attack that left it the least."""
     lines = []
     for defense in dict.fromkeys(line.defense for line in table.lines):
-        own = [line for line in table.lines if line.defense == defense and "ece" in line.figures]
-        if own:
-            line = min(own, key=lambda line: line.shares["final"].value)
+        own = (line for line in table.lines if line.defense == defense and "ece" in line.figures)
+        if line := hardest(own):
             lines.append({"defense": defense, **_columns(line, "defense"), "under": line.attack})
     return text_frame(lines)
 

@@ -1,6 +1,6 @@
 """One line of a table, and what the lines of every track share: their order, names and ranks."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from bench.report.outcomes import Share
@@ -24,6 +24,15 @@ class Line:
     lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
     error: str = ""  # the last line of what a failed row has raised
 
+    @property
+    def left(self) -> tuple[str, Share] | None:
+        """What is left in the end, under all queries, and the head of that column; nothing where nothing was measured.
+
+        That is the last share beside those on clean images and on final examples.
+        """
+        measured = [(name, share) for name, share in self.shares.items() if share.n and name not in ("clean", "final")]
+        return measured[-1] if measured else None
+
 
 def by_defense(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows of each chain of defenses, as suites write it."""
@@ -46,6 +55,12 @@ def attack_label(row: Row, seed: bool = True) -> str:
 def seed_label(row: Row) -> str:
     """What tells its seed from the first."""
     return f", seed {row.cell.seed}" if row.cell.seed else ""
+
+
+def hardest(lines: Iterable[Line]) -> Line | None:
+    """The line of the attack whose final examples leave the least; of a control only where there is nothing else."""
+    known = [line for line in lines if line.row is not None and "final" in line.shares and line.shares["final"].n]
+    return min(known, key=lambda line: ("control" in line.marks, line.shares["final"].value), default=None)
 
 
 def with_rank(line: Line, rank: int | None, held: Held | None) -> Line:

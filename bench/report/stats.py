@@ -4,18 +4,30 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import special, stats
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The interval in [0, 1] for a share of ``successes`` among ``n`` samples; all of it when ``n`` is 0.
+    """The interval in [0, 1] for a share of ``successes`` among ``n`` samples; all of it when ``n`` is 0."""
+    low, high = wilson_bounds(np.array(successes), n, confidence)
+    return float(low), float(high)
+
+
+def wilson_bounds(
+    successes: NDArray[Any], n: int, confidence: float = 0.95
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both ends of :func:`wilson`, for each of ``successes`` among ``n`` samples.
 
     Source: Wilson, 1927, JASA 22(158).
     """
     if n == 0:
-        return 0.0, 1.0
-    interval = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+        return np.zeros(successes.shape), np.ones(successes.shape)
+    z2 = float(special.ndtri((1 + confidence) / 2)) ** 2
+    share = successes / n
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = np.sqrt(z2 * (share * (1 - share) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    # Nothing rounds away from the ends.
+    return np.where(successes == 0, 0.0, middle - half), np.where(successes == n, 1.0, middle + half)
 
 
 def mcnemar(a: NDArray[Any], b: NDArray[Any]) -> float:

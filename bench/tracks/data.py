@@ -29,6 +29,11 @@ class Data:
     accesses: frozenset[Access] = frozenset({"training-data"})
     beside: frozenset[Access] = frozenset()
     pools: bool = False
+    measures: str = "test accuracy"
+    reading: str = (
+        "The test accuracy of a network that the best of the learners has trained on the released images. Low is good "
+        "for their owner."
+    )
 
     def shard_size(self, task: Task, size: int) -> int:
         return len(task.cell.ids)

@@ -56,6 +56,11 @@ class Query:
     accesses: frozenset[Access] = frozenset({"scores", "labels"})
     beside: frozenset[Access] = frozenset()
     pools: bool = True
+    measures: str = "robust accuracy"
+    reading: str = (
+        "The share of images that no query has beaten, each under whichever attack beats it soonest. High is good for "
+        "the defense."
+    )
 
     def shard_size(self, task: Task, size: int) -> int:
         return size

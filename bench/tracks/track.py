@@ -51,6 +51,15 @@ class Track(Protocol):
         """Whether all attacks together are one worst case, sample by sample."""
         ...
 
+    @property
+    def measures(self) -> str:
+        """What its shares are of, in two words."""
+        ...
+    @property
+    def reading(self) -> str:
+        """What a reader has to know of the worst case: what it is, and which way is good."""
+        ...
+
     def shard_size(self, task: Task, size: int) -> int:
         """How many samples are measured and stored at once, where ``size`` are wanted."""
         ...

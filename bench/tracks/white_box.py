@@ -27,6 +27,9 @@ class WhiteBox(Query):
     name: str = "white-box"
     accesses: frozenset[Access] = frozenset({"gradients"})
     beside: frozenset[Access] = frozenset({"scores", "labels"})
+    reading: str = (
+        "The share of images that stand against every attack, by gradients or by queries. High is good for the defense."
+    )
 
     def columns(self, budgets: Sequence[int]) -> dict[str, Measure]:
         return {"robust": _robust}

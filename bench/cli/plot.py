@@ -1,0 +1,54 @@
+"""``bench plot``: accuracy against queries, what each attack leaves, and calibration, as files for a paper."""
+
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+
+from bench.cli.console import complain, console, path
+from bench.errors import ConfigError, did_you_mean
+from bench.report.plots import Style, draw
+from bench.report.portrait import portrait
+from bench.report.standings import tables
+from bench.results.store import Store
+from bench.system.files import slug
+from bench.tracks import track_of
+
+
+def plot(
+    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder.")],
+    out: Annotated[Path, typer.Option(parser=path, help="The folder of the pictures.")] = Path("plots"),
+    styles: Annotated[
+        list[str] | None, typer.Option("--format", help="svg, png or pdf; may be repeated. All three by default.")
+    ] = None,
+    defense: Annotated[
+        list[str] | None, typer.Option(help="Draw this chain alone, as tables write it; may be repeated.")
+    ] = None,
+) -> None:
+    """Draw each defense in a folder: accuracy against queries with its band, a bar for each attack, calibration."""
+    for style in styles or ():
+        if style not in get_args(Style):
+            raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Style))}")
+    rows, damaged = Store(folder).rows()
+    if not rows and not damaged:
+        raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    known = sorted({row.cell.defense_label for row in rows})
+    for name in defense or ():
+        if name not in known:
+            hint = did_you_mean(name, known, otherwise="")
+            raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {', '.join(known)}")
+    count = 0
+    for table in tables(rows):
+        for name in dict.fromkeys(line.defense for line in table.lines):
+            own = [row for row in table.rows if row.cell.defense_label == name]
+            if own and (not defense or name in defense):
+                lines = [line for line in table.lines if line.defense == name]
+                stem = out / slug(table.title) / slug(name)
+                measures = track_of(own[0].cell).measures
+                found = draw(portrait(own, lines), name, measures, stem, styles or get_args(Style))  # type: ignore[arg-type]
+                count += len(found)
+    console.print(f"{count} pictures in {out}", soft_wrap=True)
+    for error in damaged:
+        complain(error)
+    if damaged:
+        raise typer.Exit(2)

@@ -1,0 +1,37 @@
+"""``bench site``: results as a static site, which opens from a folder and loads nothing from elsewhere."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli.console import complain, console, path
+from bench.errors import ConfigError, StoreError
+from bench.report.standings import tables
+from bench.results.store import Row, Store, united
+from bench.site.boards import boards
+from bench.site.pages import write_site
+
+BUDGETS = (100, 1000)
+
+
+def site(
+    folders: Annotated[list[Path], typer.Argument(parser=path, help="Results folders, or a folder of such.")],
+    out: Annotated[Path, typer.Option(parser=path, help="The folder of the site.")],
+) -> None:
+    """Write the results as web pages: boards that sort and filter, a page for each defense, any two compared."""
+    rows: list[Row] = []
+    damaged: list[StoreError] = []
+    for folder in folders:
+        stored, broken = Store(folder).rows()
+        rows += stored
+        damaged += broken
+    if not rows:
+        raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out first")
+    sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]
+    pages = write_site(boards(tables(united(rows), BUDGETS), sheets), out)
+    console.print(f"{pages} pages; open {out / 'index.html'}", soft_wrap=True)
+    for error in damaged:
+        complain(error)
+    if damaged:
+        raise typer.Exit(2)

@@ -1,0 +1,138 @@
+"""A defense as pictures show it, in numbers: accuracy against queries, what each attack leaves, and calibration."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.metrics import BINS, calibration_bins
+from bench.oracle import NEVER
+from bench.report.line import Line, attack_label, hardest
+from bench.report.outcomes import column, is_control, network, query_budget
+from bench.report.ranking import counted
+from bench.report.stats import wilson_bounds
+from bench.results.store import Row
+
+WORST, CONTROL = "#d9480f", "#9a9aa2"  # colours, of the worst case and of controls, on light and on dark paper
+PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc4", "#8c6d31", "#4d8076")  # of attacks
+POINTS = 48  # of a curve, evenly spaced on a logarithmic scale
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Accuracy (k,) after each of so many ``queries`` (k,), with the ends of its 95 % interval."""
+
+    name: str
+    queries: NDArray[np.int64]
+    share: Floats
+    low: Floats
+    high: Floats
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What one attack leaves in the end, or all of them together, with the ends of the 95 % interval."""
+
+    name: str
+    share: float
+    low: float
+    high: float
+    pooled: bool = False
+    control: bool = False
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """By bin of confidence (b,), where there are images: the mean confidence, the accuracy and the number of images."""
+
+    name: str
+    confidence: Floats
+    accuracy: Floats
+    count: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Portrait:
+    """All pictures of one defense in one setting; the worst case comes first, then the strongest attack."""
+
+    curves: list[Curve]
+    bars: list[Bar]
+    reliability: list[Reliability]
+
+
+def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
+    """The pictures of a defense, from its rows in a table and its lines there, of which the first is its worst case."""
+    served = [row for row in rows if query_budget(row) and len(row.records)]
+    asked = served if any(name.startswith("@") for line in lines for name in line.shares) else []
+    return Portrait(_curves(asked, lines), _bars(lines), _reliabilities(lines))
+
+
+def curve(name: str, rows: Sequence[Row]) -> Curve:
+    """Accuracy against queries, each sample under whichever of ``rows`` beats it soonest; the mean over networks."""
+    by_network: dict[int | None, list[Row]] = {}
+    for row in rows:
+        by_network.setdefault(network(row), []).append(row)
+    common = set.intersection(*(set(column(row, "sample_id").tolist()) for row in rows))
+    budget = max(query_budget(row) for row in rows)
+    queries = np.unique(np.geomspace(1, budget, POINTS).round()).astype(int)
+    hits = [np.sort(np.min([_hits(row, common) for row in members], axis=0)) for members in by_network.values()]
+    n = len(common)
+    stand = np.mean([n - np.searchsorted(each, queries, side="right") for each in hits], axis=0)
+    low, high = wilson_bounds(stand.round(), n)
+    return Curve(name, queries, stand / max(n, 1), low, high, all(map(is_control, rows)))
+
+
+def _hits(row: Row, ids: set[int]) -> Floats:
+    """The query that beat each of the samples ``ids``, by their numbers: infinity where none did."""
+    samples, hits = column(row, "sample_id"), column(row, "first_hit")
+    order = np.argsort(samples)
+    kept = order[np.isin(samples[order], list(ids))]
+    return np.where(hits[kept] == NEVER, math.inf, hits[kept])
+
+
+def _curves(rows: Sequence[Row], lines: Sequence[Line]) -> list[Curve]:
+    if not rows:
+        return []
+    single = sorted((curve(attack_label(row), [row]) for row in rows), key=lambda each: (each.control, each.share[-1]))
+    return single if len(rows) == 1 else [curve(lines[0].attack, counted(rows)), *single]
+
+
+def _bars(lines: Sequence[Line]) -> list[Bar]:
+    """The worst case first, then attacks from the lowest share on, controls last."""
+    found = []
+    for place, line in enumerate(lines):
+        if line.left:
+            share = line.left[1]
+            pooled = place == 0 and len(lines) > 1
+            found.append(Bar(line.attack, share.value, *share.interval, pooled, "control" in line.marks))
+    return sorted(found, key=lambda bar: (not bar.pooled, bar.control, bar.share))
+
+
+def _reliabilities(lines: Sequence[Line]) -> list[Reliability]:
+    """On clean images, and on the final examples of the attack that left the least of these."""
+    least = hardest(lines)
+    if least is None or least.row is None:
+        return []
+    sides = (("clean", "clean images"), ("final", f"after {least.attack}"))
+    return list(filter(None, (_reliability(least.row, when, name) for when, name in sides)))
+
+
+def _reliability(row: Row, when: str, name: str) -> Reliability | None:
+    confidence = column(row, f"{when}_confidence").astype(float)
+    if not len(confidence) or not np.isfinite(confidence).all():
+        return None
+    right = column(row, f"{when}_pred") == column(row, "y")
+    bins = calibration_bins(confidence)
+    count = np.bincount(bins, minlength=BINS)
+    there = count > 0
+    means = [np.bincount(bins, values, minlength=BINS)[there] / count[there] for values in (confidence, right)]
+    return Reliability(name, means[0], means[1], count[there])
+
+
+def shown(curves: Iterable[Curve], most: int) -> list[Curve]:
+    """The worst case and the strongest attacks, ``most`` together, so that a picture can be read."""
+    return [each for each in curves if not each.control][:most]

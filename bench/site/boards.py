@@ -1,0 +1,241 @@
+"""What the site shows: a board for each table of the standings, an entry for each defense on it."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from hashlib import sha256
+from pathlib import Path
+
+from bench.plan.cell import Cell
+from bench.report.curves import Training, trainings
+from bench.report.figures import BY_NAME, placed
+from bench.report.flags import Flag
+from bench.report.line import Line, hardest
+from bench.report.marks import UNRANKED
+from bench.report.outcomes import Share
+from bench.report.portrait import Portrait, portrait
+from bench.report.standings import Table
+from bench.results.store import Row
+from bench.system.files import slug
+from bench.tracks import Track, track_of
+
+
+@dataclass(frozen=True)
+class Name:
+    """A chain of components as people read it: their names, and their arguments in smaller letters."""
+
+    short: str
+    arguments: str
+
+    @property
+    def each(self) -> list[str]:
+        """The arguments one by one."""
+        return re.split(", | · ", self.arguments) if self.arguments else []
+
+    @classmethod
+    def of(cls, text: str, between: str = " + ") -> "Name":
+        """The components of ``text``, which is ``a(b=c)`` or several such with ``between`` between them."""
+        parts = [part.partition("(") for part in text.split(between)]
+        ends = [re.sub(r"\)(?=[^)]*$)", "", rest, count=1) for _, _, rest in parts]
+        return cls(between.join(head for head, _, _ in parts), " · ".join(filter(None, ends)))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One defense on one board."""
+
+    label: str
+    lines: list[Line]  # the worst case first
+    rows: list[Row]
+    flags: list[Flag]
+    board: str  # the title of its board
+    pictures: list[Path]
+
+    @property
+    def id(self) -> str:
+        """The name of its files."""
+        return _file_name(self.label, f"{self.board}|{self.label}")
+
+    @property
+    def name(self) -> Name:
+        return Name.of(self.label)
+
+    @property
+    def head(self) -> Line:
+        return self.lines[0]
+
+    @property
+    def single(self) -> list[Line]:
+        """The lines of one attack or learner each."""
+        return self.lines[1:] or self.lines
+
+    @property
+    def hardest(self) -> str:
+        """The attack after which its answers are shown."""
+        line = hardest(self.single)
+        return line.attack if line else ""
+
+    @property
+    def left(self) -> Share | None:
+        """What is left in the worst case."""
+        return self.head.left[1] if self.head.left else None
+
+    @property
+    def decisive(self) -> str:
+        """The attack that leaves the least by itself; the learner that gets most."""
+        pools = track_of(self.rows[0].cell).pools
+        known = [(line.left[1].value, line) for line in self.single if line.left and "control" not in line.marks]
+        pick = min if pools else max
+        return pick(known, key=lambda each: each[0])[1].attack if known else ""
+
+    @property
+    def scores(self) -> list[tuple[str, str, str, str]]:
+        """What it does to its answers, under the attack that left the least: label, clean, attacked, explanation."""
+        line = hardest(line for line in self.single if "ece" in line.figures)
+        if line is None:
+            return []
+        found = []
+        for figure in placed("defense"):
+            parts = [BY_NAME[name] for name in (figure.name, figure.after) if name in line.figures]
+            if parts:
+                texts = [part.text(line.figures[part.name], line.row) for part in parts]
+                found.append((figure.label, texts[0], texts[1] if len(texts) > 1 else "", figure.sentence))
+        return found
+
+    @cached_property
+    def portrait(self) -> Portrait:
+        return portrait(self.rows, self.lines)
+
+    @property
+    def trainings(self) -> list[Training]:
+        return trainings(self.rows)
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Where the figures come from."""
+        cells, facts = [row.cell for row in self.rows], [shard.provenance for row in self.rows for shard in row.shards]
+        torch = [fact.get("libraries", {}).get("torch") for fact in facts]
+        told = {
+            "data": _listed(f"{cell.dataset.label}, version {cell.dataset.version}" for cell in cells),
+            "data hash": _listed(cell.data_hash for cell in cells),
+            "model": _listed(f"{cell.model.label}, version {cell.model.version}" for cell in cells),
+            "weights hash": _listed(cell.weights_hash for cell in cells),
+            "defense": _listed(f"{part.label}, version {part.version}" for cell in cells for part in cell.defense),
+            "parameters": _listed(
+                f"{part.name}: {', '.join(f'{key}={value}' for key, value in part.params.items())}"
+                for cell in cells for part in cell.defense if part.params
+            ),
+            "threat": _listed(str(cell.threat) if cell.threat.asks else "released training data" for cell in cells),
+            "precision": _listed(cell.numerics for cell in cells),
+            "hardware": _listed(f"{fact.get('hardware', '')}, {fact.get('device', '')}" for fact in facts),
+            "code": _listed(f"Parry {fact.get('parry', '')} at {str(fact.get('commit', ''))[:12]}" for fact in facts),
+            "torch": _listed(map(str, filter(None, torch))),
+            "finished": _listed(str(fact.get("finished", ""))[:10] for fact in facts),
+        }  # fmt: skip
+        return {name: text for name, text in told.items() if text}
+
+
+@dataclass(frozen=True)
+class Board:
+    """One table: the standings in one setting."""
+
+    table: Table
+    entries: list[Entry]
+
+    @property
+    def track(self) -> Track:
+        return track_of(self.table.rows[0].cell)
+
+    @property
+    def cell(self) -> Cell:
+        """One that shows the setting."""
+        return self.table.rows[0].cell
+
+    @property
+    def id(self) -> str:
+        return _file_name(self.table.title, self.table.title)
+
+    @property
+    def name(self) -> Name:
+        return Name.of(self.table.title, " · ")
+
+    @cached_property
+    def short_names(self) -> dict[str, Name]:
+        """The entries by their labels, with those arguments alone that tell them from others of the same components."""
+        alike: dict[str, list[set[str]]] = {}
+        for entry in self.entries:
+            alike.setdefault(entry.name.short, []).append(set(entry.name.each))
+        common = {short: set.intersection(*parts) for short, parts in alike.items()}
+        return {
+            entry.label: Name(
+                entry.name.short,
+                ", ".join(part for part in entry.name.each if part not in common[entry.name.short]),
+            )
+            for entry in self.entries
+        }
+
+    @property
+    def best(self) -> Entry | None:
+        """The first that has a rank."""
+        return next((entry for entry in self.entries if entry.head.rank is not None and entry.left), None)
+
+    @property
+    def ranked(self) -> int:
+        """How many entries have a rank."""
+        return sum(entry.head.rank is not None for entry in self.entries)
+
+    @property
+    def marks(self) -> frozenset[str]:
+        return frozenset().union(*(line.marks for line in self.table.lines))
+
+    @property
+    def barred(self) -> frozenset[str]:
+        """Why some are not ranked."""
+        return self.marks & UNRANKED
+
+
+def boards(tables: Sequence[Table], sheets: Iterable[Path] = ()) -> list[Board]:
+    """A board for each table that has rows, with what stands there of each defense, the best first.
+
+    Args:
+        tables: what :func:`bench.report.standings.tables` made.
+        sheets: pictures of released data, as ``bench run`` writes them.
+    """
+    sheets = sorted(sheets)
+    return [_board(table, sheets) for table in tables if table.rows]
+
+
+def _board(table: Table, sheets: Sequence[Path]) -> Board:
+    lines: dict[str, list[Line]] = {}
+    rows: dict[str, list[Row]] = {}
+    flags: dict[str, list[Flag]] = {}
+    for line in table.lines:
+        lines.setdefault(line.defense, []).append(line)
+    for row in table.rows:
+        rows.setdefault(row.cell.defense_label, []).append(row)
+    for flag in table.flags:
+        flags.setdefault(flag.defense, []).append(flag)
+    entries = [
+        Entry(label, lines[label], rows[label], flags.get(label, []), table.title, _pictures(rows[label], sheets))
+        for label in lines if label in rows
+    ]  # fmt: skip
+    return Board(table, entries)
+
+
+def _pictures(rows: Sequence[Row], sheets: Sequence[Path]) -> list[Path]:
+    """The sheets of what the data defense of ``rows`` has released."""
+    stems = {slug(row.cell.dataset.spec, part.spec) for row in rows for part in row.cell.defense
+             if part.stage == "data"}  # fmt: skip
+    return [path for path in sheets if path.stem[:-9] in stems]
+
+
+def _file_name(text: str, whole: str) -> str:
+    """A name that begins as ``text`` does, and that nothing else than ``whole`` has."""
+    return f"{slug(text)[:48]}-{sha256(whole.encode(errors='replace')).hexdigest()[:8]}"
+
+
+def _listed(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text.strip(", ")))
+
+
