@@ -13,7 +13,9 @@ import bench
 ROOT = Path(__file__).parents[1]
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
            for file in (ROOT / "bench").rglob("*.py")}  # fmt: skip
-SLOW = ("torchvision", "robustbench", "timm", "torchattacks", "sklearn", "pyautoattack")
+SLOW = (
+    "torchvision", "robustbench", "timm", "torchattacks", "sklearn", "pyautoattack", "matplotlib", "plotly", "itables",
+)  # fmt: skip
 
 
 def imports(file: Path) -> set[str]:

@@ -10,9 +10,12 @@ import bench.models  # noqa: F401 registers them
 from bench.errors import BenchError, WeightsError
 from bench.models.zoo import _loading, _no_empty_folders
 from bench.registry import attacks, datasets, models
+from bench.report.plots import draw
+from bench.report.portrait import Portrait
+from bench.site.pages import write_site
 
 RGB = (3, 32, 32)
-EXTRAS = ("timm", "torchvision", "torchattacks", "robustbench", "pyautoattack")
+EXTRAS = ("timm", "torchvision", "torchattacks", "robustbench", "pyautoattack", "plotly", "itables", "matplotlib")
 
 
 @pytest.fixture
@@ -78,3 +81,11 @@ def test_a_download_that_fails_leaves_no_folders(tmp_path):
     with _no_empty_folders(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").is_dir(), "what was there before stays"
+
+
+@pytest.mark.usefixtures("bare")
+def test_pages_and_pictures_say_what_to_install(tmp_path):
+    with pytest.raises(BenchError, match=r"plotly is not installed; pip install 'parry-bench\[site\]'"):
+        write_site([], tmp_path)
+    with pytest.raises(BenchError, match=r"matplotlib is not installed; pip install 'parry-bench\[site\]'"):
+        draw(Portrait([], [], []), "none", "accuracy", tmp_path / "x", ["svg"])

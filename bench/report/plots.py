@@ -15,7 +15,8 @@ MOST = 8         # curves of a picture
 LONGEST = 44     # letters of a name
 SETTINGS = {     # texts stay texts, and the same figures give the same file
     "svg.fonttype": "none", "svg.hashsalt": "parry", "pdf.fonttype": 42, "font.size": 9, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False, "text.parse_math": False,
+    "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.alpha": 0.3, "legend.frameon": False,
+    "text.parse_math": False,
 }  # fmt: skip
 UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Software": None}}
 
