@@ -78,6 +78,7 @@ def test_what_is_unconfirmed_at_the_end_is_looked_at():
     assert torch.equal(held.finish(x), x)
     assert held.ledger.first_hit.tolist() == [NEVER] * 3
     assert held.ledger.stage.tolist() == [-1] * 3
+    assert held.ledger.unconfirmed.tolist() == [1] * 3
     assert torch.equal(held.ledger.hits, x)
 
 

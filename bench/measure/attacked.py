@@ -83,6 +83,7 @@ def attack_served(
         "backwards": torch.zeros_like(y).index_copy(0, todo, ledger.backwards),
         "best_margin": clean.margin.index_copy(0, todo, torch.minimum(ledger.best_margin, clean.margin[todo])),
         "invalid": torch.zeros_like(clean.correct).index_copy(0, todo, ledger.invalid),
+        "unconfirmed": torch.zeros_like(y).index_copy(0, todo, ledger.unconfirmed),
         **clean.columns("clean"),
         **after.columns("final"),
         "twin_pred": undefended.prediction,

@@ -31,9 +31,9 @@ def records_of(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) 
     image, ``logit_change`` (l2) and ``probability_change`` (total variation) are what the defense does to its scores.
     ``best_distance`` is that of the nearest misclassified query of a minimum-norm attack, in the norm of the threat: 0
     if the clean image was misclassified, NaN if no query was, and for other attacks. ``fell_to`` names the attack that
-    beat the sample where several took turns; it is "" where none did, and for single attacks. ``surrogate_forwards``
-    and ``surrogate_backwards`` are the mean passes of an attacked sample through the networks that its example was made
-    on.
+    beat the sample where several took turns; it is "" where none did, and for single attacks. ``unconfirmed`` counts
+    the hits in bf16 that float32 has denied, after which the search went on. ``surrogate_forwards`` and
+    ``surrogate_backwards`` are the mean passes of an attacked sample through the networks that its example was made on.
     """
     cell = task.cell
     identity = {

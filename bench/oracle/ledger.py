@@ -19,6 +19,7 @@ class Ledger:
     best_margin: Tensor    # smallest margin that a query in the ball has shown
     best_distance: Tensor  # of the nearest misclassified query, which minimum-norm attacks may ask anywhere; or inf
     invalid: Tensor        # bool, the model answered NaN or infinity
+    unconfirmed: Tensor    # int64, hits of coarse numbers that exact ones have denied
     hits: Tensor           # the first misclassified query in the ball; the clean image without one
 
     @classmethod
@@ -34,5 +35,6 @@ class Ledger:
             best_margin=none_yet,
             best_distance=none_yet.clone(),
             invalid=torch.zeros_like(count, dtype=torch.bool),
+            unconfirmed=count.clone(),
             hits=x.clone(),
         )

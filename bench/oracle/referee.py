@@ -315,6 +315,7 @@ class Referee:
         ledger.first_hit[none] = NEVER
         ledger.stage[none] = -1
         ledger.hits[none] = self._x[none]
+        ledger.unconfirmed[none] += 1
         self._draws.zero_()
 
     def _measure(self, x: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:

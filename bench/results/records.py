@@ -29,6 +29,7 @@ KNOWN: Mapping[str, Column] = {
     "seed": Column("whole"),
     "forwards": Column("whole", 0),
     "backwards": Column("whole", 0),
+    "unconfirmed": Column("whole", 0),
     "restarts_used": Column("whole", 0),  # of rows from before it was dropped: it held what the attack was allowed
     "clean_pred": Column("whole", 0),
     "twin_pred": Column("whole", 0),
