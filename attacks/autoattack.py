@@ -1,6 +1,6 @@
 """AutoAttack: four attacks without parameters, each on the samples that those before it have left."""
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -103,14 +103,15 @@ class AutoAttack:
 
 
 def cascade(
-    members: Iterable[Member], oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng
+    members: Sequence[Member], oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng
 ) -> Tensor:
     """Each of ``members`` on the samples that those before it have left; returns what the last ascent came to.
 
-    What FAB and Square return for a sample that they do not beat is weaker and does not count.
+    What FAB and Square return for a sample that they do not beat is weaker and does not count. A run that was killed
+    goes on with the member that was at work.
     """
-    x_adv = x.clone()
-    for member in members:
+    done, x_adv = oracle.resume(x.clone())
+    for member in members[done:]:
         rows = oracle.active()
         if len(rows) == 0:
             break
@@ -118,4 +119,5 @@ def cascade(
         found = member.attack(Part(oracle, rows, member.queries), x[rows], y[rows], threat, rng[rows].fork(member.name))
         if not isinstance(member.attack, FAB | Square):
             x_adv[rows] = found
+        oracle.keep(x_adv)
     return x_adv

@@ -12,6 +12,7 @@ from attacks.square import Square
 from bench.errors import AccessError, ConfigError
 from bench.oracle import NEVER, Part
 from bench.rng import SampleRng
+from bench.scratch import Scratch
 from tests.problems import Noisy, Recorded, asks_for, attack_with, curved, images, referee
 
 
@@ -94,6 +95,56 @@ def test_too_few_classes_are_refused():
     with pytest.raises(ConfigError, match="autoattack: loss=dlr compares 4 classes, and the data have 3; use apgd"):
         AutoAttack().check(3, (1, 8, 8))
     AutoAttack(preset="rand").check(3, (1, 8, 8))
+
+
+class Killed(Exception):
+    """In place of a signal."""
+
+
+class Dying(torch.nn.Module):
+    """A model whose process ends after so many calls."""
+
+    def __init__(self, model, calls):
+        super().__init__()
+        self.model, self.left = model, calls
+
+    def forward(self, x):
+        if self.left == 0:
+            raise Killed
+        self.left -= 1
+        return self.model(x)
+
+
+@pytest.mark.parametrize("calls", [2, 5, 9, 14, 60])
+def test_a_run_that_is_killed_goes_on_with_the_member_in_work(brief, calls, tmp_path, monkeypatch):
+    """Calls 1 to 4 are APGD-CE's, 5 to 9 APGD-T's, 10 to 16 FAB-T's, the others Square's."""
+    monkeypatch.setattr("bench.scratch.PAUSE", 0.0)
+    model, x = curved(), images(12, (1, 5, 5))
+    y = model(x).argmax(1)
+    settings = {"eps": 0.05, "budget": 70}
+    whole = Recorded(model)
+    final, expected = attacked(AutoAttack(), whole, x, y, **settings)
+    with pytest.raises(Killed):
+        attacked(AutoAttack(), Dying(model, calls), x, y, scratch=Scratch(tmp_path), **settings)
+    rest = Recorded(model)
+    again, oracle = attacked(AutoAttack(), rest, x, y, scratch=Scratch(tmp_path), **settings)
+    assert torch.equal(again, final)
+    assert oracle.stages == expected.stages
+    for name, column in vars(expected.ledger).items():
+        assert torch.equal(getattr(oracle.ledger, name), column), name
+    repeated = len(rest.asked) - (len(whole.asked) - calls)
+    assert repeated == {2: 2, 5: 1, 9: 0, 14: 5, 60: 44}[calls]  # what the member in work had asked
+
+
+def test_unfinished_turns_are_of_these_samples_and_this_code_alone(brief, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.scratch.PAUSE", 0.0)
+    model, x = curved(), images(6, (1, 5, 5))
+    y = model(x).argmax(1)
+    attacked(AutoAttack(), model, x, y, scratch=Scratch(tmp_path, "old"))
+    old, new = Scratch(tmp_path, "old"), Scratch(tmp_path, "new")
+    for others in ({"scratch": new}, {"scratch": old, "ids": torch.arange(6) + 9}):
+        assert referee(model, x, y, access="gradients", **others).resume(x)[0] == 0
+    assert referee(model, x, y, access="gradients", scratch=old).resume(x)[0] > 0
 
 
 def test_a_part_has_numbers_of_its_own():

@@ -20,6 +20,7 @@ from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
 from bench.protocols import Attack
 from bench.rng import SampleRng
+from bench.scratch import Scratch
 
 
 def attack_served(
@@ -28,6 +29,7 @@ def attack_served(
     ids: list[int],
     device: torch.device,
     on_spent: Callable[[int], None] = lambda queries: None,
+    scratch: Scratch | None = None,
 ) -> pd.DataFrame:
     """Attack the samples ``ids`` and measure what came of it.
 
@@ -62,7 +64,7 @@ def attack_served(
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
         classes=len(task.data.classes), surrogate=surrogate, exact=target.plain if target.searched.coarse else None,
-        attack=cell.attack.spec,
+        scratch=scratch, attack=cell.attack.spec,
         on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
     before = x[todo].clone()

@@ -27,7 +27,7 @@ from bench.plan.tasks import Task, weights_hash
 from bench.protection import check_release, declared_threat
 from bench.protocols import Job
 from bench.registry import attacks, code_hash
-from bench.scratch import scratch, sweep
+from bench.scratch import Scratch, scratch, sweep
 from bench.system.sealed import keep_tensors, kept_tensors
 from bench.system.threads import training_threads
 from bench.training import initialised
@@ -126,10 +126,28 @@ class Pipeline:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
         return self._job(task, _learner_key(task), progress)
 
+    @contextmanager
+    def attacking(self, task: Task, start: int) -> Iterator[Scratch]:
+        """What is kept while the shard of ``task`` that begins at ``start`` is attacked; dropped when it ends well.
+
+        Nothing for a model whose answers depend on what it was asked before.
+        """
+        if any("stateful" in part.traits for part in task.cell.defense):
+            yield Scratch()
+            return
+        with scratch(self.folder / "unfinished" / f"{_learner_key(task)}-{start:06d}", self._code) as kept:
+            yield kept
+            kept.clear()
+
     def sweep(self, done: Iterable[Task]) -> None:
-        """Drop unfinished work that nothing can go on from; the learners of cells that are ``done`` need none."""
-        learnt = {_learner_key(task) for task in done}
-        sweep(self.folder / "unfinished", self._code, lambda key: key in learnt or self._path(key).exists())
+        """Drop unfinished work that nothing can go on from; learners and attacks of cells that are ``done`` need none.
+        """
+        ended = {_learner_key(task) for task in done}
+
+        def finished(key: str) -> bool:
+            return key.partition("-")[0] in ended or self._path(key).exists()
+
+        sweep(self.folder / "unfinished", self._code, finished)
 
     @contextmanager
     def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
@@ -293,7 +311,7 @@ def release_key(task: Task) -> str:
 
 
 def _learner_key(task: Task) -> str:
-    """The name of the unfinished work of a learner."""
+    """The name of the unfinished work of a learner, and with a number behind it of a shard of an attack."""
     return task.cell.key[:32]
 
 

@@ -61,6 +61,20 @@ class Oracle:
         """Say which of several attacks takes its turn now; who falls from here on is written down as fallen to it."""
         self.__referee.stages.append(name)
 
+    def keep(self, x_adv: Tensor) -> None:
+        """Say that the attack whose turn it is has ended, and that all have come to ``x_adv`` (B, C, H, W) so far.
+
+        That is what :meth:`resume` gives to a run that goes on after a kill.
+        """
+        self.__referee.keep(x_adv)
+
+    def resume(self, x_adv: Tensor) -> tuple[int, Tensor]:
+        """How many attacks took their turns before a kill, and what they came to: 0 and ``x_adv`` where none did.
+
+        What they asked stands in the ledger; to be called before anything is asked.
+        """
+        return self.__referee.resume(x_adv)
+
     def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """Logits (n, K) or (n, k, K) of the queries ``x``, one query each; NaN where the sample gets no answer.
 

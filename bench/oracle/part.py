@@ -54,6 +54,13 @@ class Part(Oracle):
         """See :meth:`Oracle.stage`."""
         self._oracle.stage(name)
 
+    def keep(self, x_adv: Tensor) -> None:
+        """Nothing: a part is kept by who has divided."""
+
+    def resume(self, x_adv: Tensor) -> tuple[int, Tensor]:
+        """See :meth:`keep`."""
+        return 0, x_adv
+
     def scores(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
         """See :meth:`Oracle.scores`."""
         return self._oracle.scores(x, self._theirs_of(rows))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from hashlib import sha256
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from bench.oracle.repeats import repeats
 from bench.oracle.rules import COMMON, Rules
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
+from bench.scratch import Scratch
 from bench.threat import Threat
 
 REFRESH = 16  # queries of a sample between two looks at who is still alive, where looking means waiting for a GPU
@@ -48,6 +50,7 @@ class Referee:
         surrogate: what an attack whose rules have ``surrogate`` works on, in plain float32.
         exact: ``model`` in plain float32, which confirms the hits of one in coarser numbers.
         falls: whether a misclassified query ends a sample; not where examples are made for another model.
+        scratch: what is done by attacks that take turns, so that a run that is killed goes on from there.
         attack: the name to put in complaints.
         on_spent: called now and then with the queries that are spent, or saved because their sample fell.
     """
@@ -66,6 +69,7 @@ class Referee:
         surrogate: ServedModel | None = None,
         exact: ServedModel | None = None,
         falls: bool = True,
+        scratch: Scratch | None = None,
         attack: str = "attack",
         on_spent: Callable[[int], None] = lambda queries: None,
     ) -> None:
@@ -83,7 +87,7 @@ class Referee:
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
         self._quantise, self._rules, self._classes = quantise, rules, classes
         self._surrogate, self._exact, self.attack, self._on_spent = surrogate, exact, attack, on_spent
-        self._falls = falls
+        self._falls, self._scratch = falls, scratch or Scratch()
         self.reach = math.inf if rules.minimal or rules.lookahead else threat.eps  # how far queries may go
         self._margin = math.inf if rules.lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
@@ -187,6 +191,29 @@ class Referee:
         if self._asked_since_confirmed >= self._refresh or self.threat.access == "gradients":
             self._confirm()
         return (logits, answered) if x.ndim == 5 else (logits[:, 0], answered[:, 0])
+
+    def keep(self, x_adv: Tensor) -> None:
+        """See :meth:`Oracle.keep`; what is worth less than half a minute of work is not kept."""
+        if self._scratch.due():
+            self._confirm()
+            ledger = vars(self.ledger)
+            self._scratch.save(self._turns, {"ledger": ledger, "stages": self.stages, "x_adv": x_adv.detach()})
+
+    def resume(self, x_adv: Tensor) -> tuple[int, Tensor]:
+        """See :meth:`Oracle.resume`."""
+        kept = self._scratch.load(self._turns)
+        if kept is None:
+            return 0, x_adv
+        for name, column in kept["ledger"].items():
+            getattr(self.ledger, name).copy_(column)
+        self.stages[:] = kept["stages"]
+        self._asked_since_refresh = self._refresh
+        return len(self.stages), kept["x_adv"].to(x_adv)
+
+    @property
+    def _turns(self) -> str:
+        """The name under which the turns of these samples are kept."""
+        return f"turns-{sha256(self._rng.keys.cpu().numpy().tobytes()).hexdigest()[:16]}"
 
     def finish(self, x_adv: Tensor) -> Tensor:
         """End the attack: the final example (B, C, H, W) of each sample, which is the query that beat it, if one did.

@@ -32,6 +32,7 @@ from bench.report.outcomes import (
 )
 from bench.report.ranking import Terms, counted, ranks
 from bench.results.store import Row
+from bench.scratch import Scratch
 from bench.system.process_state import seed_globals
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools
@@ -71,6 +72,12 @@ class Query:
         for needed in (*task.sources, task):
             tools.pipeline.train(needed, progress.epochs)
         seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
+        with tools.pipeline.attacking(task, start) as kept:
+            yield self._measured(task, start, ids, tools, progress, kept)
+
+    def _measured(
+        self, task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
+    ) -> Measured:
         tables: list[pd.DataFrame] = []
         figures: dict[str, float] = {}
         findings: list[dict[str, Any]] = []
@@ -79,12 +86,13 @@ class Query:
             for first in range(0, len(ids), tools.batch_size):
                 part = ids[first : first + tools.batch_size]
                 met = replace(target, searched=witness.watch(target.searched)) if witness and not first else target
-                tables.append(attack_served(task, met, part, tools.pipeline.device, partial(progress.queries, first)))
+                told = partial(progress.queries, first)
+                tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept))
             if not start:
                 figures, findings = tools.inspect(task, target)
                 findings = [*findings, *([asdict(witness.finding())] if witness else [])]  # after all have been asked
         training = () if start else tools.pipeline.curves(task)
-        yield Measured(pd.concat(tables, ignore_index=True), figures, findings, target.numbers, training)
+        return Measured(pd.concat(tables, ignore_index=True), figures, findings, target.numbers, training)
 
     def queries(self, task: Task, samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0
