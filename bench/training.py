@@ -41,7 +41,9 @@ class Selection(Protocol):
     def load_state_dict(self, state: Any) -> None: ...
 
 
-RecipeName = Literal["sep", "ops", "fast-at", "n-fgsm", "grad-align", "free-at", "trades", "mart", "awp", "sub-at"]
+RecipeName = Literal[
+    "sep", "ops", "fast-at", "n-fgsm", "grad-align", "gat", "free-at", "trades", "mart", "awp", "sub-at"
+]  # fmt: skip
 
 # Recipes as papers' codes have them, for CIFAR-10; all train on pixels as they are, with flips and crops.
 PUBLISHED: dict[RecipeName, dict[str, Any]] = {
@@ -64,6 +66,10 @@ PUBLISHED: dict[RecipeName, dict[str, Any]] = {
     "grad-align": {  # Andriushchenko and Flammarion, 2020, ``train.py`` and its README
         "epochs": 30, "batch_size": 128, "optimizer": "sgd", "lr": 0.3, "weight_decay": 5e-4, "nesterov": False,
         "schedule": "triangle", "warm_up": 2 / 5,
+    },
+    "gat": {  # Sriramanan et al., 2020, ``GAT_cifar10.py``: the rate falls after epochs 71 and 86
+        "epochs": 100, "batch_size": 64, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (71 / 100, 86 / 100),
     },
     "free-at": {  # Shafahi et al., 2019: 80,000 steps, 8 on each batch
         "epochs": 26, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 2e-4, "nesterov": False,

@@ -24,6 +24,7 @@ from bench.training import cross_entropy
 from defenses.awp import AdversarialWeightPerturbation
 from defenses.comp_sum import CompSum, comp_sum, margins
 from defenses.free_at import Replay
+from defenses.gat import Guide, GuidedAdversarialTraining, squared
 from defenses.grad_align import GradAlign
 from defenses.ltd import divided
 from defenses.trades import Mart, Trades, boosted, divergence
@@ -91,6 +92,43 @@ class TestGradAlign:
             penalty.backward()
             optimizer.step()
         assert seen[-1] < 0.8 * seen[0]
+
+
+class TestGuided:
+    @pytest.mark.parametrize(("batch_number", "epoch", "weight"), [(0, 0, 10.0), (1, 0, 10.0), (1, 9, 40.0)])
+    def test_its_loss_is_that_of_a_plain_loop(self, batch, batch_number, epoch, weight):
+        x, y = batch
+        model, rng = network().double(), streams(x)
+        x = 0.25 + x.double() / 2
+        guide = Guide(GuidedAdversarialTraining(eps=0.05), epochs=10)
+        assert guide.begin(epoch)(model, x, y, rng) is x
+        guide.batch = batch_number
+        loss = one(guide.losses(model, x, y, rng))
+
+        model = network().double()
+        clean = model(x).softmax(1).detach()
+        z = (x + 0.025 * (2.0 * rng.coins(1, 8, 8) - 1)).requires_grad_(True)
+        model.eval()
+        moved = (clean - model(z).softmax(1)).square().sum()
+        climbed = F.cross_entropy(model(z), y, reduction="sum") + (weight * moved if batch_number else 0)
+        (gradient,) = torch.autograd.grad(climbed, z)
+        x_adv = x + (z.detach() + 0.05 * gradient.sign() - x).clamp(-0.05, 0.05)
+        model.train()
+        far, near = model(x_adv), model(x)
+        gap = (near.softmax(1) - far.softmax(1)).square().sum(1).mean()
+        assert loss.item() == pytest.approx((F.cross_entropy(near, y) + weight * gap).item(), rel=1e-9)
+        assert guide.batch == batch_number + 1
+
+    def test_the_distance_leads_where_the_cross_entropy_alone_does_not(self, batch):
+        x, y = batch
+        model = network()
+        guide = Guide(GuidedAdversarialTraining(eps=0.3), epochs=1)
+        guide.begin(0)
+        clean = model(x).softmax(1).detach()
+        plain, led = (guide._attack(model, x, y, clean, weight, streams(x)) for weight in (0.0, 1e6))
+        with torch.no_grad():
+            gap = [float(squared(clean, model(z).softmax(1)).mean()) for z in (plain, led)]
+        assert gap[1] > gap[0]
 
 
 class TestFree:
