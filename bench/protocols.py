@@ -57,14 +57,16 @@ class Attack(Protocol):
 class Job:
     """What a training run is given beside its data: where to run, its seed, and whom to tell about progress.
 
-    ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is. ``scratch`` keeps
-    what is done so far; a job that goes on with it watches only the epochs again that it has to train again.
+    ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is; ``note`` takes what
+    a training says of itself once, by name, for those who read its curves. ``scratch`` keeps what is done so far; a job
+    that goes on with it watches only the epochs again that it has to train again.
     """
 
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     progress: Callable[[int, int], None] = lambda done, total: None  # epochs done, of how many
     watch: Callable[[nn.Module, int], None] | None = None
+    note: Callable[[str, float], None] = lambda name, value: None
     scratch: Scratch = field(default_factory=Scratch)
 
 

@@ -102,7 +102,8 @@ class SubspaceAdversarialTraining(Trainer):
 
         fit(network, data, recipe, job, self.perturb(self.variant, self.eps), on_step=on_step)
         snapshots = trajectory.matrix(1 + recipe.epochs * len(moments)).to(job.device)
-        basis, _ = principal_directions(snapshots, self.dimension(data))
+        basis, shares = principal_directions(snapshots, self.dimension(data))
+        job.note("explained_variance", float(shares.sum()))
         return basis
 
     def train_inside(self, basis: Tensor, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:

@@ -1,6 +1,7 @@
 """What a training shows epoch by epoch: kept with the row, printed, drawn, and read with suspicion."""
 
 import json
+import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from hashlib import sha256
@@ -11,6 +12,7 @@ from torch import nn
 
 from bench.cli import main
 from bench.errors import StoreError
+from bench.measure.channels import channel_inequality, gini, weight_gradient_norms
 from bench.measure.diagnostics import Watch, collapse, diagnose
 from bench.protocols import Job
 from bench.registry import datasets
@@ -20,6 +22,7 @@ from bench.results.store import Store
 from bench.rng import SampleRng
 from bench.scratch import Scratch
 from defenses.fast_at import FastAdversarialTraining
+from defenses.sub_at import SubspaceAdversarialTraining
 from tests.rows import row
 
 
@@ -27,6 +30,16 @@ def epochs(*pairs: tuple[float, float]) -> list[dict[str, float]]:
     """An epoch for each (single step, PGD)."""
     return [{"clean_accuracy": 0.9, "step_accuracy": step, "pgd_accuracy": robust, "alignment": 0.5,
              "gradient_norm": 0.1} for step, robust in pairs]  # fmt: skip
+
+
+def single_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The norm of each sample's gradient in all weights, one after the other."""
+    found = []
+    for image, label in zip(x, y, strict=True):
+        loss = nn.functional.cross_entropy(model(image[None]), label[None])
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+    return torch.stack(found)
 
 
 COLLAPSED = epochs((0.4, 0.3), (0.45, 0.4), (0.8, 0.05), (0.9, 0.0))
@@ -48,6 +61,51 @@ class TestDiagnose:
         assert seen["alignment"] == pytest.approx(1, abs=1e-5)
         wrong = logits.softmax(1)[torch.arange(50), 1 - y]
         assert seen["gradient_norm"] == pytest.approx(float(wrong.mean() * weight.norm()), rel=1e-4)
+
+        sizes = single_gradients(model, x[:5], y[:5])
+        assert torch.allclose(weight_gradient_norms(model, x[:5], y[:5]), sizes)
+        closed = (logits[:5].softmax(1) - nn.functional.one_hot(y[:5], 2)).norm(dim=1)
+        assert torch.allclose(sizes, closed * (x[:5].flatten(1).square().sum(1) + 1).sqrt(), rtol=1e-4)
+        assert math.isnan(channel_inequality(model, x))
+        assert "channel_inequality" not in seen  # it has no convolutions
+
+    def test_each_sample_has_the_weight_gradient_that_it_has_alone(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(144, 5)
+        ).eval()
+        x, y = torch.rand(6, 3, 8, 8), torch.arange(6) % 5
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)  # as a watched network comes
+        found = weight_gradient_norms(model, x, y)
+        assert torch.allclose(found, single_gradients(model.requires_grad_(True), x, y), rtol=1e-4)
+
+    def test_channels_are_equal_or_one_has_all(self):
+        assert gini(torch.full((4,), 3.0)).item() == pytest.approx(0)
+        assert gini(torch.tensor([0.0, 5.0, 0.0, 0.0])).item() == pytest.approx(3 / 4)
+        assert gini(torch.tensor([1.0, 3.0])).item() == pytest.approx(1 / 4)
+        model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.Conv2d(2, 1, 1))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([1.0, -3.0]).view(2, 1, 1, 1))
+            model[0].bias.zero_()
+        assert channel_inequality(model, torch.rand(2, 1, 4, 4)) == pytest.approx((1 / 4 + 0) / 2)
+        assert not model[0]._forward_hooks
+
+    def test_what_a_training_says_once_stands_beside_every_epoch(self):
+        digits = datasets.create("digits")(None)
+        few = replace(digits, train=digits.train.subset(slice(64)))
+        watch = Watch(few, 0.1, Job())
+        job = Job(watch=watch, note=watch.note)
+        SubspaceAdversarialTraining(eps=0.1, epochs=2, subspace_epochs=1, dimensions=1, early_stopping=False)(
+            lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), few, job
+        )
+        columns = watch.columns()
+        assert len(columns["explained_variance"]) == len(columns["pgd_accuracy"]) == 3
+        assert 0.3 < columns["explained_variance"][0] < 1
+        one = Training("d", "m", "sub-at", 0, [{name: float(v[0]) for name, v in columns.items()}])
+        shown = render_curves([one], "md")
+        assert "variance" in shown.splitlines()[0]
+        assert "variance" not in render_curves([replace(one, epochs=COLLAPSED)], "md").splitlines()[0]
 
     def test_watching_leaves_the_training_as_it_was_and_goes_on_after_a_kill(self, tmp_path):
         digits = datasets.create("digits")(None)

@@ -182,7 +182,8 @@ class Pipeline:
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
             watch = _diagnostics(task, released, job)
-            learned = as_module(recipe(task.build, released.lent(), replace(job, watch=watch)), _trainer(task))
+            looked_at = replace(job, watch=watch, note=watch.note) if watch else job
+            learned = as_module(recipe(task.build, released.lent(), looked_at), _trainer(task))
             seen = task.data.train.pixels(slice(COMPARED))
             fresh = partial(initialised, task.build, Job(task.cell.seed))
             network = kept_weights(learned.cpu().eval(), fresh, seen, _trainer(task))

@@ -14,11 +14,18 @@ Style = Literal["md", "csv", "json"]
 LEGEND = (
     "Accuracies (%) on held-out images, in the defense's own ball: PGD has ten steps, the single step is Fast-AT's. "
     "Alignment is the mean cosine of the loss's gradients at an image and at a random point of its ball; the norm is "
-    "the gradient's mean l2. A collapse is the first epoch after which the network withstands the single step alone."
+    "the gradient's mean l2, the weight gradient that of a sample's own in all weights where the single step ends. "
+    "Channels: the Gini coefficient of their sizes, mean of all convolutions, on clean images and where the step ends. "
+    "Variance: the share of its first training's path that the subspace of Sub-AT holds. "
+    "A collapse is the first epoch after which the network withstands the single step alone."
 )
 LINES = {  # what is drawn: figure, colour, dashes
     "clean": ("clean_accuracy", "#999999", ""), "single step": ("step_accuracy", "#e69f00", ""),
     "PGD": ("pgd_accuracy", "#0072b2", ""), "alignment": ("alignment", "#009e73", "4 3"),
+}  # fmt: skip
+MORE = {  # what trainings of earlier versions do not know, or only some
+    "weight gradient": ("weight_gradient_norm", "{:.2g}"), "channels": ("channel_inequality", "{:.2f}"),
+    "channels, single step": ("step_channel_inequality", "{:.2f}"), "variance": ("explained_variance", "{:.3f}"),
 }  # fmt: skip
 WIDTH, HEIGHT, COLUMNS = 320, 180, 2  # pixels of a panel's axes, panels beside each other
 TITLE = 52  # letters that fit above a panel
@@ -81,9 +88,14 @@ def _line(one: Training) -> dict[str, str]:
         "best PGD (epoch)": f"{100 * best:.1f} ({robust.index(best) + 1})",
         "alignment": _change(first, last, "alignment", "{:.2f}"),
         "gradient norm": _change(first, last, "gradient_norm", "{:.2g}"),
+        **{head: _change(first, last, name, form) for head, (name, form) in MORE.items() if _knows(one, name)},
         "collapse": "none" if fell is None else f"epoch {fell.epoch}: PGD {100 * fell.pgd_accuracy:.1f}, "
                                                 f"single step {100 * fell.step_accuracy:.1f}",
     }  # fmt: skip
+
+
+def _knows(one: Training, name: str) -> bool:
+    return any(name in line for line in one.epochs)
 
 
 def _change(first: Mapping[str, float], last: Mapping[str, float], name: str, form: str) -> str:

@@ -143,6 +143,10 @@ class _Epoch:
     pgd_accuracy: Annotated[float, Field(ge=0, le=1)]
     alignment: Annotated[float, Field(ge=-1.01, le=1.01)] = 0.0  # a cosine and its rounding
     gradient_norm: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 0.0
+    weight_gradient_norm: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 0.0
+    channel_inequality: Annotated[float, Field(ge=-0.01, le=1.01)] = 0.0
+    step_channel_inequality: Annotated[float, Field(ge=-0.01, le=1.01)] = 0.0
+    explained_variance: Annotated[float, Field(ge=0, le=1.01)] = 0.0
 
 
 @dataclass(frozen=True)
