@@ -310,15 +310,16 @@ class Referee:
         lowest = torch.where(answered & counts, margins, torch.inf).amin(dim=1).to(ledger.best_margin.dtype)
 
         ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
-        ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
-        ledger.stage[rows] = torch.where(hit, len(self.stages) - 1, ledger.stage[rows])
-        self._draws[rows] = torch.where(hit, draws[:, 0], self._draws[rows])
         ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
         if self._rules.minimal:
             nearest = torch.where(answered & misclassified, distance, torch.inf).amin(dim=1)
             ledger.best_distance[rows] = torch.minimum(nearest, ledger.best_distance[rows])
-        ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
-        if x.is_cuda or hit.any():
+        if x.is_cuda or not finite.all():
+            ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
+        if x.is_cuda or hit.any():  # most calls beat nobody, and looking is free on a CPU
+            ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
+            ledger.stage[rows] = torch.where(hit, len(self.stages) - 1, ledger.stage[rows])
+            self._draws[rows] = torch.where(hit, draws[:, 0], self._draws[rows])
             winner = x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
             ledger.hits[rows] = torch.where(per_sample(hit), winner, ledger.hits[rows])
         return answered
