@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -103,12 +104,12 @@ class Cell:
     sources: tuple[Source, ...] = ()
     replays: Component | None = None
 
-    @property
+    @cached_property
     def key(self) -> str:
         """64 hexadecimal digits that name this cell and no other."""
-        return _digest(self._keyed())
+        return _digest(self._keyed)
 
-    @property
+    @cached_property
     def meaning(self) -> str:
         """64 hexadecimal digits that cells have in common whose components are the same in other words.
 
@@ -118,11 +119,12 @@ class Cell:
         chain = [part.meaning(defenses) for part in self.defense]
         parts = {"dataset": self.dataset.meaning(datasets), "model": self.model.meaning(models), "defense": chain,
                  "attack": self.attack.meaning(attacks)}  # fmt: skip
-        return _digest({**self._keyed(), **parts})
+        return _digest({**self._keyed, **parts})
 
+    @cached_property
     def _keyed(self) -> dict[str, Any]:
         """All fields that decide a result, as plain values."""
-        fields = asdict(self)
+        fields = {**asdict(replace(self, ids=())), "ids": self.ids}  # there may be thousands, which need no copies
         del fields["limited"]
         more = [source["model"] for source in fields["sources"]]
         more += [fields["replays"]] if self.replays else []

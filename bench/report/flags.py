@@ -332,11 +332,13 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
     single samples gain more against scores, by their signs.
     """
     found, least = [], THRESHOLDS["confuses-queries"]
-    for pair in pairs:
-        for other in pairs:
-            if not _sees(pair[0], "scores") or not _sees(other[0], "labels") or _is(other[0], "noise"):
-                continue
-            gains = pd.concat([_gain(*pair), _gain(*other)], axis=1, join="inner").to_numpy()
+    scored = [(pair, _gain(*pair)) for pair in pairs if _sees(pair[0], "scores")]
+    labelled = [
+        (pair, _gain(*pair)) for pair in pairs if scored and _sees(pair[0], "labels") and not _is(pair[0], "noise")
+    ]
+    for pair, gained in scored:
+        for other, gained_there in labelled:
+            gains = pd.concat([gained, gained_there], axis=1, join="inner").to_numpy()
             if not len(gains):
                 continue
             gain, idle = gains.sum(axis=0) / len(gains)

@@ -64,7 +64,7 @@ class Share:
 
 def column(row: Row, name: str) -> NDArray[Any]:
     """A column of the records, one entry for each sample; empty where the row does not have it."""
-    return row.records[name].to_numpy() if name in row.records else np.zeros(0)
+    return row.columns.get(name, np.zeros(0))
 
 
 def query_budget(row: Row) -> int:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, is_control, network, query_budget, standing, tested
-from bench.report.stats import holm, mcnemar
+from bench.report.stats import holm, mcnemar_of
 from bench.results.store import Row
 
 SIGNIFICANT = 0.05
@@ -107,15 +107,15 @@ def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
         standing: by defense, the outcome on each sample, paired by position; of several networks, their mean.
     """
     names = [name for name in standing if len(standing[name])]
-    result = dict.fromkeys(names, 1)
-    pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    if not pairs:
-        return result
-    p_values = holm(np.array([mcnemar(standing[a], standing[b]) for a, b in pairs]))
-    for (a, b), p in zip(pairs, p_values, strict=True):
-        if p < SIGNIFICANT:
-            result[a if (standing[a] < standing[b]).sum() > (standing[a] > standing[b]).sum() else b] += 1
-    return result
+    if len(names) < 2:
+        return dict.fromkeys(names, 1)
+    right = np.stack([standing[name] for name in names])
+    more = np.stack([(each > right).sum(axis=1) for each in right])  # (m, m) samples that stand with the one alone
+    one, other = np.triu_indices(len(names), 1)
+    clear = holm(mcnemar_of(more[one, other], more[other, one])) < SIGNIFICANT
+    worse = np.where(more[one, other] < more[other, one], one, other)[clear]
+    better = np.bincount(worse, minlength=len(names))
+    return {name: 1 + int(count) for name, count in zip(names, better, strict=True)}
 
 
 def counted(rows: Sequence[Row]) -> list[Row]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special, stats
+from scipy import special
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -38,10 +38,16 @@ def mcnemar(a: NDArray[Any], b: NDArray[Any]) -> float:
 
     Source: McNemar, 1947, with the binomial distribution of the discordant pairs; 1 when there are none.
     """
-    more_a, more_b = int((a > b).sum()), int((a < b).sum())
-    if more_a + more_b == 0:
-        return 1.0
-    return float(stats.binomtest(more_a, more_a + more_b).pvalue)
+    return float(mcnemar_of(np.array((a > b).sum()), np.array((a < b).sum())))
+
+
+def mcnemar_of(more_a: NDArray[Any], more_b: NDArray[Any]) -> NDArray[np.float64]:
+    """:func:`mcnemar` of so many samples that are right with ``a`` alone, and with ``b`` alone, for each pair.
+
+    Twice the smaller tail of a fair coin, which is symmetric.
+    """
+    tail: NDArray[np.float64] = special.bdtr(np.minimum(more_a, more_b), more_a + more_b, 0.5)
+    return np.minimum(2 * tail, 1)
 
 
 def paired_bootstrap(

@@ -10,11 +10,14 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+from numpy.typing import NDArray
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
@@ -30,6 +33,11 @@ class Row:
     cell: Cell
     records: pd.DataFrame
     shards: tuple[Shard, ...]
+
+    @cached_property
+    def columns(self) -> dict[str, NDArray[Any]]:
+        """The columns of its records by name, one entry for each sample."""
+        return {str(name): values.to_numpy() for name, values in self.records.items()}
 
     @property
     def errors(self) -> list[str]:
