@@ -13,15 +13,23 @@ ATTACKS = [
     "fgsm", "r-fgsm", "pgd(steps=20)", "pgd(steps=20, loss=margin)", "pgd(steps=20, loss=dlr)", "apgd(steps=40)",
     "apgd(steps=40, loss=dlr)", "apgd-t(steps=40, targets=2)", "fab(steps=10)",
     "fab-t(steps=10, targets=2)", "pma(steps=20)", "fmn(steps=60)", "mi-fgsm", "ni-fgsm", "vmi-fgsm(neighbours=2)",
+    "si-fgsm", "di-fgsm(steps=30)", "ti-fgsm",
 ]  # fmt: skip
+LONG = ["pma-plus", "autoattack", "autoattack(preset=rand)"]
 CASES = [(name, norm) for name in ATTACKS for norm in sorted(attacks.create(name).norms)]
+CASES += [
+    pytest.param(name, norm, marks=pytest.mark.slow) for name in LONG for norm in sorted(attacks.create(name).norms)
+]
 
 
 def weakness(name, norm):
     """By how much more than the distance an attack needs: half of R+FGSM's way is random, and APGD's steps in l1 move
-    a share of the values, of which the one with the largest weight would do."""
+    a share of the values, of which the one with the largest weight would do. DI sees a smaller image half of the time
+    and TI smooths, so some values with small weights go the wrong way."""
     if name == "r-fgsm":
         return 2.5
+    if name.startswith(("di-fgsm", "ti-fgsm")):
+        return 1.2
     return 1.6 if norm == "l1" and name.startswith("apgd") else 1.0
 
 
