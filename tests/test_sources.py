@@ -34,7 +34,7 @@ def test_a_named_source_makes_another_cell_that_is_no_control():
     assert plain.cell.attack.control
     assert not named.cell.attack.control
     assert plain.cell.key != named.cell.key
-    assert "sources" not in plain.cell._keyed()
+    assert "sources" not in plain.cell._keyed
     for cell in (plain.cell, named.cell):
         assert Cell.from_json(cell.as_json()) == cell
 
