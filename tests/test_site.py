@@ -95,7 +95,7 @@ def browser():
 def page(browser):
     """A page; after the test there must have been no error, no message and no request to anywhere but files."""
     page = browser.new_page(viewport={"width": 1280, "height": 900})
-    page.set_default_timeout(15_000)
+    page.set_default_timeout(60_000)  # of machines that have much else to do
     said: list[str] = []
     asked: list[str] = []
     page.on("console", lambda message: said.append(message.text))
