@@ -8,6 +8,7 @@ import math
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -98,6 +99,9 @@ class SampleRng:
         return pairs.flatten(1)[:, :size].reshape(-1, *shape)
 
 
+pinned: ContextVar[int | None] = ContextVar("pinned", default=None)  # at which seed generators are held here, if any
+
+
 @contextmanager
 def global_generators(seed: int, device: torch.device | None = None) -> Iterator[None]:
     """Python's, NumPy's and torch's generators (a GPU's too, on such a ``device``) at ``seed``, for foreign code.
@@ -106,6 +110,7 @@ def global_generators(seed: int, device: torch.device | None = None) -> Iterator
     """
     cuda = device is not None and device.type == "cuda"
     python, array = random.getstate(), np.random.get_state()  # noqa: NPY002
+    token = pinned.set(seed)
     with torch.random.fork_rng([device] if cuda else []):
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would note down a seed for GPUs not yet in use
         if cuda:
@@ -115,6 +120,7 @@ def global_generators(seed: int, device: torch.device | None = None) -> Iterator
         try:
             yield
         finally:
+            pinned.reset(token)
             random.setstate(python)
             np.random.set_state(array)  # noqa: NPY002
 

@@ -249,7 +249,7 @@ def test_what_networks_share_is_put_back_by_a_cell_that_fails_for_another_reason
     other = {"model": "net.py:Net(change=none)"}
     (alone,) = rows(here / "alone", defense="none", **other)
     tasks = [
-        *cells(model="net.py:Net", defense="mine.py:ClassNumberThenFails"),
+        *cells(model="net.py:Net", defense="mine.py:ClassNumberThenFails", attack="pgd(steps=2)"),  # in this process
         *cells(**other),
     ]
     broken, none = run_all(here / "both", tasks)

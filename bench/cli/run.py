@@ -57,6 +57,9 @@ def run(
     shard_size: Annotated[
         int | None, typer.Option(min=1, help="Samples stored at once, the cost of a kill; 100, or 1000 on a GPU.")
     ] = None,
+    isolate: Annotated[
+        bool, typer.Option("--isolate", help="Serve all output defenses from a process of their own, not only files.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -86,7 +89,7 @@ def run(
     store.open()
     if where.type == "cpu":
         console.print(f"threads: {threads}, in trainings {TRAINING}", style="dim")
-    pipeline = Pipeline(store.root / "networks", where, batch_size)
+    pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate)
     try:
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)

@@ -12,20 +12,19 @@ numbers of a network: in bf16, two batch sizes differ by more than the threshold
 import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor
 
 from bench.losses import margin
-from bench.norms import project
+from bench.measure.inside import optimisation, seeded
+from bench.measure.isolated import Remote, examine
+from bench.norms import project, steepest
 from bench.oracle.served import ServedModel
-from bench.rng import SampleRng, global_generators
+from bench.rng import SampleRng
 from bench.threat import Threat
 
 REPEATS = 5      # answers compared for randomness
@@ -63,7 +62,7 @@ def audit(
 ) -> list[Finding]:
     """Every flag, fired or not.
 
-    Each of 256 images costs 23 forwards of the model and 12 of its twin, or 35 and 6 where answers are random; a batch
+    Each of 256 images costs 29 forwards of the model and 15 of its twin, or 41 and 9 where answers are random; a batch
     coupling costs 3 more to confirm. What a probe could not see because it failed is a finding, too.
 
     Args:
@@ -85,6 +84,7 @@ def audit(
             "input precision": input_precision, "written inputs": written_inputs, "mode": mode,
             "inference optimisation": partial(inference_optimisation, declared=declared),
             "introspection": introspection, "trend": trend, "changed predictions": changed_predictions,
+            "recognition": recognition,
         }  # fmt: skip
         findings: list[Finding] = []
         failed: dict[str, BaseException] = {}
@@ -129,9 +129,10 @@ class _Probe:
         self.streams = SampleRng.create(seed, self.rows, "audit")
         self.n = len(x)
         live = self.fresh()
-        weights = _weights(live.module)
-        with _optimisation() as self.optimised:
+        weights = examine(live.module).weights
+        with optimisation() as seen:
             self.base = self.ask(x, model=live)                                     # (n, K)
+        self.optimised = len(seen) + (live.module.optimised if isinstance(live.module, Remote) else 0)
         self.plain = self.ask(x, model=twin)
         self.finite = self.base.isfinite().all(dim=1)
         self._live_on(live, weights)
@@ -168,7 +169,7 @@ class _Probe:
         """
         model = self.fresh() if model is None else model
         streams = self.streams.fork(draw)
-        with _seeded(model.module, draw if noise is None else noise, x.device):
+        with seeded(model.module, draw if noise is None else noise, x.device):
             return model(x, streams if rows is None else streams[rows]).detach()
 
     def ask_exactly(self, rows: Tensor) -> Tensor:
@@ -197,18 +198,17 @@ class _Probe:
             candidate = project(candidate + window * signs * reach, x, self.threat)
             yield candidate
 
-    def _live_on(self, live: ServedModel, weights: list[Tensor]) -> None:
+    def _live_on(self, live: ServedModel, weights: tuple[str, ...]) -> None:
         """Ask the copy that ``live`` is many other things, then the same again, also in reverse order."""
         others = [other for _, other in zip(range(2), self.path(self.x, self.rows), strict=False)]
         self.others = [self.ask(other, draw=1, model=live) for other in others]
+        self.others_alone = [self.ask(other, draw=1) for other in others]
         self.again = self.ask(self.x, model=live)
         self.reverse = self.rows.flip(0)
         self.reversed_again = self.ask(self.x[self.reverse], self.reverse, model=live)
         self.reversed = self.ask(self.x[self.reverse], self.reverse)
-        self.changed_weights = sum(
-            not torch.equal(now.nan_to_num(), then.nan_to_num())
-            for now, then in zip(_weights(live.module), weights, strict=True)
-        )
+        now = examine(live.module).weights
+        self.changed_weights = sum(one != other for one, other in zip(now, weights, strict=True))
 
 
 def randomness(probe: _Probe) -> list[Finding]:
@@ -260,8 +260,12 @@ def batch_coupling(probe: _Probe) -> Finding:
 
 
 def state(probe: _Probe) -> Finding:
-    """Whether an answer depends on the queries before: asked again after many others, and in reverse order (RF-03)."""
-    first, later = torch.cat((probe.base, probe.reversed)), torch.cat((probe.again, probe.reversed_again))
+    """Whether an answer depends on the queries before (RF-03).
+
+    The images are asked after what is like them, again after many others, and in reverse order.
+    """
+    first = torch.cat((probe.base, probe.reversed, *probe.others_alone))
+    later = torch.cat((probe.again, probe.reversed_again, *probe.others))
     gap = float(difference(first, later).amax())
     share = float(_differs(probe, first, later, EXACT).float().mean())
     return Finding(
@@ -350,7 +354,7 @@ def written_inputs(probe: _Probe) -> Finding:
     """
     model, few = probe.fresh(), probe.rows[: COPIES[0]]
     given, streams = probe.x[few].clone(), probe.streams.fork(0)[few]
-    with _seeded(model.module, 0, given.device):
+    with seeded(model.module, 0, given.device):
         model.module(given, streams) if model.random else model.module(given)
     share = float((given != probe.x[few]).flatten(1).any(dim=1).float().mean())
     return Finding(
@@ -361,7 +365,7 @@ def written_inputs(probe: _Probe) -> Finding:
 
 def mode(probe: _Probe) -> list[Finding]:
     """Whether parts are in training mode, or queries change parameters or buffers (RF-06)."""
-    training = sum(module.training for module in probe.served.module.modules())
+    training = examine(probe.served.module).training
     changed = probe.changed_weights
     return [
         Finding(
@@ -377,7 +381,7 @@ def mode(probe: _Probe) -> list[Finding]:
 def inference_optimisation(probe: _Probe, declared: Collection[str]) -> Finding:
     """Whether a prediction runs a backward pass or an optimiser, or the defense declares so (RF-07)."""
     said = "inference-optimisation" in declared
-    count = len(probe.optimised)
+    count = probe.optimised
     return Finding(
         "inference-optimisation", said or count > 0, float(count), 0.0, probe.n,
         f"{count} backward passes and optimiser steps in one prediction{', and it is declared' if said else ''}; "
@@ -451,6 +455,42 @@ def changed_predictions(probe: _Probe) -> Finding:
     )  # fmt: skip
 
 
+def recognition(probe: _Probe) -> Finding:
+    """Whether the defense knows the images that it is tested on (RF-46).
+
+    Blends, half of one test image and half of another, are images that nobody can have kept. Where a step along the
+    twin's gradient turns the twin, a defense that computes with it is turned as often from a test image as from a
+    blend; one that looks test images up is turned from blends alone, or answers blends as the images in them.
+    """
+    known, strange = probe.x, (probe.x + probe.x.roll(1, dims=0)) / 2
+    answers = [_turned(probe, x) for x in (known, strange)]
+    (stays, changed, n), (stays_blended, changed_blended, blends) = answers
+    enough = min(n, blends) >= FEWEST // 2
+    share = max(stays - stays_blended if enough else 0.0, changed_blended - changed)
+    said = (
+        f"of {n} test images from which a step turns the twin, the defense stays at {stays:.1%}, of {blends} blends at "
+        f"{stays_blended:.1%}; {changed:.1%} of the images and {changed_blended:.1%} of the blends get another class "
+        "than from the twin"
+    )
+    return Finding("recognised-images", probe.n >= FEWEST and share > 0.5, share, 0.5, probe.n, said)
+
+
+def _turned(probe: _Probe, x: Tensor) -> tuple[float, float, int]:
+    """Where the model stays as it was though a step turns its twin, where it differs from the twin on ``x``; of how
+    many the first is."""
+    with torch.enable_grad():
+        leaf = x.clone().requires_grad_(True)
+        logits = probe.twin(leaf, probe.streams)
+        loss = margin(logits, logits.argmax(dim=1)).sum()
+        slope = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(x)
+    stepped = (x - probe.threat.eps * steepest(slope, probe.threat.norm)).clamp(0, 1)
+    before, after = logits.detach().argmax(dim=1), probe.ask(stepped, model=probe.twin).argmax(dim=1)
+    shown, then = probe.ask(x).nan_to_num().argmax(dim=1), probe.ask(stepped).nan_to_num().argmax(dim=1)
+    turned = (before != after) & (shown == before)
+    stays = float((then == shown)[turned].float().mean()) if turned.any() else 0.0
+    return stays, float((shown != before).float().mean()), int(turned.sum())
+
+
 def sawtooth(real: Tensor, shown: Tensor) -> list[float]:
     """Where the reported margin, as a function of the real one, jumps up by more than half of its range.
 
@@ -516,43 +556,3 @@ def _lead(scores: Tensor) -> Tensor:
         return scores.new_full((len(scores),), torch.inf)
     best, second = scores.topk(2, dim=1).values.unbind(1)
     return best - second
-
-
-def _weights(module: nn.Module) -> list[Tensor]:
-    return [value.detach().clone() for value in (*module.parameters(), *module.buffers())]
-
-
-@contextmanager
-def _seeded(module: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
-    """Every generator that ``module`` may draw from at ``seed``: torch's, NumPy's, Python's and torch ones of its own.
-
-    The global ones go on afterwards as if nothing had been drawn.
-    """
-    own = [value for part in module.modules() for value in vars(part).values() if isinstance(value, torch.Generator)]
-    with global_generators(seed, device):
-        for generator in own:
-            generator.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _optimisation() -> Iterator[list[str]]:
-    """A list of the backward passes and optimiser steps that begin while it is open.
-
-    ``torch.autograd.grad`` and every ``backward`` look up one function to run the engine, however they were imported.
-    """
-    seen: list[str] = []
-    autograd = vars(torch.autograd)
-    engine: Callable[..., Any] = autograd["_engine_run_backward"]
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        seen.append("backward")
-        return engine(*args, **kwargs)
-
-    hook = register_optimizer_step_pre_hook(lambda *_: seen.append("step"))
-    autograd["_engine_run_backward"] = run
-    try:
-        yield seen
-    finally:
-        autograd["_engine_run_backward"] = engine
-        hook.remove()

@@ -13,13 +13,15 @@ from bench.plan.tasks import Task
 
 class Measured(NamedTuple):
     """One record for each sample, and what was measured once: figures, what probing the served model has shown, the
-    numbers that the attack searched in, and what was seen after each epoch of the network's training."""
+    numbers that the attack searched in, what was seen after each epoch of the network's training, and whether the
+    output defense acted in a process of its own (``None`` where there is none)."""
 
     records: pd.DataFrame
     figures: Mapping[str, float] = {}
     findings: Sequence[Mapping[str, Any]] = ()
     numerics: Mapping[str, Any] = {}
     training: Sequence[Mapping[str, float]] = ()
+    isolated: bool | None = None
 
 
 def records_of(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) -> pd.DataFrame:

@@ -17,6 +17,7 @@ from bench.dataset import Dataset, Split
 from bench.errors import RefereeError
 from bench.measure.audit import ROUNDED, difference
 from bench.measure.diagnostics import Watch
+from bench.measure.isolated import Deployment, in_own_process
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
@@ -45,11 +46,12 @@ class _Network(NamedTuple):
 class Pipeline:
     """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``.
 
-    So is the unfinished work on them and on learners, until it is done.
+    So is the unfinished work on them and on learners, until it is done. Output defenses of users' own files are served
+    from a process of their own, and with ``isolate`` all are, but for attacks that need gradients through them.
     """
 
-    def __init__(self, folder: Path, device: torch.device, batch_size: int) -> None:
-        self.folder, self.device, self.batch_size = folder, device, batch_size
+    def __init__(self, folder: Path, device: torch.device, batch_size: int, *, isolate: bool = False) -> None:
+        self.folder, self.device, self.batch_size, self._isolate = folder, device, batch_size, isolate
         self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
         self._last: _Network | None = None  # neighbouring cells share their network
         self._released: tuple[str, Split] | None = None  # and their released training images
@@ -68,15 +70,41 @@ class Pipeline:
         self.train(task, lambda done, total: None)
         assert self._last is not None
         try:
-            with _unchanged(task, self._last.module, self._last.contents):
-                yield Target(
-                    self.served(task, mode), self.served(task, "plain"),
-                    self.undefended(task, mode), self.undefended(task, "plain"), sources,
-                )  # fmt: skip
+            with (
+                _unchanged(task, self._last.module, self._last.contents),
+                self._defended(task, mode) as (searched, plain),
+            ):
+                undefended = self.undefended(task, mode), self.undefended(task, "plain")
+                yield Target(searched, plain, *undefended, sources, self.isolates(task))
         except BaseException:
             self._last = None  # the next cell makes its own
             raise
         self.check_data(task)
+
+    def isolates(self, task: Task) -> bool:
+        """Whether the output defense of ``task`` is served from a process of its own."""
+        theirs = any(part.stage == "output" and part.of_a_file for part in task.cell.defense)
+        return (theirs or (self._isolate and task.chain.output is not None)) and task.cell.threat.access != "gradients"
+
+    @contextmanager
+    def _defended(self, task: Task, mode: Numerics) -> Iterator[tuple[ServedModel, ServedModel]]:
+        """The deployed model of ``task`` in the numbers of ``mode``, which attacks search in, and in plain ones."""
+        defense = task.chain.output
+        if defense is None or not self.isolates(task):
+            yield self.served(task, mode), self.served(task, "plain")
+            return
+        modes: tuple[Numerics, ...] = (mode, "plain")
+        searched, plain = (_in_numbers(task, self._own_network(task), each, self.device) for each in modes)
+        deployment = Deployment(
+            defense, (searched.module, plain.module), task.data.calibration, task.cell.seed, self.batch_size,
+            self.device, task.cell.defense_label,
+        )  # fmt: skip
+        with in_own_process(deployment) as modules:
+            one, other = (
+                ServedModel(module, defense.random, self.batch_size, converted.facts)
+                for module, converted in zip(modules, (searched, plain), strict=True)
+            )
+            yield one, other
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""

@@ -66,7 +66,8 @@ class ServedModel:
 class Target:
     """What an attack is aimed at, and the undefended network behind it.
 
-    Each of them in the numbers that attacks search in, and in plain float32, which results are judged in.
+    Each of them in the numbers that attacks search in, and in plain float32, which results are judged in. ``isolated``
+    tells whether the defense acts in a process of its own.
     """
 
     searched: ServedModel
@@ -74,6 +75,7 @@ class Target:
     undefended_searched: ServedModel
     undefended: ServedModel
     sources: tuple[ServedModel, ...] = ()  # the networks that the attack names to work on, in plain numbers
+    isolated: bool = False
 
     @property
     def numbers(self) -> Mapping[str, Any]:

@@ -50,6 +50,11 @@ class Component:
         name = self.title or self.spec
         return f"{name} #{code[:SHOWN]}" if plus else name
 
+    @property
+    def of_a_file(self) -> bool:
+        """Whether it is code of a user's own file, or is given some."""
+        return "+" in str(self.version)
+
     def meaning(self, registry: Registry[Any]) -> tuple[str, ...]:
         """What all its spellings have in common: the parameters, where its class in ``registry`` tells all by them."""
         told = self.params and registry.described(self.spec)

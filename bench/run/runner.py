@@ -4,12 +4,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 
 from bench.errors import StoreError
 from bench.measure.inspection import Inspector
+from bench.measure.measured import Measured
 from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
 from bench.results.provenance import provenance
@@ -184,7 +186,8 @@ def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Co
             whole = replace(
                 shard, figures=measured.figures, findings=measured.findings, training=measured.training
             )
-            store.save(_ended(whole, began, device, measured.numerics), measured.records)
+            facts = {"numerics": dict(measured.numerics), "defense": _place(measured)}
+            store.save(_ended(whole, began, device, facts), measured.records)
     except (Held, Stopped, StoreError):
         raise
     except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
@@ -211,6 +214,11 @@ class _Count:
         self.reporter.work(done, self.samples * self.budget, "queries settled")
 
 
-def _ended(shard: Shard, began: float, device: torch.device, numerics: Mapping[str, Any] | None = None) -> Shard:
-    made = {**provenance(device), **({"numerics": dict(numerics)} if numerics else {})}
+def _place(measured: Measured) -> str:
+    """Where the output defense acted, in words; "" where there is none."""
+    return {True: "in a process of its own", False: "in the process of the referee", None: ""}[measured.isolated]
+
+
+def _ended(shard: Shard, began: float, device: torch.device, facts: Mapping[str, Any] = MappingProxyType({})) -> Shard:
+    made = {**provenance(device), **{name: fact for name, fact in facts.items() if fact}}
     return replace(shard, seconds=time.perf_counter() - began, provenance=made)

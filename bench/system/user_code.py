@@ -62,6 +62,7 @@ def load(file: Path) -> ModuleType:
     where = sha256(f"{_placed(file)} {local_hash(file)}".encode()).hexdigest()[:DIGITS]
     package = f"{PREFIX}{where}"
     name = f"{package}.{file.stem.replace('.', '_')}"
+    _ROOTS[package] = _placed(file)
     if name in sys.modules:
         return sys.modules[name]
     if _FINDER not in sys.meta_path:
@@ -81,6 +82,14 @@ def load(file: Path) -> ModuleType:
             raise
         raise ConfigError(f"{file} does not import: {type(error).__name__}: {error}") from error
     return module
+
+
+_ROOTS: dict[str, Path] = {}  # by package, the file that was loaded
+
+
+def loaded() -> dict[str, Path]:
+    """By the packages that stand for users' folders, the file in each that another process has to :func:`load`."""
+    return dict(_ROOTS)
 
 
 class _Finder:

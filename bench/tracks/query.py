@@ -1,7 +1,7 @@
 """The query track: attacks that ask a served model, and how many of its answers each sample cost."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -9,8 +9,9 @@ from typing import Any, Protocol
 import pandas as pd
 
 from bench.measure.attacked import attack_served
+from bench.measure.isolated import untouched
 from bench.measure.measured import Measured
-from bench.measure.witness import Witness
+from bench.measure.witness import FINAL, Witness
 from bench.oracle.served import Target
 from bench.plan.cell import Cell
 from bench.plan.tasks import Task
@@ -81,18 +82,21 @@ class Query:
         tables: list[pd.DataFrame] = []
         figures: dict[str, float] = {}
         findings: list[dict[str, Any]] = []
-        with tools.pipeline.serving(task) as target:
-            witness = None if start else _witness(task, target)
+        with tools.pipeline.serving(task) as target, ExitStack() as held:
+            deployed = target if start else _unasked(target, held)
+            witnesses = () if start else _witnesses(task, target)
             for first in range(0, len(ids), tools.batch_size):
                 part = ids[first : first + tools.batch_size]
-                met = replace(target, searched=witness.watch(target.searched)) if witness and not first else target
+                met = target if first or not witnesses else _watched(target, *witnesses)
                 told = partial(progress.queries, first)
                 tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept))
             if not start:
-                figures, findings = tools.inspect(task, target)
-                findings = [*findings, *([asdict(witness.finding())] if witness else [])]  # after all have been asked
+                figures, findings = tools.inspect(task, deployed)
+                findings = [*findings, *_testimony(witnesses)]  # after all have been asked
         training = () if start else tools.pipeline.curves(task)
-        return Measured(pd.concat(tables, ignore_index=True), figures, findings, target.numbers, training)
+        isolated = None if task.chain.output is None else target.isolated
+        records = pd.concat(tables, ignore_index=True)
+        return Measured(records, figures, findings, target.numbers, training, isolated)
 
     def queries(self, task: Task, samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0
@@ -203,10 +207,28 @@ def shown(rows: Sequence[Row], budgets: Sequence[int]) -> list[int]:
     return sorted({budget for budget in budgets if budget < largest} | {query_budget(row) for row in rows})
 
 
-def _witness(task: Task, target: Target) -> Witness | None:
-    """Who watches the attack; nobody where answers are said to depend on earlier queries, or cannot be had twice."""
-    if any("stateful" in defense.traits for defense in task.cell.defense):
-        return None
+def _unasked(target: Target, held: ExitStack) -> Target:
+    """``target`` with a copy of its plain model that the attack cannot ask, to be probed; itself if there is none."""
     with suppress(Exception):  # copying runs the model's own code
-        return Witness(target.searched)
-    return None
+        return replace(target, plain=replace(target.plain, module=held.enter_context(untouched(target.plain.module))))
+    return target
+
+
+def _witnesses(task: Task, target: Target) -> tuple[Witness, ...]:
+    """Who watches the attack, and the judgement of its examples; nobody where answers are said to depend on earlier
+    queries, or cannot be had twice."""
+    if any("stateful" in defense.traits for defense in task.cell.defense):
+        return ()
+    with suppress(Exception):  # copying runs the model's own code
+        return Witness(target.searched), Witness(target.plain, FINAL, "judgements of final examples")
+    return ()
+
+
+def _watched(target: Target, attack: Witness, judgement: Witness) -> Target:
+    return replace(target, searched=attack.watch(target.searched), plain=judgement.watch(target.plain))
+
+
+def _testimony(witnesses: Sequence[Witness]) -> list[dict[str, Any]]:
+    """What the witness has seen who has seen most."""
+    found = [witness.finding() for witness in witnesses]
+    return [asdict(max(found, key=lambda finding: finding.statistic))] if found else []
