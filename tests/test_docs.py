@@ -12,8 +12,9 @@ import typer.main
 from torch import nn
 
 from bench.cli import app
-from bench.measure.audit import TRAITS, audit
+from bench.measure.audit import RARE, TRAITS, audit
 from bench.measure.gradients import gradient_findings
+from bench.measure.witness import FLAG
 from bench.oracle.served import ServedModel
 from bench.plan.suite import load_suite
 from bench.report.flags import THRESHOLDS
@@ -185,4 +186,4 @@ class TestRedFlags:
         x, y = torch.rand(8, 1, 8, 8), torch.from_numpy(np.arange(8) % 3)
         findings = audit(served, served, x, y, Threat("linf", 0.1, "scores"), 0, ())
         findings += gradient_findings(served, served, x, y, Threat("linf", 0.1, "gradients"), 0)
-        return {finding.flag: finding.threshold for finding in findings}
+        return {FLAG: RARE, **{finding.flag: finding.threshold for finding in findings}}

@@ -1,19 +1,20 @@
 """What belongs to a served model whatever attacks it: what a query costs, and what probing it shows."""
 
+import copy
 import time
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.measure.audit import audit, confirm
+from bench.measure.audit import ROUNDED, audit, confirm, difference
 from bench.measure.gradients import gradient_findings
 from bench.oracle.served import ServedModel, Target
 from bench.plan.tasks import Task
-from bench.rng import SampleRng
+from bench.rng import SampleRng, global_generators
 
 INSPECTED = 256  # images that a served model is probed with
 ROUNDS = 6  # of timing, the first to warm up
@@ -51,7 +52,25 @@ class Inspector:
         with suppress(Exception):  # the model's own code fails; the audit says of what
             rng = SampleRng.create(cell.seed, rows.to(self._device), "cost")
             figures["cost"], _ = relative_cost(target, x, rng)
+        if "stateful" in declared:
+            with suppress(Exception):
+                figures["false_alarms"] = false_alarms(target.plain, x, SampleRng.create(cell.seed, rows, "alarms"))
         return figures, [asdict(finding) for finding in findings]
+
+
+@torch.no_grad()
+def false_alarms(model: ServedModel, x: Tensor, rng: SampleRng) -> float:
+    """The share of the clean images ``x`` (n, C, H, W) that ``model``, which has met nobody yet, answers otherwise in a
+    stream of them, each asked once, than as the first of its queries."""
+    rng = SampleRng(rng.keys.to(x.device), rng.owners.to(x.device))
+
+    def ask(rows: Tensor) -> Tensor:
+        with global_generators(0, x.device):
+            return replace(model, module=copy.deepcopy(model.module))(x[rows], rng[rows])
+
+    every = torch.arange(len(x), device=x.device)
+    alone = torch.cat([ask(row) for row in every.split(1)])
+    return float((difference(alone, ask(every)) > ROUNDED).float().mean())
 
 
 @torch.no_grad()

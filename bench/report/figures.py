@@ -169,6 +169,9 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("cost", "cost", "ratio", "lower", ("cost",), _stored("cost"),
            "time of a query over that of the undefended network", "defense"),
+    Figure("false_alarms", "false alarms", "%", "lower", ("false_alarms",), _stored("false_alarms"),
+           "clean images that a defense with a memory answers otherwise in a stream of clean images, each asked once, "
+           "than where it has met no other", "defense", "{:.1f}", 100),
     *_twice("ece", "ECE", "%", ("confidence", "pred"), partial(_calibration, calibration_error), "{:.1%}",
             "expected calibration error, 15 bins of equal width"),
     *_twice("adaptive_ece", "adaptive ECE", "%", ("confidence", "pred"),
