@@ -485,8 +485,10 @@ def _turned(probe: _Probe, x: Tensor) -> tuple[float, float, int]:
         slope = torch.autograd.grad(loss, leaf)[0] if loss.requires_grad else torch.zeros_like(x)
     stepped = (x - probe.threat.eps * steepest(slope, probe.threat.norm)).clamp(0, 1)
     before, after = logits.detach().argmax(dim=1), probe.ask(stepped, model=probe.twin).argmax(dim=1)
-    shown, then = probe.ask(x).nan_to_num().argmax(dim=1), probe.ask(stepped).nan_to_num().argmax(dim=1)
-    turned = (before != after) & (shown == before)
+    scores, stepped_scores = probe.ask(x).nan_to_num(), probe.ask(stepped).nan_to_num()
+    shown, then = scores.argmax(dim=1), stepped_scores.argmax(dim=1)
+    decided = (_lead(scores) > 0) & (_lead(stepped_scores) > 0)  # a tie goes to the first class, wherever one steps
+    turned = (before != after) & (shown == before) & decided
     stays = float((then == shown)[turned].float().mean()) if turned.any() else 0.0
     return stays, float((shown != before).float().mean()), int(turned.sum())
 
