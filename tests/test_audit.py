@@ -474,7 +474,7 @@ class TestAudit:
         assert json.loads(json.dumps(first, allow_nan=False)) == first
         assert len({finding["flag"] for finding in first}) == len(first)
 
-    @pytest.mark.parametrize(("broken", "most"), [(Wrapped, 23), (HiddenNoise, 35)])
+    @pytest.mark.parametrize(("broken", "most"), [(Wrapped, 29), (HiddenNoise, 41)])
     def test_the_cost_is_what_the_docstring_says(self, broken, most):
         count = {"model": 0, "twin": 0}
 
@@ -491,7 +491,7 @@ class TestAudit:
         model, twin = Counted(build(broken), "model").eval(), Counted(NETWORK, "twin").eval()
         audit(ServedModel(model), ServedModel(twin), x, y, LINF, 0, ())
         assert count["model"] <= most * 256
-        assert count["twin"] <= (12 if broken is Wrapped else 6) * 256
+        assert count["twin"] <= (16 if broken is Wrapped else 10) * 256
 
     def test_a_declared_optimisation_fires_unseen(self):
         assert fired(findings(build(Wrapped), declared={"inference-optimisation"})) == {"inference-optimisation"}

@@ -62,7 +62,7 @@ def audit(
 ) -> list[Finding]:
     """Every flag, fired or not.
 
-    Each of 256 images costs 29 forwards of the model and 15 of its twin, or 41 and 9 where answers are random; a batch
+    Each of 256 images costs 29 forwards of the model and 16 of its twin, or 41 and 10 where answers are random; a batch
     coupling costs 3 more to confirm. What a probe could not see because it failed is a finding, too.
 
     Args:
