@@ -60,6 +60,9 @@ def run(
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Serve all output defenses from a process of their own, not only files.")
     ] = False,
+    examples: Annotated[
+        bool, typer.Option("--examples", help="Keep the final examples of attacks beside their records.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -92,7 +95,7 @@ def run(
     pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate)
     try:
         with Screen(console, len(tasks)) as screen:
-            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen)
+            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen, examples)
     except Stopped as stop:
         say_stopped(f"stopped; finished shards are kept in {out}, the same command resumes")
         raise typer.Exit(stop.exit_code) from None

@@ -7,6 +7,7 @@ from typing import cast
 
 import pandas as pd
 import torch
+from torch import Tensor
 
 from bench.errors import RefereeError
 from bench.measure.judgement import judge
@@ -30,13 +31,15 @@ def attack_served(
     device: torch.device,
     on_spent: Callable[[int], None] = lambda queries: None,
     scratch: Scratch | None = None,
+    on_final: Callable[[Tensor], object] = lambda images: None,
 ) -> pd.DataFrame:
     """Attack the samples ``ids`` and measure what came of it.
 
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
     and what the defense changes is measured against the undefended network. Attacks with a surrogate are given that,
     or the networks that they name, and what they ask of those is counted together, for all images alike.
-    Samples that are misclassified when clean fell at query 0 and are not attacked.
+    Samples that are misclassified when clean fell at query 0 and are not attacked. ``on_final`` is given the final
+    examples (B, C, H, W), as they were judged.
 
     Returns:
         One record for each sample, columns as in :func:`bench.measure.measured.records_of`.
@@ -75,6 +78,7 @@ def attack_served(
     if not (torch.equal(x, task.data.test.pixels(rows).to(device)) and torch.equal(y, labels[rows].to(device))):
         raise RefereeError(f"{cell} has changed the clean images or the labels that it is measured by")
     after = judge(target.plain, final, y, noise.fork("final"))
+    on_final(final)
 
     ledger = referee.ledger
     nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)

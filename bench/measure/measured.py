@@ -13,8 +13,9 @@ from bench.plan.tasks import Task
 
 class Measured(NamedTuple):
     """One record for each sample, and what was measured once: figures, what probing the served model has shown, the
-    numbers that the attack searched in, what was seen after each epoch of the network's training, and whether the
-    output defense acted in a process of its own (``None`` where there is none)."""
+    numbers that the attack searched in, what was seen after each epoch of the network's training, whether the output
+    defense acted in a process of its own (``None`` where there is none), and the final examples, where somebody wants
+    them."""
 
     records: pd.DataFrame
     figures: Mapping[str, float] = {}
@@ -22,6 +23,7 @@ class Measured(NamedTuple):
     numerics: Mapping[str, Any] = {}
     training: Sequence[Mapping[str, float]] = ()
     isolated: bool | None = None
+    examples: Tensor | None = None  # (B, C, H, W)
 
 
 def records_of(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) -> pd.DataFrame:

@@ -92,13 +92,13 @@ def read_shard(path: Path) -> Stored:
     Raises:
         StoreError: one of its two files is missing, damaged, or of another cell than its folder.
     """
-    text = _content(path, LARGEST_JSON)
+    text = content_of(path, LARGEST_JSON)
     shard, records_sha256 = _parse(path, text)
     _check_place(path, shard)
     if records_sha256 is None:
         return Stored(shard, pd.DataFrame())
     table = table_path(path, records_sha256)
-    content = _content(table, LARGEST_TABLE)
+    content = content_of(table, LARGEST_TABLE)
     if sha256(content).hexdigest() != records_sha256:
         raise StoreError(f"{table} was altered or cut short after it was written; {REMEDY}")
     return Stored(shard, _records(table, content, shard))
@@ -107,7 +107,7 @@ def read_shard(path: Path) -> Stored:
 def stated_cell(path: Path) -> Cell | None:
     """The cell that the JSON at ``path`` names, if it does; believe no more of it than where to look."""
     with suppress(Exception):  # of a stranger's file: whatever its reader raises
-        return Cell.from_json(json.loads(_content(path, LARGEST_JSON))["cell"])
+        return Cell.from_json(json.loads(content_of(path, LARGEST_JSON))["cell"])
     return None
 
 
@@ -257,7 +257,7 @@ def _records(table: Path, content: bytes, shard: Shard) -> pd.DataFrame:
     return records
 
 
-def _content(path: Path, largest: int) -> bytes:
+def content_of(path: Path, largest: int) -> bytes:
     """The bytes of a plain file of a size that can be meant; anything else could block or fill the memory."""
     try:
         status = path.stat()

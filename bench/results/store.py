@@ -18,9 +18,11 @@ from typing import Any
 
 import pandas as pd
 from numpy.typing import NDArray
+from torch import Tensor
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
+from bench.results.examples import examples_path, write_examples
 from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
 from bench.results.spelling import Spelling
 from bench.system.files import keep_file, replace_file, slug
@@ -81,8 +83,8 @@ class Store:
             raise StoreError(f"cannot write to {self.root}: {error.strerror or error}; choose another --out") from None
         return self
 
-    def save(self, shard: Shard, records: pd.DataFrame) -> None:
-        """Keep a finished shard; a failure of the same stretch is forgotten.
+    def save(self, shard: Shard, records: pd.DataFrame, examples: Tensor | None = None) -> None:
+        """Keep a finished shard, and its final ``examples`` (B, C, H, W); a failure of the same stretch is forgotten.
 
         Raises:
             StoreError: the disk is full or the folder is gone. What was stored before is untouched.
@@ -91,6 +93,9 @@ class Store:
         table = records.to_parquet(index=False)
         digest = sha256(table).hexdigest()
         path = folder / shard.file_name
+        if examples is not None:
+            ids = shard.cell.ids[shard.start : shard.stop]
+            keep_file(examples_path(table_path(path, digest)), write_examples(ids, examples))
         keep_file(table_path(path, digest), table)
         keep_file(path, write_json(shard, digest))
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)

@@ -59,13 +59,19 @@ class Outcome:
 
 
 def run(
-    tasks: Sequence[Task], store: Store, pipeline: Pipeline, shard_size: int, batch_size: int, reporter: Reporter
+    tasks: Sequence[Task],
+    store: Store,
+    pipeline: Pipeline,
+    shard_size: int,
+    batch_size: int,
+    reporter: Reporter,
+    examples: bool = False,
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
     An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
     other way out that it takes, such as ``sys.exit``. Work that another run on the folder is at is taken last: done by
-    then, or free because that run has ended.
+    then, or free because that run has ended. With ``examples`` the final example of each sample is kept, too.
 
     Raises:
         StoreError: the store cannot be written or read.
@@ -74,7 +80,7 @@ def run(
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
-        work = _Work(store, Tools(pipeline, Inspector(pipeline.device), batch_size), reporter, check)
+        work = _Work(store, Tools(pipeline, Inspector(pipeline.device), batch_size, examples), reporter, check)
         cells = [_CellWork(task, _shards(task, missing[task.cell.key], shard_size)) for task in tasks]
         left = [cell for cell in cells if cell.shards]
         while left:
@@ -187,7 +193,8 @@ def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Co
                 shard, figures=measured.figures, findings=measured.findings, training=measured.training
             )
             facts = {"numerics": dict(measured.numerics), "defense": _place(measured)}
-            store.save(_ended(whole, began, device, facts), measured.records)
+            ended = _ended(whole, began, device, facts)
+            store.save(ended, measured.records, *(() if measured.examples is None else (measured.examples,)))
     except (Held, Stopped, StoreError):
         raise
     except BaseException:  # whatever a component raises becomes a failed row, never a lost grid

@@ -7,6 +7,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import pandas as pd
+import torch
+from torch import Tensor
 
 from bench.measure.attacked import attack_served
 from bench.measure.isolated import untouched
@@ -80,6 +82,12 @@ class Query:
         self, task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
     ) -> Measured:
         tables: list[pd.DataFrame] = []
+        finals: list[Tensor] = []
+
+        def keep_final(images: Tensor) -> None:
+            if tools.examples:
+                finals.append(images.cpu())
+
         figures: dict[str, float] = {}
         findings: list[dict[str, Any]] = []
         with tools.pipeline.serving(task) as target, ExitStack() as held:
@@ -89,14 +97,14 @@ class Query:
                 part = ids[first : first + tools.batch_size]
                 met = target if first or not witnesses else _watched(target, *witnesses)
                 told = partial(progress.queries, first)
-                tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept))
+                tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
             if not start:
                 figures, findings = tools.inspect(task, deployed)
                 findings = [*findings, *_testimony(witnesses)]  # after all have been asked
         training = () if start else tools.pipeline.curves(task)
         isolated = None if task.chain.output is None else target.isolated
-        records = pd.concat(tables, ignore_index=True)
-        return Measured(records, figures, findings, target.numbers, training, isolated)
+        records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
+        return Measured(records, figures, findings, target.numbers, training, isolated, examples)
 
     def queries(self, task: Task, samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0

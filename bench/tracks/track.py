@@ -18,11 +18,15 @@ from bench.threat import Access
 
 @dataclass(frozen=True)
 class Tools:
-    """What a run measures with; at most ``batch_size`` images are forwarded at once."""
+    """What a run measures with; at most ``batch_size`` images are forwarded at once.
+
+    ``examples`` asks for the final examples of attacks, too, which are large.
+    """
 
     pipeline: Pipeline
     inspect: Inspector
     batch_size: int
+    examples: bool = False
 
 
 class Progress(Protocol):
