@@ -49,6 +49,7 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("report", "tracks"),
     ("release", "site"),
     ("run",),
+    ("entries",),
     ("cli",),
 )
 

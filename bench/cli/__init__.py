@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from bench.cli import check, compare, curves, leaderboard, ls, plot, protect, run, site, version
+from bench.cli import (
+    check, compare, curves, leaderboard, ls, plot, protect, run, site, submit, validate, verify, version,
+)  # fmt: skip
 from bench.cli.console import complain, say_stopped, warn
 from bench.cli.terminal import abandon_output, is_of_output, speak_plainly
 from bench.errors import BenchError, ConfigError
@@ -19,8 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
 for command in (
-    run.run, leaderboard.leaderboard, compare.compare, curves.curves, check.check, plot.plot, site.site,
-    protect.protect, ls.ls, version.version,
+    run.run, leaderboard.leaderboard, compare.compare, curves.curves, check.check, submit.submit, validate.validate,
+    verify.verify, plot.plot, site.site, protect.protect, ls.ls, version.version,
 ):  # fmt: skip
     app.command()(command)
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -10,6 +11,7 @@ import typer
 from bench.cli.terminal import Terminal
 from bench.errors import BenchError, ConfigError
 from bench.plan.pin import code_files
+from bench.plan.tasks import Loader
 from bench.spec import Spec
 
 console = Terminal()
@@ -35,6 +37,23 @@ def path(text: str) -> Path:
     if not text.strip():
         raise typer.BadParameter("the path is empty, name a file or folder")
     return Path(text)
+
+
+DataDir = Annotated[
+    Path | None, typer.Option(parser=path, envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
+]
+ModelDir = Annotated[
+    Path | None,
+    typer.Option(parser=path, envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
+
+
+def loader(data_dir: Path | None, model_dir: Path | None) -> Loader:
+    """What makes components of the data and weights in these folders."""
+    if model_dir is None and data_dir is not None:
+        model_dir = data_dir.resolve().parent / "models"
+    return Loader(*(path and path.resolve() for path in (data_dir, model_dir)))  # wherever a component goes
 
 
 def say_whose_code(specs: Iterable[Spec]) -> None:

@@ -6,7 +6,9 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, path
+from bench.entries.standing import entries_in, marked
 from bench.errors import ConfigError
+from bench.report.escape import in_markdown
 from bench.report.leaderboard import Format, render
 from bench.report.standings import tables
 from bench.results.store import Store
@@ -28,7 +30,13 @@ def leaderboard(
     rows, damaged = Store(folder).rows()
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    print(render(tables(rows, budget or (100, 1000), all_versions), style))  # type: ignore[arg-type]
+    entries, unread = entries_in(folder)
+    known = [each for _, each in entries]
+    shown = marked(tables(rows, budget or (100, 1000), all_versions), known)
+    print(render(shown, style))  # type: ignore[arg-type]
+    if known and style == "md":
+        print("\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]))
+    damaged += unread
     for error in damaged:
         complain(error)
     if damaged:

@@ -7,12 +7,12 @@ import torch
 import typer
 from rich.text import Text
 
-from bench.cli.console import console, path, say_stopped, say_whose_code
+from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.cli.terminal_table import columns
 from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
-from bench.plan.tasks import Loader, expand
+from bench.plan.tasks import expand
 from bench.release.contact_sheet import write_sheets
 from bench.report.flags import write_flags
 from bench.report.leaderboard import render
@@ -43,14 +43,9 @@ def run(
     quantise: Annotated[bool | None, typer.Option("--quantise/--no-quantise", help="8-bit service.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; marks the rows.")] = None,
     out: Annotated[Path | None, typer.Option(parser=path, help="Results folder; runs/SUITE by default.")] = None,
-    data_dir: Annotated[
-        Path | None, typer.Option(parser=path, envvar="BENCH_DATA_DIR", help="Folder that holds the data sets.")
-    ] = None,
-    model_dir: Annotated[
-        Path | None,
-        typer.Option(parser=path, envvar="BENCH_MODEL_DIR", help="Folder that holds weights; beside the data folder."),
-    ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")] = None,
+    data_dir: DataDir = None,
+    model_dir: ModelDir = None,
+    device: Device = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images in one forward; 256 on a CPU, 1024 on a GPU.")
     ] = None,
@@ -78,13 +73,10 @@ def run(
     threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     shard_size = shard_size or (1000 if where.type == "cuda" else 100)
-    if model_dir is None and data_dir is not None:
-        model_dir = data_dir.resolve().parent / "models"
     out = out or Path("runs") / plan.name
-    data_dir, model_dir = (path and path.resolve() for path in (data_dir, model_dir))  # wherever a component goes
     alone = [Spec.parse(name) for grid in plan.grid for name in (grid.dataset, *grid.model, *grid.attack)]
     say_whose_code([*alone, *(spec for grid in plan.grid for chain in grid.defense for spec in parse_chain(chain))])
-    tasks = expand(plan, Loader(data_dir, model_dir), limit)
+    tasks = expand(plan, loader(data_dir, model_dir), limit)
     store = Store(out.resolve())
     if dry_run:
         _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)

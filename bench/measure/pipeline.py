@@ -23,7 +23,7 @@ from bench.models.weights import put_weights
 from bench.numerics import Converted, Numerics
 from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel, Target, as_module
-from bench.plan.cell import Component
+from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Task, weights_hash
 from bench.protection import check_release, declared_threat
 from bench.protocols import Job
@@ -119,7 +119,7 @@ class Pipeline:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
         if task.chain.data is None:
             return task.data
-        key = release_key(task)
+        key = release_key(task.cell)
         if self._released is None or self._released[0] != key:
             self._released = key, self._protected(task, key, progress)
         return task.data.released(self._released[1])
@@ -132,7 +132,7 @@ class Pipeline:
         """
         if task.chain.data is None:
             return None
-        key = release_key(task)
+        key = release_key(task.cell)
         kept = kept_tensors(self._path(key), key)
         return None if kept is None else Split(kept["images"], task.data.train.labels)
 
@@ -245,6 +245,16 @@ class Pipeline:
             keep_tensors(self._path(key), {"images": protected.images}, key)
         return protected
 
+    def has_network(self, task: Task) -> bool:
+        """Whether the network of ``task`` has been trained here."""
+        return self._path(_recipe_key(task)).is_file()
+
+    def made_for(self, task: Task) -> list[Path]:
+        """The files of the trained network and of the released images of ``task``, as far as they were made here."""
+        keys = [_recipe_key(task)] if task.trains else []
+        keys += [release_key(task.cell)] if task.chain.data else []
+        return [path for key in keys if (path := self._path(key)).is_file()]
+
     def _path(self, key: str) -> Path:
         """Where what the recipe ``key`` made is kept."""
         return self.folder / f"{key}.safetensors"
@@ -326,16 +336,16 @@ def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.de
     return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)
 
 
-def data_defense(task: Task) -> Component | None:
-    """The defense of ``task`` that releases training images, if there is one."""
-    return next((component for component in task.cell.defense if component.stage == "data"), None)
+def data_defense(cell: Cell) -> Component | None:
+    """The defense of ``cell`` that releases training images, if there is one."""
+    return next((component for component in cell.defense if component.stage == "data"), None)
 
 
-def release_key(task: Task) -> str:
-    """A hash of all that decides the protected training images of ``task``, which has a data defense."""
-    defense = data_defense(task)
+def release_key(cell: Cell) -> str:
+    """A hash of all that decides the protected training images of ``cell``, which has a data defense."""
+    defense = data_defense(cell)
     assert defense is not None
-    recipe = {"data": task.cell.data_hash, "defense": asdict(defense), "seed": task.cell.seed}
+    recipe = {"data": cell.data_hash, "defense": asdict(defense), "seed": cell.seed}
     return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 

@@ -81,10 +81,10 @@ def write_sheets(tasks: Iterable[Task], pipeline: Pipeline, folder: Path) -> Non
         StoreError: the disk is full or the folder cannot be made.
     """
     for task in tasks:
-        defense = data_defense(task)
+        defense = data_defense(task.cell)
         if defense is None:
             continue
-        path = folder / f"{slug(task.cell.dataset.spec, defense.spec)}-{release_key(task)[:8]}.png"
+        path = folder / f"{slug(task.cell.dataset.spec, defense.spec)}-{release_key(task.cell)[:8]}.png"
         released = None if path.exists() else pipeline.kept_release(task)
         if released is None or released.images.shape != task.data.train.images.shape:  # such a defense failed its cells
             continue

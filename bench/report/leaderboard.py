@@ -35,7 +35,7 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
     a censored median is empty there where fewer than half of the samples fell.
     """
     if style in ("csv", "json"):
-        return tidy([record for table in tables for record in _records(table)], style)
+        return tidy(records(tables), style)
     return "\n".join((_latex if style == "latex" else _markdown)(table, details) for table in tables)
 
 
@@ -176,20 +176,22 @@ def _legend(table: Table, latex: bool = False) -> str:
     return " ".join(f"{line}." for line in told) if latex else "  \n".join(told)
 
 
-def _records(table: Table) -> list[dict[str, Any]]:
-    records = []
-    for line in table.lines:
-        record: dict[str, Any] = {
-            "table": table.title, "rank": line.rank, "defense": line.defense, "attack": line.attack, "n": line.n,
-            "marks": " ".join(sorted(line.marks)),
-        }  # fmt: skip
-        for name, share in line.shares.items():
-            low, high = share.interval if share.n else (None, None)
-            value = share.value if share.n else None
-            record |= {name: value, f"{name} low": low, f"{name} high": high}
-            if share.networks > 1:
-                record |= {f"{name} SD": share.spread, "networks": share.networks}
-        record |= {f"{name} re-evaluated": share.value for name, share in line.lasting.items() if share.n}
-        finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
-        records.append({**record, **line.extra, **finite, **({"error": line.error} if line.error else {})})
-    return records
+def records(tables: Sequence[Table]) -> list[dict[str, Any]]:
+    """Every line of the tables as programs read it; shares in [0, 1], what is not finite as None."""
+    return [_record(table, line) for table in tables for line in table.lines]
+
+
+def _record(table: Table, line: Line) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "table": table.title, "rank": line.rank, "defense": line.defense, "attack": line.attack, "n": line.n,
+        "marks": " ".join(sorted(line.marks)),
+    }  # fmt: skip
+    for name, share in line.shares.items():
+        low, high = share.interval if share.n else (None, None)
+        value = share.value if share.n else None
+        record |= {name: value, f"{name} low": low, f"{name} high": high}
+        if share.networks > 1:
+            record |= {f"{name} SD": share.spread, "networks": share.networks}
+    record |= {f"{name} re-evaluated": share.value for name, share in line.lasting.items() if share.n}
+    finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
+    return {**record, **line.extra, **finite, **({"error": line.error} if line.error else {})}

@@ -58,6 +58,8 @@ MARKS = (  # in the order in which they stand
         "made on the undefended network, which no attacker of a service has: not in the worst case",
         pooled=False,
     ),
+    Mark("✓", "verified", "entered, and a part of it run again by somebody else"),
+    Mark("◦", "self-reported", "entered, and nobody but its authors has run it"),
     Mark(
         "~",
         "random",

@@ -39,7 +39,7 @@ def local_hash(file: Path) -> str:
     """A hash of the code of ``file`` and of all local code that it can import; the path is no part of it."""
     file = _placed(file)
     digest = sha256(file.read_bytes())
-    for path in sorted(_local_files(file) - {file}):
+    for path in sorted(local_files(file) - {file}):
         content = path.read_bytes()
         digest.update(f"{path.relative_to(file.parent).as_posix()} {len(content)} ".encode() + content)
     return digest.hexdigest()[:DIGITS]
@@ -162,9 +162,10 @@ def _placed(file: Path) -> Path:
     return file.parent.resolve() / file.name
 
 
-def _local_files(file: Path) -> set[Path]:
-    """``file`` and every file of its folder that its import statements can reach."""
+def local_files(file: Path) -> set[Path]:
+    """``file`` and every file of its folder that its import statements can reach, by the true path of the folder."""
     importlib.invalidate_caches()  # one of them may be new
+    file = _placed(file)
     root = file.parent
     found: set[Path] = set()
     todo = [file]

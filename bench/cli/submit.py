@@ -1,0 +1,113 @@
+"""``bench submit``: a defense run through the suite of its track, and written as an entry that others can check."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
+from bench.cli.console import device as find_device
+from bench.entries.about import read_about
+from bench.entries.assemble import assemble, check_place, default_place
+from bench.entries.folder import ENTRY, contents
+from bench.entries.plan import DEFAULTS, entry_suite
+from bench.entries.statement import entered_track
+from bench.errors import ConfigError, did_you_mean
+from bench.measure.pipeline import Pipeline
+from bench.plan.tasks import expand
+from bench.report.standings import tables
+from bench.results.examples import SUFFIX
+from bench.results.store import Store
+from bench.run.progress import Screen
+from bench.run.runner import run as run_tasks
+from bench.spec import Spec, parse_chain
+from bench.system.interrupt import Stopped
+from bench.system.threads import use_spare_threads
+
+NEXT = """
+Next, in words: look at the figures with
+
+    bench leaderboard {out}
+
+and at what others will look at with
+
+    bench validate {out}
+
+Then put the folder, as it is, under entries/ of a copy of Parry, on a branch of its own, and offer it:
+
+    git switch --create entry-{name}
+    git add entries/{name}
+    git commit --message "Enter {name}"
+    git push --set-upstream origin entry-{name}
+
+and open a pull request from that branch. Until somebody else has run bench verify, it stands as self-reported."""
+
+
+def submit(
+    defense: Annotated[str, typer.Argument(help="Your defense, path/to/file.py:Name, or a chain.")],
+    track: Annotated[str, typer.Option(help="query, white-box or data.")],
+    model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated; those of the suite.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="Suite of the track; that on CIFAR-10. For a trial: query-digits.")
+    ] = None,
+    about: Annotated[
+        Path | None, typer.Option(parser=path, help="TOML file with name, authors, paper, link, summary.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What the entry is called.")] = None,
+    authors: Annotated[list[str] | None, typer.Option(help="An author; may be repeated.")] = None,
+    paper: Annotated[str | None, typer.Option(help="Its paper.")] = None,
+    link: Annotated[str | None, typer.Option(help="Where to read more.")] = None,
+    summary: Annotated[str | None, typer.Option(help="A sentence about it.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=path, help="Folder of the entry; entries/NAME.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(parser=path, help="Results folder to run in and resume from; runs/submit-NAME.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; never ranked.")] = None,
+    data_dir: DataDir = None,
+    model_dir: ModelDir = None,
+    device: Device = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images in one forward; 256, or 1024 on a GPU.")] = None,
+) -> None:
+    """Run your defense through the suite of a track, adaptive attacks and all, and write an entry of what came of it.
+
+    The same command again goes on where it was stopped. Only code that you name runs.
+    """
+    flags = {"name": name, "authors": authors, "paper": paper, "link": link, "summary": summary}
+    told = read_about(about, flags)
+    if track not in DEFAULTS:
+        raise ConfigError(f"track is {track!r}; {did_you_mean(track, DEFAULTS)}")
+    suite = suite or DEFAULTS[track]
+    plan = entry_suite(suite, defense, model or [])
+    out = out or default_place(told)
+    check_place(out)
+    where, _ = find_device(device), use_spare_threads()
+    batch_size = batch_size or (1024 if where.type == "cuda" else 256)
+    specs = [*parse_chain(defense), *(Spec.parse(name) for grid in plan.grid for name in (*grid.model, *grid.attack))]
+    say_whose_code(specs)
+    tasks = expand(plan, loader(data_dir, model_dir), limit)
+    if (found := entered_track(task.cell for task in tasks)) != track:
+        raise ConfigError(f"the suite {suite} is of the track {found}, not {track}; change --suite or --track")
+    store = Store((work or Path("runs") / f"submit-{out.name}").resolve()).open()
+    pipeline = Pipeline(store.root / "networks", where, batch_size)
+    try:
+        with Screen(console, len(tasks)) as screen:
+            outcome = run_tasks(tasks, store, pipeline, 1000, batch_size, screen, examples=True)
+    except Stopped as stop:
+        say_stopped(f"stopped; finished cells are kept in {store.root}, the same command goes on")
+        raise typer.Exit(stop.exit_code) from None
+    if outcome.failed:
+        console.print(
+            f"{outcome.failed} cells failed, so this is no entry; tracebacks are in {store.root}", style="red"
+        )
+        raise typer.Exit(1)
+    rows = assemble(tasks, store, pipeline, out, told, plan.name, plan.budgets, specs)
+    fired = [flag for table in tables(rows, plan.budgets) for flag in table.flags if flag.defense != "none"]
+    sizes = contents(out)
+    proof = sum(size for name, size in sizes.items() if name.endswith(SUFFIX))
+    console.print(f"{out / ENTRY} is written: {len(rows)} cells, {sum(sizes.values()) / 1e6:.2f} MB, of which "
+                  f"{proof / 1e6:.2f} MB are final examples", soft_wrap=True)  # fmt: skip
+    for flag in fired:
+        console.print(f"red flag {flag.flag}: {flag.evidence}", style="yellow", soft_wrap=True)
+    console.print(f"red flags: {len(fired)}; each is a reason to look, none a verdict", soft_wrap=True)
+    for line in NEXT.format(out=out, name=out.name).splitlines():
+        console.print(line, soft_wrap=True)

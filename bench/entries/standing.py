@@ -1,0 +1,113 @@
+"""What stands behind the figures of an entry: its authors' word, or somebody who has run a part of it again."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from bench.entries.folder import ENTRY, VERIFIED
+from bench.entries.statement import Entry, Hash, read_entry
+from bench.errors import StoreError
+from bench.report.standings import Table
+from bench.results.shards import content_of
+
+LARGEST = 1 << 20  # bytes of verified.json
+
+
+class Verified(BaseModel):
+    """What ``verified.json`` says: who has run which part of which entry again, on what, and when."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True)
+
+    schema_: Annotated[Literal[1], Field(alias="schema")]
+    entry_sha256: Hash  # of entry.json as it was
+    by: Annotated[str, Field(min_length=1, max_length=100)]
+    fraction: Annotated[float, Field(gt=0, le=1)]
+    seed: Annotated[int, Field(ge=0)]
+    samples: Annotated[int, Field(ge=1)]
+    outcome: str
+    hardware: str
+    packages: str
+    commit: str
+    finished: str
+
+
+class Known(NamedTuple):
+    """An entry and who has verified it, if somebody has."""
+
+    entry: Entry
+    verified: Verified | None
+
+    def __str__(self) -> str:
+        about = self.entry.about
+        told = f"{about.name} by {', '.join(about.authors)}: "
+        if self.verified is None:
+            return f"{told}self-reported"
+        share = f"{100 * self.verified.fraction:g} %"
+        return f"{told}verified by {self.verified.by}, {self.verified.finished[:10]}, on {share} of the samples"
+
+
+def verification(folder: Path) -> Verified | None:
+    """Who has verified the entry in ``folder`` as it is now.
+
+    Raises:
+        StoreError: what is there is no verification, or one of an entry that has changed since.
+    """
+    path = folder / VERIFIED
+    if not path.exists() and not path.is_symlink():
+        return None
+    try:
+        found = Verified.model_validate_json(_plain(path, LARGEST))
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise StoreError(f"{path} is no verification: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if found.entry_sha256 != sha256(_plain(folder / ENTRY, 1 << 30)).hexdigest():
+        raise StoreError(f"{path} is of another {ENTRY} than the one beside it; verify again, or delete it")
+    return found
+
+
+def entries_in(folder: Path) -> tuple[list[tuple[Path, Known]], list[StoreError]]:
+    """The entries in ``folder`` and below, and what is wrong with those that cannot be read."""
+    found, damaged = [], []
+    for path in sorted(folder.rglob(ENTRY)):
+        try:
+            entry, _ = read_entry(path)
+        except StoreError as error:
+            damaged.append(error)
+            continue
+        verified = None
+        try:
+            verified = verification(path.parent)
+        except StoreError as error:
+            damaged.append(error)
+        found.append((path.parent, Known(entry, verified)))
+    return found, damaged
+
+
+def marked(tables: Sequence[Table], known: Iterable[Known]) -> list[Table]:
+    """The tables, the lines of each entered defense with the mark of what stands behind it."""
+    marks = {each.entry.defense: "verified" if each.verified else "self-reported" for each in known}
+    if not marks:
+        return list(tables)
+    return [
+        replace(table, lines=[
+            replace(line, marks=line.marks | ({marks[name]} if (name := _written(line.defense)) in marks else set()))
+            for line in table.lines
+        ])
+        for table in tables
+    ]  # fmt: skip
+
+
+def _written(label: str) -> str:
+    """A defense as entries name it: without the hash that tables show of users' code."""
+    return " + ".join(part.partition(" #")[0] for part in label.split(" + "))
+
+
+def _plain(path: Path, largest: int) -> bytes:
+    if path.is_symlink():
+        raise StoreError(f"{path} is a link; an entry holds plain files alone")
+    return content_of(path, largest)

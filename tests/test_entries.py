@@ -1,0 +1,377 @@
+"""Entries: what is submitted is what is validated, and whatever is altered is found, by whoever has not run it."""
+
+import copy
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bench.entries.folder import ENTRY, VERIFIED, contents, hashed
+from bench.entries.plan import met, required
+from bench.entries.statement import Entry, read_entry, sealed, statement
+from bench.entries.validate import Report, differences, validate
+from bench.oracle import NEVER
+from bench.plan.tasks import Loader
+from bench.results.examples import SUFFIX, read_examples
+from bench.results.shards import SHARDS, Stored, read_shard
+from bench.results.store import Store
+from tests.test_cli import MODEL, Ended, bench, complaint
+from tests.test_docs import blocks
+
+SUITE = """
+dataset = "digits"
+model = "MODEL"
+n = 12
+eps = 0.2
+queries = 12
+budgets = [5]
+attack = ["square", "noise"]
+defense = "none"
+"""
+ABOUT = 'name = "Rounded"\nauthors = ["A. Newcomer", "=cmd|x"]\nlink = "https://example.org"\n'
+CPU = torch.device("cpu")
+LOADER = Loader(None, None)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
+    """A folder with a defense and the entry of it, ``entry``."""
+    folder = tmp_path_factory.mktemp("submitted")
+    (defense,) = blocks("docs/defense.md", "python")
+    (folder / "my_defense.py").write_text(defense.replace('@defenses("rounded")\n', "") + MODEL)
+    (folder / "tiny.toml").write_text(SUITE.replace("MODEL", f"{folder / 'my_defense.py'}:Means"))
+    (folder / "about.toml").write_text(ABOUT)
+    ended = bench("submit", f"{folder / 'my_defense.py'}:Rounded", "--track", "query", "--suite", folder / "tiny.toml",
+                  "--about", folder / "about.toml", "--out", folder / "entry", "--work", folder / "work")  # fmt: skip
+    assert ended.code == 0, ended.err
+    return folder, ended
+
+
+@pytest.fixture
+def entry(made: tuple[Path, Ended], tmp_path: Path) -> Path:
+    """A copy of the entry, to be altered."""
+    return Path(shutil.copytree(made[0] / "entry", tmp_path / "entry"))
+
+
+def looked_at(folder: Path, code: Path | None = None, proof: bool = False) -> Report:
+    return validate(folder, LOADER, code, CPU, proof)
+
+
+def wrong(report: Report) -> str:
+    return "\n".join(f"{check.what}: {check.said}" for check in report.checks if check.outcome == "WRONG")
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Alter what an entry says and seal it anew."""
+    said = json.loads((folder / ENTRY).read_bytes())
+    del said["sha256"]
+    change(said)
+    (folder / ENTRY).write_bytes(sealed(said))
+
+
+def forge(folder: Path, change: Callable[[Stored, torch.Tensor], tuple[Stored, torch.Tensor]], figures: bool) -> None:
+    """Alter the rows of an entry with all checksums made anew, and where ``figures``, all that follows from them."""
+    shape = 1, 8, 8
+    rows = folder / "rows"
+    found = []
+    for path in sorted(rows.rglob(SHARDS)):
+        stored = read_shard(path)
+        (proof,) = path.parent.glob(f"*{SUFFIX}")
+        found.append(change(stored, read_examples(proof, stored.records["sample_id"].tolist(), shape)))
+    shutil.rmtree(rows)
+    for stored, examples in found:
+        Store(rows).save(stored.shard, stored.records, examples)
+
+    def again(said: dict[str, Any]) -> None:
+        entry, _ = read_entry(folder / ENTRY)
+        if figures:
+            said |= statement(Store(rows).rows()[0], entry.about, entry.suite, entry.budgets)
+        sizes = contents(folder)
+        said["files"] = {name: {"bytes": sizes[name], "sha256": it} for name, it in hashed(folder, sizes).items()}
+
+    reseal(folder, again)
+
+
+def is_defended(stored: Stored) -> bool:
+    return bool(stored.shard.cell.defense)
+
+
+class TestSubmit:
+    def test_it_says_what_it_cost_and_what_to_do_next_and_names_no_place(self, made):
+        folder, ended = made
+        assert "are final examples" in ended.out
+        assert "git add entries/entry" in ended.out
+        assert "bench validate" in ended.out
+        assert str(folder) not in (folder / "entry" / ENTRY).read_text()
+
+    def test_the_entry_is_whole_and_valid_and_readable_as_rows(self, made):
+        folder, _ = made
+        code = folder / "my_defense.py"
+        report = looked_at(folder / "entry", code, proof=True)
+        assert wrong(report) == ""
+        assert [check.what for check in report.checks if check.outcome == "note"] == ["standing"]
+        ended = bench("leaderboard", folder / "entry")
+        assert ended.code == 0
+        assert "◦ entered, and nobody but its authors has run it" in ended.out
+        assert "- Rounded by A. Newcomer, =cmd\\|x: self-reported" in ended.out
+
+    def test_what_is_missing_is_told_before_anything_runs(self, made, tmp_path):
+        folder, _ = made
+        defense = f"{folder / 'my_defense.py'}:Rounded"
+        assert "name is missing" in complaint(bench("submit", defense, "--track", "query"))
+        said = ["--name", "x", "--authors", "y", "--out", tmp_path / "x"]
+        assert "did you mean 'query'?" in complaint(bench("submit", defense, "--track", "qery", *said))
+        suite = ["--suite", folder / "tiny.toml"]
+        assert "change --suite or --track" in complaint(bench("submit", defense, "--track", "data", *suite, *said))
+        assert "is there already" in complaint(
+            bench("submit", defense, "--track", "query", *suite, *said[:4], "--out", folder / "entry")
+        )
+        (tmp_path / "about.toml").write_text("nam = 1")
+        about = ["--about", tmp_path / "about.toml"]
+        assert "did you mean 'name'?" in complaint(bench("submit", defense, "--track", "query", *about))
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The places of all single values, and of all lists and tables that are empty."""
+    if isinstance(value, dict | list) and value:
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from leaves(value[key], (*path, key))
+    else:
+        yield path
+
+
+def altered(value: Any) -> Any:
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, int):
+        return value + 1
+    if isinstance(value, float):
+        return value + 1e-6
+    return f"{value}x" if isinstance(value, str) else [*value, "x"]
+
+
+class TestTampering:
+    def test_every_field_of_an_entry_but_its_authors_words_follows_from_the_rows(self, made):
+        folder = made[0] / "entry"
+        entry, said = read_entry(folder / ENTRY)
+        files = said.pop("files")
+        again = statement(Store(folder / "rows").rows()[0], entry.about, entry.suite, entry.budgets)
+        assert not list(differences(said, again))
+        assert {field.alias or name for name, field in Entry.model_fields.items()} == {*said, "files", "sha256"}
+        unseen = []
+        for *path, last in leaves(said):
+            changed = copy.deepcopy(said)
+            place = changed
+            for key in path:
+                place = place[key]
+            place[last] = altered(place[last])
+            follows = again
+            if path[:1] == ["about"] or last in ("suite",):  # validate takes these from the entry
+                continue
+            if path[:1] == ["budgets"] or last == "budgets":
+                follows = statement(Store(folder / "rows").rows()[0], entry.about, entry.suite, changed["budgets"])
+            if not list(differences(changed, follows)):
+                unseen.append((*path, last))
+        assert unseen == []
+        assert len(files) == len(contents(folder))
+
+    @pytest.mark.parametrize("name", [field.alias or name for name, field in Entry.model_fields.items()])
+    def test_what_is_altered_without_a_new_seal_or_left_out_is_no_entry(self, entry, name):
+        said = json.loads((entry / ENTRY).read_bytes())
+        place, key = (said, name)
+        while isinstance(place[key], dict | list) and place[key]:
+            place, key = place[key], next(iter(place[key])) if isinstance(place[key], dict) else 0
+        place[key] = altered(place[key])
+        (entry / ENTRY).write_text(json.dumps(said, indent=1) + "\n")
+        assert "schema: " in wrong(looked_at(entry))
+        del said[name]
+        (entry / ENTRY).write_text(json.dumps(said, indent=1) + "\n")
+        assert "schema: " in wrong(looked_at(entry))
+
+    @pytest.mark.parametrize(
+        ("change", "told"),
+        [
+            (lambda said: said["figures"][0].update({"@5": 1.0}), "figures[0].@5 is 1.0"),
+            (lambda said: said["figures"][0].update(n=500), "figures[0].n is 500"),
+            (lambda said: said["figures"].pop(), "figures is "),
+            (lambda said: said["flags"].clear(), "flags is []"),
+            (lambda said: said.update(track="white-box"), "track is 'white-box'"),
+            (lambda said: said.update(suite="query-digits"), "query-digits asks for"),
+            (lambda said: said["data"][0].update(samples_hash="0" * 64), "samples_hash"),
+            (lambda said: said["weights"].update({"my_defense.py:Means": "ab"}), "weights.my_defense.py:Means"),
+            (lambda said: said["files"].popitem(), "is there and not listed"),
+            (lambda said: said["files"].update(gone={"bytes": 1, "sha256": "0" * 64}), "gone is listed and not there"),
+            (lambda said: next(iter(said["files"].values())).update(sha256="0" * 64), "is not the file"),
+            (lambda said: said.update(dirty=not said["dirty"]), "dirty"),
+            (lambda said: said.update(more=1), "more"),
+            (lambda said: said["cost"].update(seconds="1"), "valid number"),
+        ],
+    )
+    def test_one_that_is_sealed_anew_is_caught(self, entry, change, told):
+        reseal(entry, change)
+        assert told in wrong(looked_at(entry))
+
+    def test_a_flipped_bit_of_a_sample_is_caught_whatever_checksums_are_made_anew(self, entry):
+        def flip(stored, examples):
+            stands = stored.records["first_hit"].where(stored.records["first_hit"] <= 0, NEVER)
+            return stored._replace(records=stored.records.assign(first_hit=stands)), examples
+
+        forge(entry, flip, figures=False)
+        assert "figures[0].@5 is " in wrong(looked_at(entry))
+
+    def test_a_consistent_forgery_is_caught_by_asking_the_model_about_the_proof(self, made, entry):
+        columns = ("final_pred", "clean_margin", "final_confidence", "norm_linf", "twin_pred", "final_nll", "y")
+
+        def forged(stored, examples):
+            records = stored.records.copy()
+            for column in columns:
+                values = records[column].to_numpy().copy()
+                values[1] += 1 if values.dtype.kind == "i" else -0.1 if values[1] > 0.5 else 0.1
+                records[column] = values
+            hit = np.where(records["clean_pred"] != records["y"], 0, np.maximum(records["first_hit"], 1))
+            return stored._replace(records=records.assign(first_hit=hit)), examples  # which contradict nothing
+
+        forge(entry, forged, figures=True)
+        assert wrong(looked_at(entry)) == "", "what nobody else could know"
+        said = wrong(validate(entry, LOADER, made[0] / "my_defense.py", CPU))
+        assert [column for column in columns if f"{column} " not in said] == []
+
+    def test_a_proof_outside_the_ball_or_of_no_numbers_is_caught_without_any_code(self, entry):
+        def outside(stored, examples):
+            examples = examples.clone()
+            if is_defended(stored):
+                examples[3, 0, 2, 2] = 1.2 if stored.shard.cell.attack.spec == "square" else float("nan")
+            return stored, examples
+
+        forge(entry, outside, figures=True)
+        said = wrong(looked_at(entry, proof=True))
+        assert "square | seed 0: 1 examples are outside the ball or the box" in said
+        assert "noise | seed 0: an example has pixels that are no number" in said
+
+    def test_a_renamed_cell_is_caught(self, entry):
+        (folder,) = entry.glob("rows/*/none/square-*")
+        folder.rename(folder.with_name("square-00000000"))
+        assert "is listed and not there" in wrong(looked_at(entry))
+
+    def test_an_attack_called_by_another_name_is_caught(self, entry):
+        def renamed(stored, examples):
+            cell, attack = stored.shard.cell, stored.shard.cell.attack
+            if attack.spec == "noise":
+                called = replace(cell, attack=replace(attack, spec="hop-skip-jump"))
+                stored = stored._replace(shard=replace(stored.shard, cell=called))
+            return stored, examples
+
+        forge(entry, renamed, figures=True)
+        assert "hop-skip-jump has other parameters here" in wrong(looked_at(entry, proof=True))
+
+    def test_samples_of_the_authors_choice_are_caught(self, entry):
+        def chosen(stored, examples):
+            shard = stored.shard
+            ids = (*shard.cell.ids[:-1], 499)
+            records = stored.records.assign(sample_id=list(ids))
+            return Stored(replace(shard, cell=replace(shard.cell, ids=ids)), records), examples
+
+        forge(entry, chosen, figures=True)
+        assert "samples are not the 12 that Parry takes" in wrong(looked_at(entry, proof=True))
+
+    def test_source_that_is_not_what_ran_is_caught(self, entry):
+        code = entry / "code" / "my_defense.py"
+        code.write_text(code.read_text().replace("decimals: int = 1", "decimals: int = 9"))
+        forge(entry, lambda *same: same, figures=False)
+        assert "my_defense.py:Rounded has hash" in wrong(looked_at(entry))
+
+
+class TestHostile:
+    @pytest.mark.parametrize(
+        ("text", "told"),
+        [
+            (b"", "no entry"), (b"[" * 100_000, "no entry"), (b'{"schema": NaN}', "no entry"), (b"\xff", "no entry"),
+            (b'{"a": ' * 5000 + b"1" + b"}" * 5000, "no entry"), (b"9" * 5000, "no entry"),
+        ],
+    )  # fmt: skip
+    def test_what_is_no_entry_is_one_line(self, entry, text, told):
+        (entry / ENTRY).write_bytes(text)
+        ended = bench("validate", entry)
+        assert ended.code == 1
+        assert told in ended.out
+        assert ended.err == ""
+
+    def test_a_key_that_is_there_twice_is_no_entry(self, entry):
+        text = (entry / ENTRY).read_text().replace('"track": "query"', '"track": "data",\n "track": "query"')
+        (entry / ENTRY).write_text(text)
+        assert "not written as Parry writes it" in wrong(looked_at(entry))
+
+    def test_links_and_strange_files_are_refused(self, entry, tmp_path):
+        (entry / "code" / "link").symlink_to("/etc")
+        assert "code/link is a link" in wrong(looked_at(entry))
+        (entry / "code" / "link").unlink()
+        (entry / ENTRY).rename(tmp_path / "elsewhere")
+        (entry / ENTRY).symlink_to(tmp_path / "elsewhere")
+        assert "is a link" in wrong(looked_at(entry))
+        (entry / ENTRY).unlink()
+        (tmp_path / "elsewhere").rename(entry / ENTRY)
+        (entry / "setup.py").write_text("")
+        assert "setup.py has no place in an entry" in wrong(looked_at(entry))
+
+    def test_nothing_in_it_moves_the_cursor_or_is_a_formula(self, entry):
+        reseal(entry, lambda said: said["about"].update(name="\x1b[2J<script>|"))
+        ended = bench("leaderboard", entry)
+        assert "\x1b" not in ended.out
+        assert "\\<script>" in ended.out
+
+
+class TestVerify:
+    def again(self, made: tuple[Path, Ended], folder: Path) -> Ended:
+        code = ["--code", f"{made[0] / 'my_defense.py'}:Rounded", "--work", made[0] / "again"]
+        return bench("verify", folder, "--fraction", 0.1, *code, "--by", "B. Referee", "--seed", 3)
+
+    def test_an_entry_that_agrees_is_verified_until_it_is_altered(self, made, entry):
+        ended = self.again(made, entry)
+        assert ended.code == 0, ended.out + ended.err
+        assert "0 of 40 samples in 4 cells ended otherwise" in ended.out
+        assert "standing  verified by B. Referee" in bench("validate", entry).out
+        assert "✓ entered, and a part of it run again" in bench("leaderboard", entry).out
+        reseal(entry, lambda said: said["about"].update(summary="more"))
+        assert f"of another {ENTRY}" in wrong(looked_at(entry))
+        ended = bench("leaderboard", entry)
+        assert ended.code == 2
+        assert ": self-reported" in ended.out
+
+    def test_a_consistent_forgery_that_no_proof_shows_does_not_agree(self, made, entry):
+        def later(stored, examples):
+            hits = stored.records["first_hit"]
+            hits = hits.where((hits <= 0) | (not is_defended(stored)), np.minimum(hits + 2, 12))
+            return stored._replace(records=stored.records.assign(first_hit=hits, forwards=12)), examples
+
+        forge(entry, later, figures=True)
+        assert wrong(looked_at(entry, made[0] / "my_defense.py", proof=True)) == ""
+        ended = self.again(made, entry)
+        assert ended.code == 1
+        assert "samples end otherwise, rounding allows 1" in ended.out
+        assert not (entry / VERIFIED).exists()
+
+    def test_without_the_code_it_says_what_to_name(self, entry):
+        assert "name your own copy of it with --code" in bench("verify", entry).err
+
+    def test_other_code_than_that_of_the_entry_is_no_verification(self, entry, tmp_path, made):
+        other = tmp_path / "my_defense.py"
+        other.write_text((made[0] / "my_defense.py").read_text() + "# changed\n")
+        ended = bench("validate", entry, "--code", other)
+        assert ended.code == 1
+        assert "the file that you named" in ended.out
+
+
+def test_what_a_suite_of_ours_asks_for_is_what_its_cells_have_met():
+    from bench.entries.plan import entry_suite
+    from bench.plan.tasks import expand
+
+    suite = entry_suite("query-digits", "rounding", ["cnn(width=2)"])
+    there = {met(task.cell) for task in expand(suite, Loader(None, None))}
+    assert there == required("query-digits", "rounding", ["cnn(width=2)"])
+    assert len(there) == 26
