@@ -6,6 +6,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from bench.entries.about import About
+from bench.entries.folder import contents, hashed
+from bench.entries.statement import sealed, statement
 from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.results.shards import Shard
@@ -102,6 +105,35 @@ def test_no_reading_command_runs_what_a_row_names(command, trapped):
     assert not (trapped / "ran").exists()
     assert ended.code == 0, ended.err
     assert ended.err == ""
+
+
+ENTERED = [
+    cell(),
+    cell(defense="theirs/evil.py:Defense"),
+    cell(defense="theirs/evil.py:Defense", attack="theirs/evil.py:Attack"),
+    cell(defense="theirs/evil.py:Defense", model="theirs/evil.py:build"),
+    cell(defense="theirs/evil.py:Defense", dataset="npz(path=theirs/evil.py:build)"),
+    cell(defense="theirs/evil.py:Defense", attack="transfer(from='theirs/evil.py:build')"),
+]
+
+
+@pytest.mark.parametrize("command", ["validate", "verify", "leaderboard"])
+def test_no_command_runs_code_that_lies_in_an_entry_or_that_it_names(command, trapped):
+    entry = trapped / "entry"
+    store_rows(entry / "rows", ENTERED)
+    (entry / "code").mkdir()
+    (entry / "code" / "evil.py").write_text(EVIL)
+    rows, _ = Store(entry / "rows").rows()
+    sizes = contents(entry)
+    files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in hashed(entry, sizes).items()}
+    said = statement(rows, About(name="evil", authors=["evil"]), "query-digits", ())
+    (entry / "entry.json").write_bytes(sealed({**said, "files": files}))
+    for folder in (trapped, entry / "code"):  # wherever their paths lead from
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            ended = bench(command, entry)
+        assert not (folder / "ran").exists()
+        assert (ended.code, ended.err) == (int(command != "leaderboard"), "")
 
 
 def test_running_another_suite_into_the_folder_runs_its_own_code_alone(trapped):

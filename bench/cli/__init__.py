@@ -6,8 +6,20 @@ from typing import Annotated
 import typer
 
 from bench.cli import (
-    check, compare, curves, leaderboard, ls, plot, protect, run, site, submit, validate, verify, version,
-)  # fmt: skip
+    check,
+    compare,
+    curves,
+    leaderboard,
+    ls,
+    plot,
+    protect,
+    run,
+    site,
+    submit,
+    validate,
+    verify,
+    version,
+)
 from bench.cli.console import complain, say_stopped, warn
 from bench.cli.terminal import abandon_output, is_of_output, speak_plainly
 from bench.errors import BenchError, ConfigError

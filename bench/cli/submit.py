@@ -1,10 +1,12 @@
 """``bench submit``: a defense run through the suite of its track, and written as an entry that others can check."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from bench.check import check
 from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.entries.about import read_about
@@ -23,6 +25,7 @@ from bench.run.runner import run as run_tasks
 from bench.spec import Spec, parse_chain
 from bench.system.interrupt import Stopped
 from bench.system.threads import use_spare_threads
+from bench.system.user_code import named_file
 
 NEXT = """
 Next, in words: look at the figures with
@@ -62,6 +65,7 @@ def submit(
     work: Annotated[
         Path | None, typer.Option(parser=path, help="Results folder to run in and resume from; runs/submit-NAME.")
     ] = None,
+    checks: Annotated[bool, typer.Option("--check/--no-check", help="Begin with bench check of your code.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="At most so many samples a cell; never ranked.")] = None,
     data_dir: DataDir = None,
     model_dir: ModelDir = None,
@@ -84,6 +88,8 @@ def submit(
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     specs = [*parse_chain(defense), *(Spec.parse(name) for grid in plan.grid for name in (*grid.model, *grid.attack))]
     say_whose_code(specs)
+    if checks:
+        _check(parse_chain(defense))
     tasks = expand(plan, loader(data_dir, model_dir), limit)
     if (found := entered_track(task.cell for task in tasks)) != track:
         raise ConfigError(f"the suite {suite} is of the track {found}, not {track}; change --suite or --track")
@@ -111,3 +117,14 @@ def submit(
     console.print(f"red flags: {len(fired)}; each is a reason to look, none a verdict", soft_wrap=True)
     for line in NEXT.format(out=out, name=out.name).splitlines():
         console.print(line, soft_wrap=True)
+
+
+def _check(chain: Iterable[Spec]) -> None:
+    """Try what is the user's own in ``chain`` before anything slow; rules that are broken end the command."""
+    own = [spec for spec in chain if named_file(spec.name)]
+    broken = [(spec, verdict) for spec in own for verdict in check(spec, processes=False) if verdict.failed]
+    for spec, verdict in broken:
+        console.print(f"{spec}: {verdict.rule}: {verdict.saw}; fix: {verdict.fix}", style="red", soft_wrap=True)
+    if broken:
+        console.print("nothing was run; bench check tells more", soft_wrap=True)
+        raise typer.Exit(1)

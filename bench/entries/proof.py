@@ -20,7 +20,7 @@ from bench.measure.pipeline import Pipeline, release_key
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
 from bench.plan.cell import Cell
-from bench.plan.tasks import Loader, Task
+from bench.plan.tasks import Loader, Task, sample_ids
 from bench.protection import check_release
 from bench.results.examples import SUFFIX, read_examples
 from bench.results.shards import Stored
@@ -53,8 +53,8 @@ class Rescorer:
         if not cell.threat.asks:
             return list(self._release(data, cell, stored)), "what the learner reached: that needs its training"
         ids = list(cell.ids[stored.shard.start : stored.shard.stop])
-        if max(ids) >= len(data.test):
-            raise Untrue(f"{cell.dataset.spec} has no test image {max(ids)}")
+        if cell.ids != sample_ids(data, len(cell.ids)):
+            raise Untrue(f"its samples are not the {len(cell.ids)} that Parry takes of {cell.dataset.spec}")
         rows = torch.tensor(ids)
         x, y = data.test.pixels(rows), data.test.labels[rows]
         found = list(path.parent.glob(f"{path.stem}-*{SUFFIX}"))
