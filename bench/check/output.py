@@ -102,7 +102,7 @@ def has_gradients(subject: Subject) -> str:
     rows = torch.arange(FEW)
     model, x = served(subject), digits().test.pixels(rows).requires_grad_(True)
     score = _ask(subject, model, x, rows)[:, 0].sum()
-    fix = "let gradients pass: y + (changed - y).detach() is changed forwards and y backwards; no .detach() without"
+    fix = "let gradients pass: changed.detach() + (logits - logits.detach()) is changed forwards, and logits backwards"
     require(score.requires_grad, "the answer has no gradient", fix)
     (gradient,) = torch.autograd.grad(score, x, allow_unused=True)
     require(gradient is not None, "no gradient reaches the images", fix)

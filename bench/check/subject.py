@@ -63,7 +63,7 @@ def recognise(spec: Spec) -> Registry[Any]:
         known = [name for registry in registries for name in registry.names()]
         hint = did_you_mean(spec.name, known, otherwise="bench ls tells the names, path/to/file.py:Name is your own")
         raise ConfigError(f"no defense, attack or model is named {spec.name!r}; {hint}")
-    factory = models.factory(spec.name)
+    factory = Registry[Any]("component").factory(spec.name)  # of a file, whatever it is
     if isinstance(factory, nn.Module) or (isinstance(factory, type) and issubclass(factory, nn.Module)):
         return models
     if hasattr(factory, "stage"):
@@ -76,12 +76,13 @@ def recognise(spec: Spec) -> Registry[Any]:
     return defenses
 
 
-def subject(spec: Spec) -> Subject:
+def subject(spec: Spec | str) -> Subject:
     """The component that ``spec`` names, ready to be tried.
 
     Raises:
         ConfigError: an unknown name, wrong arguments, or declarations that are missing or misspelt.
     """
+    spec = Spec.parse(spec) if isinstance(spec, str) else spec
     registry = recognise(spec)
     if registry is models:
         return Subject(spec, "model", resolve(spec))

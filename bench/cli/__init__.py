@@ -11,6 +11,7 @@ from bench.cli import (
     curves,
     leaderboard,
     ls,
+    new,
     plot,
     protect,
     run,
@@ -33,8 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False, rich_markup_mode="markdown",
 )  # fmt: skip
 for command in (
-    run.run, leaderboard.leaderboard, compare.compare, curves.curves, check.check, submit.submit, validate.validate,
-    verify.verify, plot.plot, site.site, protect.protect, ls.ls, version.version,
+    run.run, leaderboard.leaderboard, compare.compare, curves.curves, new.new, check.check, submit.submit,
+    validate.validate, verify.verify, plot.plot, site.site, protect.protect, ls.ls, version.version,
 ):  # fmt: skip
     app.command()(command)
 

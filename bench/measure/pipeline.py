@@ -298,7 +298,9 @@ def kept_weights(network: nn.Module, build: Callable[[], nn.Module], x: Tensor, 
         with torch.no_grad():
             gap = float(difference(network(x.clone()), bare(x.clone())).amax())
     except (RuntimeError, ValueError, TypeError) as error:
-        raise RefereeError(f"{trainer} returned another network than it was given to train: {error}") from error
+        raise RefereeError(
+            f"{trainer} returned another network than it was given to train ({error}); train the one from build()"
+        ) from error
     if gap > ROUNDED:
         raise RefereeError(
             f"{trainer} returned a network that answers otherwise than its weights do (by {gap:.2g} of the "
