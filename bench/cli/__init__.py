@@ -11,6 +11,7 @@ from bench.cli import (
     curves,
     leaderboard,
     ls,
+    merge,
     new,
     plot,
     protect,
@@ -35,7 +36,8 @@ app = typer.Typer(
 )  # fmt: skip
 for command in (
     run.run, leaderboard.leaderboard, compare.compare, curves.curves, new.new, check.check, submit.submit,
-    validate.validate, verify.verify, plot.plot, site.site, protect.protect, ls.ls, version.version,
+    validate.validate, verify.verify, merge.merge, plot.plot, site.site,
+    protect.protect, ls.ls, version.version,
 ):  # fmt: skip
     app.command()(command)
 

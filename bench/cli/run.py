@@ -19,6 +19,7 @@ from bench.report.leaderboard import render
 from bench.report.standings import tables
 from bench.results.store import Store
 from bench.run.estimate import Estimate, estimate
+from bench.run.part import WHOLE, Part
 from bench.run.progress import Screen, duration
 from bench.run.runner import run as run_tasks
 from bench.spec import Spec, parse_chain
@@ -58,6 +59,9 @@ def run(
     examples: Annotated[
         bool, typer.Option("--examples", help="Keep the final examples of attacks beside their records.")
     ] = False,
+    part: Annotated[
+        str | None, typer.Option(help="K/N: only the K-th of N parts, for job arrays; bench merge joins folders.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -68,7 +72,7 @@ def run(
         "dataset": dataset, "n": n, "model": model, "defense": defense, "attack": attack, "norm": norm, "eps": eps,
         "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
     }  # fmt: skip
-    plan = load_suite(suite, overrides)
+    plan, share = load_suite(suite, overrides), Part.parse(part) if part else WHOLE
     where = find_device(device)
     threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
@@ -87,18 +91,19 @@ def run(
     pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate)
     try:
         with Screen(console, len(tasks)) as screen:
-            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen, examples)
+            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen, examples, share)
     except Stopped as stop:
         say_stopped(f"stopped; finished shards are kept in {out}, the same command resumes")
         raise typer.Exit(stop.exit_code) from None
-    rows = [store.row(task.cell) for task in tasks]
+    rows = [row for row in (store.row(task.cell) for task in tasks) if row.shards]
     shown = tables(rows, plan.budgets)
     console.print(Text(f"\n{render(shown, 'md', details=False)}"), soft_wrap=True)
     stored, _ = store.rows()  # flags are of the folder, whatever part of it has run now
     write_flags(store.root / "flags.json", [flag for table in tables(stored) for flag in table.flags])
     write_sheets(tasks, pipeline, store.root / "sheets")
     console.print(
-        f"{outcome.ran} cells run, {outcome.kept} were done before, {outcome.failed} failed; rows in {out}; "
+        f"{f'part {share}: ' if part else ''}{outcome.ran} cells run, {outcome.kept} were done before, "
+        f"{outcome.failed} failed; rows in {out}; "
         "`bench leaderboard` prints every figure of theirs",
         soft_wrap=True,
     )

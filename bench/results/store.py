@@ -8,6 +8,7 @@ A shard is a stretch of a cell's samples. Everything about it goes into ``000000
 its JSON does. Two writers, a kill at any moment or a full disk cost the shard in work and nothing else.
 """
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -100,6 +101,19 @@ class Store:
         keep_file(path, write_json(shard, digest))
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
 
+    def adopt(self, path: Path, shard: Shard) -> None:
+        """Keep a copy of the files of ``shard``, whose JSON is at ``path`` and has been read.
+
+        Raises:
+            StoreError: as :meth:`save`.
+        """
+        folder = self.root / place(shard.cell)
+        digest = json.loads(path.read_bytes())["records_sha256"]
+        table = table_path(path, digest)
+        for file in (examples_path(table), table, path):  # the JSON last
+            if file.is_file():
+                keep_file(folder / file.name, file.read_bytes())
+
     def fail(self, shard: Shard) -> None:
         """Keep the traceback of a shard that could not be finished; the next run tries it again."""
         shard, folder = self._placed(shard)
@@ -146,7 +160,7 @@ class Store:
         found = {folder: _read_all(folder) for folder in self._folders()}
         damaged = [error for _, errors in found.values() for error in errors]
         rows = united(row for rows, _ in found.values() for row in rows)
-        return rows, damaged + _contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
+        return rows, damaged + contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
 
     def _home(self, cell: Cell) -> tuple[Cell, Path]:
         """``cell`` as it is written here, and where its next shard goes.
@@ -185,8 +199,8 @@ class Store:
                 raise damaged[0]
             if other := next((row.cell for row in found[folder] if row.cell.meaning != cell.meaning), None):
                 raise StoreError(f"{folder} is of {other}, whose key starts alike; use another --out for this")
-        if contradictions := _contradictions({folder: united(rows) for folder, rows in found.items()}):
-            raise contradictions[0]
+        if against := contradictions({folder: united(rows) for folder, rows in found.items()}):
+            raise against[0]
         return [row for rows in found.values() for row in rows]
 
 
@@ -222,7 +236,7 @@ def united(rows: Iterable[Row]) -> list[Row]:
     return [replace(same[0], cell=cell) if len(same) == 1 else _joined(cell, same) for cell, same in named]
 
 
-def _contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
+def contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
     """The cells that lie in two folders with different results, told by name."""
     alike: dict[str, list[tuple[Path, Row]]] = {}
     for folder, rows in found.items():

@@ -17,6 +17,7 @@ from bench.plan.tasks import Task
 from bench.results.provenance import provenance
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
+from bench.run.part import WHOLE, Part
 from bench.system.claims import CLAIMS, Held, claim, present
 from bench.system.interrupt import Stopped, stoppable
 from bench.system.process_state import undisturbed
@@ -66,8 +67,12 @@ def run(
     batch_size: int,
     reporter: Reporter,
     examples: bool = False,
+    part: Part = WHOLE,
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
+
+    Of these, only what belongs to ``part``: which units that are does not depend on what is there. The outcome counts
+    the cells that have a unit in it.
 
     An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
     other way out that it takes, such as ``sys.exit``. Work that another run on the folder is at is taken last: done by
@@ -81,7 +86,11 @@ def run(
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
         work = _Work(store, Tools(pipeline, Inspector(pipeline.device), batch_size, examples), reporter, check)
-        cells = [_CellWork(task, _shards(task, missing[task.cell.key], shard_size)) for task in tasks]
+        own = _own(tasks, shard_size, part)
+        cells = [
+            _CellWork(task, _shards(task, sorted(own[task.cell.key].intersection(missing[task.cell.key])), shard_size))
+            for task in tasks if own[task.cell.key]
+        ]  # fmt: skip
         left = [cell for cell in cells if cell.shards]
         while left:
             held = [cell for cell in left if not work.advance(cell)]
@@ -95,6 +104,16 @@ def run(
         kept=sum(not cell.ours and not cell.failed for cell in cells),
         failed=sum(cell.failed for cell in cells),
     )
+
+
+def _own(tasks: Sequence[Task], shard_size: int, part: Part) -> dict[str, set[int]]:
+    """By the key of each cell, the positions of its samples that belong to ``part``."""
+    units = [(task, shard) for task in tasks for shard in _shards(task, range(len(task.cell.ids)), shard_size)]
+    own: dict[str, set[int]] = {task.cell.key: set() for task in tasks}
+    for number, (task, shard) in enumerate(units):
+        if part.has(number):
+            own[task.cell.key].update(range(shard.start, shard.stop))
+    return own
 
 
 def _shards(task: Task, positions: Sequence[int], size: int) -> list[Shard]:
