@@ -91,6 +91,11 @@ def trapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 READING = [
     *[["leaderboard", "theirs", "--format", style] for style in ("md", "csv", "latex", "json")],
+    ["records", "theirs"],
+    ["records", "theirs", "--out", "all.parquet"],
+    ["merge", "theirs", "--out", "merged"],
+    ["site", "theirs", "--out", "pages"],
+    ["plot", "theirs", "--out", "pictures", "--format", "svg"],
     *[["compare", "theirs", "--published", "--all", "--format", style] for style in ("md", "csv", "json")],
     ["compare", "theirs", "--defense", "none", "--defense", "theirs/evil.py:Defense"],
     ["compare", "theirs", "--defense", "none", "--defense", "sep(network='theirs/evil.py:build')"],

@@ -15,6 +15,7 @@ from bench.cli import (
     new,
     plot,
     protect,
+    records,
     run,
     site,
     submit,
@@ -37,7 +38,7 @@ app = typer.Typer(
 for command in (
     run.run, leaderboard.leaderboard, compare.compare, curves.curves, new.new, check.check, submit.submit,
     validate.validate, verify.verify, merge.merge, plot.plot, site.site,
-    protect.protect, ls.ls, version.version,
+    records.records, protect.protect, ls.ls, version.version,
 ):  # fmt: skip
     app.command()(command)
 
