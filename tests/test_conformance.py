@@ -15,8 +15,8 @@ from bench.check.verdict import Remark
 from bench.registry import attacks, defenses
 from bench.spec import Spec
 from bench.system.process_state import undisturbed
+from tests.registered import FOREIGN
 
-FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 SMALL_MODELS = ["cnn", "resnet20", "resnet20-at"]  # the others take long to make
 
 

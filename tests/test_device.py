@@ -14,13 +14,14 @@ from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
-from tests.test_conformance import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
+from tests.registered import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
 
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
 WAITS = 14
 ON_THE_TWIN = {"transfer": 16}  # more: its hundred free steps there look, too
-REMEMBERING = {"unig": 6}  # waits of one query: it asks whose chain a row goes on with, and in which order
+# Waits of one query: whose chain a row goes on with, and in which order; fingerprints, which lie in a table of the host.
+REMEMBERING = {"unig": 6, "blacklight": 2}
 
 
 def few(count: int = 60) -> Dataset:

@@ -11,7 +11,7 @@ from bench.registry import attacks, defenses
 from bench.rng import SampleRng
 from bench.training import Recipe
 from tests.problems import asks_for, attack_with, referee
-from tests.test_conformance import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
+from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
 from tests.test_device import few
 
 pytestmark = [

@@ -9,7 +9,7 @@ import torch
 
 from bench.dataset import Dataset
 from bench.errors import BenchError
-from bench.plan.cell import Cell, Component
+from bench.plan.cell import Cell, Component, Source
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, Task, expand, sample_ids
 from bench.registry import load_plugins
@@ -187,6 +187,8 @@ def test_every_field_but_limited_is_in_the_key():
         "quantise": True,
         "data_hash": "other",
         "weights_hash": "other",
+        "sources": (Source(cell.model),),
+        "replays": cell.attack,
     }
     assert set(changes) == set(asdict(cell)) - {"limited"}
     keys = {replace(cell, **{name: value}).key for name, value in changes.items()}
