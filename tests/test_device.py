@@ -20,7 +20,7 @@ BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
 WAITS = 14
 ON_THE_TWIN = {"transfer": 16}  # more: its hundred free steps there look, too
-# Waits of one query: whose chain a row goes on with, and in which order; fingerprints, which lie in a table of the host.
+# Waits of one query: whose chain a row goes on with, and in which order; fingerprints, in a table of the host.
 REMEMBERING = {"unig": 6, "blacklight": 2}
 
 
