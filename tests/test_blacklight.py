@@ -108,12 +108,12 @@ def test_impossible_parameters_are_one_line():
         defenses.create("blacklight")(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), None, 0)(torch.rand(1, 3, 2, 2))
 
 
-def test_a_memory_is_marked_and_never_ranked():
+def test_a_memory_is_marked_and_bars_no_rank():
     one = row([-1, 5], "blacklight")
     stated = one.cell.defense[0].__class__("blacklight", traits=("stateful",), stage="output")
     marked = row([-1, 5], "blacklight")
     object.__setattr__(marked.cell, "defense", (stated,))
-    assert "stateful" in marks_of(marked) & UNRANKED
+    assert "stateful" in marks_of(marked) - UNRANKED
 
 
 @pytest.mark.slow

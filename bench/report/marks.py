@@ -50,7 +50,6 @@ MARKS = (  # in the order in which they stand
         "‡",
         "stateful",
         "the defense remembers earlier queries, so figures depend on their order and on resuming",
-        bars=True,
     ),
     Mark(
         "⇄",
