@@ -11,6 +11,8 @@ from bench.report.outcomes import clean, column, robust
 from bench.report.stats import mcnemar
 from bench.results.store import Store
 
+pytestmark = pytest.mark.slow
+
 N = 40  # of the suite's 200 images
 
 
