@@ -1,5 +1,7 @@
 """Hits in coarse numbers stand only where exact ones agree."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -11,7 +13,9 @@ from bench.models.lent import contents
 from bench.oracle import NEVER
 from bench.oracle.referee import REFRESH
 from bench.oracle.served import ServedModel, Target
+from bench.report.marks import marks_of
 from tests.problems import Linear, Noisy, Scripted, asks_for, attack_with, images, referee
+from tests.rows import row
 from tests.test_runner import grid
 
 
@@ -123,3 +127,14 @@ def test_distances_are_searched_in_the_numbers_that_they_are_judged_in(attack, o
     with pipeline.serving(task):
         pass
     assert modes == [on_a_gpu if device == "cuda" else "fast", "plain"] * 2
+
+
+@pytest.mark.parametrize(
+    ("numbers", "marked"),
+    [({"used": "bfloat16, channels last"}, True), ({"used": "float32, channels last"}, False), (None, False),
+     ({"used": "bfloat16, channels last", "hits": "confirmed in float32"}, False), ("bfloat16", False)],
+)  # fmt: skip
+def test_rows_from_before_say_that_nothing_was_confirmed(numbers, marked):
+    plain = row([3, NEVER])
+    shards = tuple(replace(shard, provenance={"numerics": numbers}) for shard in plain.shards)
+    assert ("unconfirmed" in marks_of(replace(plain, shards=shards))) is marked

@@ -27,7 +27,7 @@ _LATEX = {
     "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
     "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$",
-    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "✓": r"$\surd$", "◦": r"$\circ$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "≈": r"$\approx$", "✓": r"$\surd$", "◦": r"$\circ$",
 }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from bench.numerics import COARSE
 from bench.report.outcomes import column, is_control, query_budget
 from bench.results.store import Row
 
@@ -52,6 +53,11 @@ MARKS = (  # in the order in which they stand
         "the defense remembers earlier queries, so figures depend on their order and on resuming",
     ),
     Mark(
+        "≈",
+        "unconfirmed",
+        "searched in bf16, and no hit was confirmed in float32, where what is left lies between this and final",
+    ),
+    Mark(
         "⇄",
         "control",
         "made on the undefended network, which no attacker of a service has: not in the worst case",
@@ -79,10 +85,16 @@ def marks_of(row: Row) -> frozenset[str]:
         "failed": bool(row.errors),
         "invalid": bool(column(row, "invalid").any()),
         "curtailed": query_budget(row) < row.cell.attack.asks,
+        "unconfirmed": any(_unconfirmed(shard.provenance.get("numerics")) for shard in row.shards),
         "control": is_control(row) and row.cell.defense_name != "none",
     }
     traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)
+
+
+def _unconfirmed(numbers: object) -> bool:
+    """Whether a search in these numbers, as a row remembers them, ended at hits that nobody looked at again."""
+    return isinstance(numbers, dict) and str(numbers.get("used")).startswith(COARSE) and "hits" not in numbers
 
 
 def signs(names: Collection[str]) -> str:
