@@ -144,8 +144,8 @@ class _Process:
         self._packed = packed or _packed(deployment)
         self.dropped: list[int] = []  # handles that nobody holds any more
         self.ended = ""
-        self._begun: Begun = begin(ENTRY)
-        self._begun.channel.settimeout(PATIENCE)
+        self.begun: Begun = begin(ENTRY)
+        self.begun.channel.settimeout(PATIENCE)
         try:
             self._send(self._packed)
             self._receive(0)
@@ -189,9 +189,9 @@ class _Process:
 
     def close(self) -> None:
         """End the process, and show what it has printed."""
-        how = self._begun.end()
+        how = self.begun.end()
         self.ended = self.ended or f"the process of {self.who} {how}"
-        if said := self._begun.printed.strip():
+        if said := self.begun.printed.strip():
             print(f"{self.who} printed:\n{said}", file=sys.stderr)
 
     def __enter__(self) -> "_Process":
@@ -205,16 +205,16 @@ class _Process:
     def _send(self, *parts: "bytes | memoryview") -> None:
         try:
             for part in (struct.pack("<Q", len(parts[0])), *parts):
-                self._begun.channel.sendall(part)
+                self.begun.channel.sendall(part)
         except OSError as error:
             raise self._lost(error) from None
 
     def _receive(self, tensors: int) -> tuple[dict[str, Any], list[Tensor]]:
         try:
-            (length,) = struct.unpack("<Q", _exactly(self._begun.channel, 8))
+            (length,) = struct.unpack("<Q", _exactly(self.begun.channel, 8))
             if length > HEADER:
                 raise ValueError("its header is too long")
-            told = json.loads(_exactly(self._begun.channel, length))
+            told = json.loads(_exactly(self.begun.channel, length))
             if not isinstance(told, dict):
                 raise ValueError("its header is no object")
             shapes = told.get("tensors", [])
@@ -225,7 +225,7 @@ class _Process:
             raise self._lost(error) from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             self.ended = f"the process of {self.who} answers nonsense ({error})"
-            self._begun.end()
+            self.begun.end()
             raise RefereeError(self.ended) from None
         if "error" in told:
             message = _line(str(told["error"]))
@@ -240,12 +240,12 @@ class _Process:
         size = math.prod(shape) * dtype.itemsize
         if size > 1 << 31:
             raise ValueError(f"its answer has the shape {shape}")
-        return _read(self._begun.channel, dtype, shape)
+        return _read(self.begun.channel, dtype, shape)
 
     def _lost(self, error: BaseException) -> RefereeError:
         """Why there is no answer, of a process that is gone then."""
         if not self.ended:
-            how = self._begun.end()
+            how = self.begun.end()
             late = f"has not answered in {PATIENCE:g} s and was ended"
             self.ended = f"the process of {self.who} {late if isinstance(error, TimeoutError) else how}"
         return RefereeError(self.ended)

@@ -36,7 +36,7 @@ class Begun:
     """A process of its own, at the other end of ``channel``."""
 
     def __init__(self, pid: int, channel: socket.socket, output: int, nursery: "_Nursery") -> None:
-        self.channel, self._pid, self._nursery = channel, pid, nursery
+        self.channel, self.pid, self._nursery = channel, pid, nursery
         self._output, self._how = bytearray(), ""
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
@@ -45,7 +45,7 @@ class Begun:
         """End it, if it has not ended by itself, and say how it has."""
         if not self._how:
             self.channel.close()
-            self._how = self._nursery.end(self._pid)
+            self._how = self._nursery.end(self.pid)
             self._reader.join(GRACE)  # whatever it has left running may hold the pipe open
         return self._how
 
