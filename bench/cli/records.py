@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.console import complain, console, path
+from bench.cli.console import complain, console, path, warn
 from bench.errors import ConfigError
 from bench.report.tidy_records import as_csv, tidy_records
 from bench.results.store import Store
@@ -28,9 +28,10 @@ def records(
     if style == "parquet" and out is None:
         raise ConfigError("Parquet is not printed; add --out records.parquet")
     rows, damaged = Store(folder).rows()
-    rows = [row for row in rows if len(row.records)]
+    partial = sum(len(row.partial) > 0 for row in rows)
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    rows = [row for row in rows if len(row.records)]
     table = tidy_records(rows)
     if out is None:
         sys.stdout.write(as_csv(table))
@@ -40,6 +41,8 @@ def records(
             table.to_parquet(buffer, index=False)
         keep_file(out, buffer.getvalue() or as_csv(table).encode())
         console.print(f"{len(table):,} samples of {len(rows)} cells written to {out}", soft_wrap=True)
+    if partial:
+        warn(f"left out: {partial} cells that were run only on what other attacks had left; a full run completes them")
     for error in damaged:
         complain(error)
     if damaged:

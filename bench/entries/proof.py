@@ -52,12 +52,12 @@ class Rescorer:
         data = data_of(cell, self.loader)
         if not cell.threat.asks:
             return list(self._release(data, cell, stored)), "what the learner reached: that needs its training"
-        ids = list(cell.ids[stored.shard.start : stored.shard.stop])
+        ids = stored.shard.ids
         if cell.ids != sample_ids(data, len(cell.ids)):
             raise Untrue(f"its samples are not the {len(cell.ids)} that Parry takes of {cell.dataset.spec}")
         rows = torch.tensor(ids)
         x, y = data.test.pixels(rows), data.test.labels[rows]
-        found = list(path.parent.glob(f"{path.stem}-*{SUFFIX}"))
+        found = list(path.parent.glob(f"{path.stem}-{'?' * 12}{SUFFIX}"))  # of a hash
         if len(found) != 1:
             raise StoreError(f"{path.with_suffix('')} has {len(found)} files of examples; one belongs there")
         final = read_examples(found[0], ids, data.test.shape)
@@ -102,7 +102,7 @@ class Rescorer:
 
     def _release(self, data: Dataset, cell: Cell, stored: Stored) -> Iterator[str]:
         """What is wrong with the released images of ``cell``."""
-        test, ids = data.test, torch.tensor(list(cell.ids[stored.shard.start : stored.shard.stop]))
+        test, ids = data.test, torch.tensor(stored.shard.ids)
         if (stored.records["y"].to_numpy() != test.labels[ids].numpy()).any():
             yield "y is not the class of its sample"
         if not cell.defense:

@@ -127,7 +127,7 @@ def _complete(entry: Entry, rows: list[Row]) -> Iterator[str]:
         if row.errors:
             yield f"{row.cell} has failed"
         elif not row.complete:
-            yield f"{row.cell} has {len(row.records)} of {len(row.cell.ids)} samples"
+            yield f"{row.cell} has {len(row.measured)} of {len(row.cell.ids)} samples"
     try:
         wanted = required(entry.suite, entry.defense, entry.models)
     except BenchError as error:

@@ -20,7 +20,7 @@ from scipy import stats
 
 from bench.oracle import NEVER
 from bench.plan.cell import Cell
-from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust
+from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust, seen
 from bench.report.stats import mcnemar
 from bench.results.store import Row
 from bench.system.files import keep_file
@@ -73,12 +73,15 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
         rows: of one data set, model and threat.
         elsewhere: other rows, among which the same cells at other radii are looked for.
     """
-    served, others = _by_model(rows), _by_model(elsewhere)
+    every, others = _by_model(rows), _by_model(elsewhere)
+    served = {model: _compared(members) for model, members in every.items()}
     found: dict[tuple[str, str], Flag] = {}
-    for (defense, seed), members in sorted(served.items()):
-        twins = served.get((_undefended(members[0].cell), seed), [])
-        at_other_radii = others.get((defense, seed), [])
-        signs = [*_probed(members), *_alone(members), *_beside(members, twins), *_at_radii(members, at_other_radii)]
+    for (defense, seed), members in sorted(every.items()):
+        signs = [*_probed(members), *_in_single_samples(members)]
+        if compared := served[defense, seed]:
+            twins = served.get((_undefended(compared[0].cell), seed), [])
+            at_other_radii = _compared(others.get((defense, seed), []))
+            signs += [*_alone(compared), *_beside(compared, twins), *_at_radii(compared, at_other_radii)]
         for flag, evidence in signs:
             shown = f"{evidence}, seed {seed}" if seed else evidence
             found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
@@ -101,9 +104,14 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     """The rows with records of attacks on served models, by defense and seed: a seed may train a network of its own."""
     served: dict[tuple[str, int], list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row.cell.attack.spec, query_budget(row))):
-        if "first_hit" in row.records:
+        if "first_hit" in row.measured:
             served.setdefault((row.cell.defense_label, row.cell.seed), []).append(row)
     return served
+
+
+def _compared(rows: Sequence[Row]) -> list[Row]:
+    """The rows that attacks are compared by: what others had left to an attack says nothing of either."""
+    return [row for row in rows if not len(row.partial)]
 
 
 def _undefended(cell: Cell) -> str:
@@ -120,10 +128,16 @@ def _probed(rows: Sequence[Row]) -> list[Sign]:
     return [Sign(*pair) for pair in sorted({finding["flag"]: finding["evidence"] for finding in findings}.items())]
 
 
+def _in_single_samples(rows: Sequence[Row]) -> list[Sign]:
+    """Flags that one sample can fire, whichever samples its attack has met."""
+    met = list(map(seen, rows))
+    return [sign for check in (_invalid_answers, _constraint_violation) if (sign := check(met))]
+
+
 def _alone(rows: Sequence[Row]) -> list[Sign]:
     """Flags of a served model by itself."""
     checks = (
-        _invalid_answers, _constraint_violation, _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
+        _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
         _transfer_beats_queries, _queries_beat_gradients, _square_beats_gradients, _noise_beats_attacks,
         _survives_any_radius, _explained_by_chance,
     )  # fmt: skip

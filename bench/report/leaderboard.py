@@ -68,6 +68,8 @@ def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
         return f"failed: {failure(row)}"
+    if len(row.partial):
+        return f"on {len(row.partial)} of {len(row.cell.ids)} samples, which other attacks had left"
     return track_of(row.cell).summary(row)
 
 
@@ -92,7 +94,7 @@ def _accuracies(table: Table) -> pd.DataFrame:
                 "attack": f"{line.attack} {signs(line.marks)}".strip(),
                 **shares,
                 **extra,
-                "n": str(line.n),
+                "n": line.samples,
             }
         )
     frame = _once(lines)
@@ -132,7 +134,7 @@ def _lasting(table: Table) -> pd.DataFrame:
     lines = [
         {"defense": line.defense, "attack": line.attack}
         | {budget: str(share) for budget, share in line.lasting.items()}
-        | {"n": str(line.n)}
+        | {"n": line.samples}
         for line in table.lines
         if line.lasting
     ]
@@ -194,4 +196,5 @@ def _record(table: Table, line: Line) -> dict[str, Any]:
             record |= {f"{name} SD": share.spread, "networks": share.networks}
     record |= {f"{name} re-evaluated": share.value for name, share in line.lasting.items() if share.n}
     finite = {name: value if math.isfinite(value) else None for name, value in line.figures.items()}
-    return {**record, **line.extra, **finite, **({"error": line.error} if line.error else {})}
+    of = {"n of": line.of} if line.of else {}
+    return {**record, **of, **line.extra, **finite, **({"error": line.error} if line.error else {})}

@@ -23,6 +23,12 @@ class Line:
     figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.report.figures
     lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
     error: str = ""  # the last line of what a failed row has raised
+    of: int = 0  # samples of its cell, where it has met only the ``n`` of them that other attacks had left
+
+    @property
+    def samples(self) -> str:
+        """How many it has met."""
+        return f"{self.n} of {self.of}" if self.of else str(self.n)
 
     @property
     def left(self) -> tuple[str, Share] | None:

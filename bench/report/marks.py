@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from bench.numerics import COARSE
-from bench.report.outcomes import column, is_control, query_budget
+from bench.report.outcomes import column, is_control, query_budget, seen
 from bench.results.store import Row
 
 
@@ -26,6 +26,13 @@ class Mark:
 MARKS = (  # in the order in which they stand
     Mark("†", "limited", "run with --limit on fewer samples than its suite asks for", bars=True, partial=True),
     Mark("…", "incomplete", "not all samples have run yet", bars=True, partial=True),
+    Mark(
+        "÷",
+        "worst-only",
+        "run only on the samples that other attacks had left, so it has no accuracy of its own",
+        bars=True,
+        pooled=False,
+    ),
     Mark("✗", "failed", "failed; run again, or read the traceback in its .failed.json", bars=True, partial=True),
     Mark("!", "invalid", "the model answered NaN or infinity", bars=True, partial=True),
     Mark("⊣", "curtailed", "fewer queries than the attack asks for, so that parts of it were never run", bars=True),
@@ -81,9 +88,10 @@ def marks_of(row: Row) -> frozenset[str]:
     """What a reader of the figures of ``row`` must know, as names in :data:`MARKS`."""
     found = {
         "limited": row.cell.limited,
-        "incomplete": not row.complete,
+        "incomplete": not row.complete and not len(row.partial),
+        "worst-only": bool(len(row.partial)),
         "failed": bool(row.errors),
-        "invalid": bool(column(row, "invalid").any()),
+        "invalid": bool(column(seen(row), "invalid").any()),
         "curtailed": query_budget(row) < row.cell.attack.asks,
         "unconfirmed": any(_unconfirmed(shard.provenance.get("numerics")) for shard in row.shards),
         "control": is_control(row) and row.cell.defense_name != "none",

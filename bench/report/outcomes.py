@@ -1,12 +1,13 @@
 """What the records of a row say: who was right when clean, after so many queries and in the end."""
 
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from bench.oracle import NEVER
@@ -122,20 +123,35 @@ def is_control(row: Row) -> bool:
     return row.cell.attack.control
 
 
+def seen(row: Row) -> Row:
+    """``row`` with all that it has measured as its records: for what is said of single samples, never for a share."""
+    return Row(row.cell, row.measured, row.shards) if len(row.partial) else row
+
+
 def restricted(row: Row, ids: Collection[int]) -> Row:
     """``row`` with the records of the samples ``ids`` alone, in the order of their numbers."""
-    if not len(row.records):
-        return row
-    kept = row.records[np.isin(column(row, "sample_id"), list(ids))]
-    return Row(row.cell, kept.sort_values("sample_id", ignore_index=True), row.shards)
+    kept = list(ids)
+    return replace(row, records=_of_samples(row.records, kept), partial=_of_samples(row.partial, kept))
+
+
+def _of_samples(records: pd.DataFrame, ids: list[int]) -> pd.DataFrame:
+    if not len(records):
+        return records
+    return records[np.isin(records["sample_id"], ids)].sort_values("sample_id", ignore_index=True)
 
 
 def within(row: Row, budget: int) -> Row:
     """``row`` as its first ``budget`` queries say; its final examples are still those of all that it had."""
     threat = replace(row.cell.threat, query_budget=budget)
-    hits = column(row, "first_hit")
-    records = row.records.assign(first_hit=np.where(hits > budget, NEVER, hits)) if len(hits) else row.records
-    return Row(replace(row.cell, threat=threat), records, row.shards)
+    records, partial = (_within(table, budget) for table in (row.records, row.partial))
+    return replace(row, cell=replace(row.cell, threat=threat), records=records, partial=partial)
+
+
+def _within(records: pd.DataFrame, budget: int) -> pd.DataFrame:
+    if not len(records):
+        return records
+    hits = records["first_hit"]
+    return records.assign(first_hit=np.where(hits > budget, NEVER, hits))
 
 
 def network(row: Row) -> int | None:
@@ -147,10 +163,59 @@ def network(row: Row) -> int | None:
     return row.cell.seed if trains or not row.cell.weights_hash else None
 
 
-def under_all(networks: list[list[Row]], right: Callable[[Row], Any]) -> Share:
-    """The samples that are right under every attack on a network, for each of the networks."""
-    each = [np.logical_and.reduce([right(row) for row in rows]) for rows in networks]
-    return Share(each[0] if len(each) == 1 else np.stack(each))
+def under_all(networks: list[list[Row]], ids: Sequence[int], right: Callable[[Row], Any]) -> Share:
+    """The samples that are right under every attack on a network, for each of the networks.
+
+    A sample that fell to one attack has fallen, whatever others would have done to it. One that stood under all that
+    met it stands where no attack has passed it by; where one has, nobody knows, and there is no share.
+
+    Args:
+        networks: rows by network, of these samples alone; see :func:`restricted`.
+        ids: (n,) the samples, ascending.
+        right: (n,) of a row.
+    """
+    each = [_pooled(rows, np.asarray(ids), right) for rows in networks]
+    if any((held & passed).any() for held, passed in each):
+        return Share(np.zeros(0, dtype=bool))
+    return Share(each[0][0] if len(each) == 1 else np.stack([held for held, _ in each]))
+
+
+def _pooled(rows: list[Row], ids: NDArray[Any], right: Callable[[Row], Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(n,) whether a sample is right under all ``rows`` that met it, and (n,) whether one of them has not."""
+    whole = [right(row) for row in rows if not len(row.partial)]
+    held = np.logical_and.reduce(whole) if whole else np.ones(len(ids), dtype=bool)
+    passed = np.zeros(len(ids), dtype=bool)
+    for row in rows:
+        if len(row.partial):
+            met = np.isin(ids, row.partial["sample_id"])
+            held[met] &= right(seen(row))
+            passed |= ~met
+    return held, passed
+
+
+def first_answers(rows: list[Row]) -> list[Row]:
+    """The rows of a network that tell its answers to clean images, which no attack changes, and no seed but of a random
+    defense: those that met all samples; where there are none, what the others met together."""
+    known: dict[int, list[Row]] = {}
+    for row in rows:
+        random = any("random" in part.traits for part in row.cell.defense)
+        known.setdefault(row.cell.seed if random else 0, []).append(row)
+    return [row for same in known.values() for row in _whole(same) or [_together(same)]]
+
+
+def _whole(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if not len(row.partial)]
+
+
+def _together(rows: list[Row]) -> Row:
+    """The partial ``rows``, one for all, with each sample once."""
+    every = pd.concat([row.partial for row in rows], ignore_index=True).drop_duplicates("sample_id")
+    return replace(rows[0], partial=every.sort_values("sample_id", ignore_index=True))
+
+
+def scope(row: Row) -> set[int]:
+    """The samples that a row can speak of beside others: those that it met, or passed by because they had fallen."""
+    return set(row.cell.ids) if len(row.partial) else set(column(row, "sample_id").tolist())
 
 
 def failure(row: Row) -> str:

@@ -65,9 +65,13 @@ class Portrait:
 
 
 def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
-    """The pictures of a defense, from its rows in a table and its lines there, of which the first is its worst case."""
+    """The pictures of a defense, from its rows in a table and its lines there, of which the first is its worst case.
+
+    Where attacks met only what others had left, how soon samples fall to the worst of them is not known: no curves.
+    """
     served = [row for row in rows if query_budget(row) and len(row.records)]
-    asked = served if any(name.startswith("@") for line in lines for name in line.shares) else []
+    whole = not any(len(row.partial) for row in rows)
+    asked = served if whole and any(name.startswith("@") for line in lines for name in line.shares) else []
     return Portrait(_curves(asked, lines), _bars(lines), _reliabilities(lines))
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bench.report.marks import UNRANKED, marks_of
-from bench.report.outcomes import Share, is_control, network, query_budget, standing, tested
+from bench.report.outcomes import Share, is_control, network, query_budget, seen, standing, tested
 from bench.report.stats import holm, mcnemar_of
 from bench.results.store import Row
 
@@ -58,7 +58,7 @@ class Terms:
         common = {spec for spec, _ in self.budgets}
         seeds = {seed for _, seed in self.budgets}
         most = max(self.budgets.values())
-        by_network: dict[int | None, list[NDArray[np.bool_]]] = {}
+        by_network: dict[int | None, list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]] = {}
         cut = self._more(rows)
         for row in rows:
             spec, seed = encounter(row)
@@ -69,9 +69,12 @@ class Terms:
                 continue
             queries = min(query_budget(row), self.budgets.get((spec, seed), most))
             cut |= queries < query_budget(row)
-            by_network.setdefault(network(row), []).append(self._paired(row, standing(row, queries)))
-        networks = [np.logical_and.reduce(met) for met in by_network.values()]
-        return Held(np.mean(networks, axis=0) if networks else np.zeros(0), cut)
+            stands = self._paired(row, standing(seen(row), queries))
+            by_network.setdefault(network(row), []).append((stands, self._passed(row)))
+        networks = [np.logical_and.reduce([stands for stands, _ in met]) for met in by_network.values()]
+        passed = [np.logical_or.reduce([passed for _, passed in met]) for met in by_network.values()]
+        undecided = any((stands & by).any() for stands, by in zip(networks, passed, strict=True))
+        return Held(np.mean(networks, axis=0) if networks else np.zeros(0), cut, undecided)
 
     def learned(self, rows: Sequence[Row]) -> "Held":
         """On how many of its networks a learner, with these rows, is wrong on each sample: what a protection is for."""
@@ -86,16 +89,25 @@ class Terms:
 
     def _paired(self, row: Row, share: Share) -> NDArray[np.bool_]:
         """(n,) of the terms' samples, by their numbers; one that an attack has not met stands."""
-        found = pd.Series(share.right, index=row.records.get("sample_id", pd.Series(dtype=int)).to_numpy())
+        found = pd.Series(share.right, index=row.measured.get("sample_id", pd.Series(dtype=int)).to_numpy())
         return np.asarray(found.reindex(list(self.ids), fill_value=True), dtype=bool)
+
+    def _passed(self, row: Row) -> NDArray[np.bool_]:
+        """(n,) of the terms' samples: whether they are of the cell of ``row``, and its attack was not run on them."""
+        spared = set(row.cell.ids) - set(row.partial["sample_id"]) if len(row.partial) else set()
+        return np.isin(self.ids, list(spared))
 
 
 @dataclass(frozen=True)
 class Held:
-    """By sample of the terms, the share of a defense's networks that stand; and whether its rows hold more."""
+    """By sample of the terms, the share of a defense's networks that stand; and whether its rows hold more.
+
+    ``undecided`` where a sample stands under all attacks that have met it, and one has not.
+    """
 
     standing: NDArray[Any]  # (n,)
     cut: bool
+    undecided: bool = False
 
 
 def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:

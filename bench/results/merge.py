@@ -27,7 +27,7 @@ def merge(folders: Sequence[Path], out: Path) -> int:
     copied = 0
     for path in (path for folder in folders for path in sorted(folder.rglob(SHARDS))):
         shard, _ = read_shard(path)
-        if shard.error is None and set(target.missing(shard.cell)).intersection(range(shard.start, shard.stop)):
+        if shard.error is None and set(target.missing(shard.cell)).intersection(shard.positions):
             target.adopt(path, shard)
             copied += 1
     return copied

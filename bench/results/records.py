@@ -1,6 +1,6 @@
 """The records of a shard: what each column of the table holds, and whether a table that was read can be one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -49,8 +49,8 @@ KNOWN: Mapping[str, Column] = {
 }
 
 
-def check_records(records: pd.DataFrame, cell: Cell, start: int, stop: int) -> None:
-    """Whether ``records`` can be those of the samples ``cell.ids[start:stop]``.
+def check_records(records: pd.DataFrame, cell: Cell, ids: Sequence[int]) -> None:
+    """Whether ``records`` can be those of the samples ``ids`` of ``cell``.
 
     Raises:
         ValueError: a column is missing, of another type or out of its range, or the samples, the seed, the version of
@@ -64,7 +64,7 @@ def check_records(records: pd.DataFrame, cell: Cell, start: int, stop: int) -> N
     for name, column in KNOWN.items():
         if name in records:
             _check_column(records[name], column)
-    if records["sample_id"].tolist() != list(cell.ids[start:stop]):
+    if records["sample_id"].tolist() != list(ids):
         raise ValueError("holds other samples than its JSON says")
     if "seed" in records and (records["seed"] != cell.seed).any():
         raise ValueError(f"is of another seed than {cell.seed}")

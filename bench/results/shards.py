@@ -26,7 +26,7 @@ from bench.errors import StoreError
 from bench.plan.cell import Cell
 from bench.results.records import check_records
 
-SCHEMA = 1
+SCHEMAS = 1, 2  # the second of shards of chosen samples, which versions that do not know them refuse
 SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
 KEY_DIGITS = 8, 16  # of a cell's key, at the end of its folder's name: today, and in folders of version 0.1
 LARGEST_JSON, LARGEST_TABLE = 64 << 20, 1 << 30  # bytes; a million samples take about 10 and 150 MB
@@ -36,7 +36,11 @@ REMEDY = "restore it, or delete it and run the suite again"
 
 @dataclass(frozen=True)
 class Shard:
-    """What a JSON file says: the cell, the stretch ``start:stop`` of its samples, and how it went."""
+    """What a JSON file says: the cell, the stretch ``start:stop`` of its samples, and how it went.
+
+    Of samples that were chosen by what other attacks had left, ``chosen`` holds the positions, from the first to the
+    last of the stretch; empty where all of it was measured.
+    """
 
     cell: Cell
     start: int
@@ -47,11 +51,23 @@ class Shard:
     findings: Sequence[Mapping[str, Any]] = ()  # what probing the served model has shown, in the first shard of a cell
     training: Sequence[Mapping[str, float]] = ()  # epoch by epoch, how the network was trained, in the first shard, too
     error: str | None = None  # the traceback of a failed shard
+    chosen: tuple[int, ...] = ()
+
+    @property
+    def positions(self) -> Sequence[int]:
+        """Where its samples stand among those of the cell, ascending."""
+        return self.chosen or range(self.start, self.stop)
+
+    @property
+    def ids(self) -> list[int]:
+        """Its samples."""
+        return [self.cell.ids[position] for position in self.positions]
 
     @property
     def stem(self) -> str:
-        """The name of its files, without ending."""
-        return f"{self.start:06d}-{self.stop:06d}"
+        """The name of its files, without ending; of chosen samples with a hash of which they are."""
+        stretch = f"{self.start:06d}-{self.stop:06d}"
+        return f"{stretch}-{_digest({'chosen': self.chosen})[:KEY_DIGITS[0]]}" if self.chosen else stretch
 
     @property
     def file_name(self) -> str:
@@ -69,11 +85,12 @@ class Stored(NamedTuple):
 def write_json(shard: Shard, records_sha256: str | None) -> bytes:
     """The JSON file of a shard. Figures that are no finite number have not been measured and are left out."""
     content = {
-        "schema": SCHEMA,
+        "schema": SCHEMAS[bool(shard.chosen)],
         "key": shard.cell.key,
         "cell": shard.cell.as_json(),
         "start": shard.start,
         "stop": shard.stop,
+        **({"chosen": list(shard.chosen)} if shard.chosen else {}),
         "seconds": round(shard.seconds, 3),
         "figures": _finite_ones(shard.figures),
         "provenance": dict(shard.provenance),
@@ -174,10 +191,15 @@ class _Stated:
     records_sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None
     findings: list[_Finding] = field(default_factory=list)  # rows from before findings were stored have none
     training: list[_Epoch] = field(default_factory=list)
+    chosen: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if not self.start < self.stop <= len(self.cell.ids):
             raise ValueError(f"samples {self.start} to {self.stop} are not among the {len(self.cell.ids)} of the cell")
+        if self.chosen and (
+            sorted(set(self.chosen)) != self.chosen or (self.chosen[0], self.chosen[-1] + 1) != (self.start, self.stop)
+        ):
+            raise ValueError(f"the chosen samples do not ascend from {self.start} to {self.stop}")
         if len(set(self.cell.ids)) != len(self.cell.ids):
             raise ValueError("a sample comes twice in the cell")
         if (self.error is None) != (self.records_sha256 is not None):
@@ -197,8 +219,9 @@ def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}); {REMEDY}") from None
     if not isinstance(schema, int):
         raise StoreError(f"{path} is no shard (schema is a {type(schema).__name__}); {REMEDY}")
-    if schema != SCHEMA:
-        raise StoreError(f"{path} has schema {schema}, this version reads {SCHEMA}; use the version that wrote it")
+    if schema not in SCHEMAS or (schema == SCHEMAS[1]) != bool(content.get("chosen")):
+        known = " and ".join(map(str, SCHEMAS))
+        raise StoreError(f"{path} has schema {schema}, this version reads {known}; use the version that wrote it")
     if stated != _digest(content):
         raise StoreError(f"{path} was altered after it was written; {REMEDY}")
     try:
@@ -218,6 +241,7 @@ def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
         **{name: content[name] for name in ("start", "stop", "seconds", "figures", "provenance", "error")},
         findings=tuple(content.get("findings", ())),
         training=tuple(content.get("training", ())),
+        chosen=tuple(content.get("chosen", ())),
     )
     return shard, content["records_sha256"]
 
@@ -240,7 +264,7 @@ def _check_place(path: Path, shard: Shard) -> None:
 
 def _records(table: Path, content: bytes, shard: Shard) -> pd.DataFrame:
     """The records of a shard from the bytes of their file."""
-    samples = shard.stop - shard.start
+    samples = len(shard.positions)
     try:
         file = pq.ParquetFile(io.BytesIO(content))
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
@@ -251,7 +275,7 @@ def _records(table: Path, content: bytes, shard: Shard) -> pd.DataFrame:
     if not fits:
         raise StoreError(f"{table} has {file.metadata.num_rows} lines for {samples} samples; {REMEDY}")
     try:
-        check_records(records, shard.cell, shard.start, shard.stop)
+        check_records(records, shard.cell, shard.ids)
     except ValueError as error:
         raise StoreError(f"{table} {error}; {REMEDY}") from None
     return records

@@ -10,7 +10,7 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import combinations
@@ -31,11 +31,30 @@ from bench.system.files import keep_file, replace_file, slug
 
 @dataclass(frozen=True)
 class Row:
-    """A cell with everything that is stored about it; ``records`` has one line for each finished sample."""
+    """A cell with everything that is stored about it; ``records`` has one line for each finished sample.
+
+    An attack that was run only on what others had left has met the hardest samples of its cell, so that no share of
+    them says anything of the cell. Then ``records`` is empty, and what was measured is ``partial``: for whoever takes
+    the attacks together, sample by sample, and for nobody who takes this one by itself.
+    """
 
     cell: Cell
     records: pd.DataFrame
     shards: tuple[Shard, ...]
+    partial: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @classmethod
+    def of(cls, cell: Cell, measured: pd.DataFrame, shards: tuple[Shard, ...]) -> "Row":
+        """The row of all that was ``measured``, one line for each sample."""
+        chosen = any(shard.chosen for shard in shards if shard.error is None)
+        if chosen and len(measured) < len(cell.ids):
+            return cls(cell, pd.DataFrame(), shards, measured)
+        return cls(cell, measured, shards)
+
+    @property
+    def measured(self) -> pd.DataFrame:
+        """A line for each sample that was measured, whichever these are."""
+        return self.partial if len(self.partial) else self.records
 
     @cached_property
     def columns(self) -> dict[str, NDArray[Any]]:
@@ -95,8 +114,7 @@ class Store:
         digest = sha256(table).hexdigest()
         path = folder / shard.file_name
         if examples is not None:
-            ids = shard.cell.ids[shard.start : shard.stop]
-            keep_file(examples_path(table_path(path, digest)), write_examples(ids, examples))
+            keep_file(examples_path(table_path(path, digest)), write_examples(shard.ids, examples))
         keep_file(table_path(path, digest), table)
         keep_file(path, write_json(shard, digest))
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
@@ -249,7 +267,7 @@ def contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
         )
         for copies in alike.values()
         for (one, a), (other, b) in combinations(copies, 2)
-        if (differ := _differing(a.records, b.records))
+        if (differ := _differing(a.measured, b.measured))
     ]
 
 
@@ -264,14 +282,14 @@ def _differing(a: pd.DataFrame, b: pd.DataFrame) -> int:
 
 
 def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
-    tables = [row.records for row in rows if len(row.records)]
+    tables = [row.measured for row in rows if len(row.measured)]
     records = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
     if len(records):
         records = records.drop_duplicates("sample_id").sort_values("sample_id", ignore_index=True)
     shards = [shard for row in rows for shard in row.shards]
     done = _positions(shard for shard in shards if shard.error is None)
     # A failure is over once other shards, perhaps of another size, have covered its samples.
-    return Row(cell, records, tuple(x for x in shards if x.error is None or not done.issuperset(_positions([x]))))
+    return Row.of(cell, records, tuple(x for x in shards if x.error is None or not done.issuperset(x.positions)))
 
 
 def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
@@ -283,10 +301,10 @@ def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
         except StoreError as error:
             damaged.append(error)
         else:
-            whole.append(Row(shard.cell, records, (shard,)))
+            whole.append(Row.of(shard.cell, records, (shard,)))
     return whole, damaged
 
 
 def _positions(shards: Iterable[Shard]) -> set[int]:
     """The positions in a cell's samples that the shards cover."""
-    return {position for shard in shards for position in range(shard.start, shard.stop)}
+    return {position for shard in shards for position in shard.positions}

@@ -83,7 +83,10 @@ class Entry:
 
     @property
     def decisive(self) -> str:
-        """The attack that leaves the least by itself; the learner that gets most."""
+        """The attack that leaves the least by itself; the learner that gets most. Nobody knows it of attacks that met
+        only what others had left."""
+        if any(line.of for line in self.single):
+            return ""
         pools = track_of(self.rows[0].cell).pools
         known = [(line.left[1].value, line) for line in self.single if line.left and "control" not in line.marks]
         pick = min if pools else max

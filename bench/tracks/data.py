@@ -13,7 +13,7 @@ from bench.plan.tasks import Task
 from bench.report.figures import figures, placed
 from bench.report.line import Line, attack_label, by_defense, with_rank
 from bench.report.marks import UNRANKED, marks_of
-from bench.report.outcomes import Share, column, failure, restricted, tested, under_all
+from bench.report.outcomes import Share, failure, restricted, scope, tested, under_all
 from bench.report.ranking import Terms, ranks
 from bench.results.store import Row
 from bench.system.process_state import seed_globals
@@ -123,8 +123,8 @@ def learned(rows: Sequence[Row]) -> Share:
     met = [row for row in rows if len(row.records)]
     if not met:
         return Share(np.zeros(0, dtype=bool))
-    common = set.intersection(*(set(column(row, "sample_id")) for row in met))
-    return under_all([[restricted(row, common)] for row in met], lambda row: tested(row).right)
+    common = sorted(set.intersection(*(scope(row) for row in met)))
+    return under_all([[restricted(row, common)] for row in met], common, lambda row: tested(row).right)
 
 
 def _known(value: float) -> float:

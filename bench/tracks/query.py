@@ -1,13 +1,15 @@
 """The query track: attacks that ask a served model, and how many of its answers each sample cost."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bench.measure.attacked import attack_served
@@ -23,14 +25,15 @@ from bench.report.marks import POOLED, UNRANKED, marks_of
 from bench.report.outcomes import (
     Share,
     clean,
-    column,
     failure,
     final,
+    first_answers,
     lasting,
     network,
     query_budget,
     restricted,
     robust,
+    scope,
     under_all,
 )
 from bench.report.ranking import Terms, counted, ranks
@@ -135,6 +138,9 @@ class Query:
         worst = {name: worst_case(counted(members), columns) for name, members in met.items()}
         worst = {name: replace(line, marks=line.marks | terms.bars(met[name])) for name, line in worst.items()}
         held = {name: terms.held(counted(met[name])) for name, line in worst.items() if not line.marks & UNRANKED}
+        for name in [name for name, each in held.items() if each.undecided]:
+            worst[name] = replace(worst[name], marks=worst[name].marks | {"incomplete"})
+            del held[name]
         ranked = ranks({name: each.standing for name, each in held.items()})
 
         def order(name: str) -> tuple[float, ...]:
@@ -172,8 +178,8 @@ def _line(row: Row, columns: Mapping[str, Measure]) -> Line:
     random = "random" in marks
     again = {name: share(row, again=True, pooled=False) for name, share in columns.items()} if random else {}
     return Line(
-        row.cell.defense_label, attack_label(row), shares, len(row.records), marks,
-        row=row, figures=figures(row), lasting=again, error=failure(row),
+        row.cell.defense_label, attack_label(row), shares, len(row.measured), marks,
+        row=row, figures=figures(row), lasting=again, error=failure(row), of=len(row.cell.ids) * bool(len(row.partial)),
     )  # fmt: skip
 
 
@@ -185,18 +191,23 @@ def worst_case(rows: Sequence[Row], columns: Mapping[str, Measure]) -> Line:
     """
     if len(rows) == 1:
         return _line(rows[0], columns)
-    met = [row for row in rows if len(row.records)] or rows[:1]
-    common = set.intersection(*(set(column(row, "sample_id")) for row in met))
+    met = [row for row in rows if len(row.measured)] or rows[:1]
+    common = sorted(set.intersection(*map(scope, met)))
     by_network: dict[int | None, list[Row]] = {}
     for row in met:
         by_network.setdefault(network(row), []).append(restricted(row, common))
     networks = list(by_network.values())
-    shares = {"clean": under_all(networks, lambda row: clean(row).right)}
-    shares |= {name: _pooled(networks, share, again=False) for name, share in columns.items()}
-    shares["final"] = under_all(networks, lambda row: final(row).right)
+
+    def pooled(right: Callable[[Row], Any]) -> Share:
+        return under_all(networks, common, right)
+
+    shares = {name: pooled(partial(_right, share, False)) for name, share in columns.items()}
     marks = frozenset().union(*(marks_of(row) for row in rows)) & POOLED
+    marks |= {"incomplete"} if common and not list(shares.values())[-1].n else frozenset()
     random = "random" in marks
-    again = {name: _pooled(networks, share, again=True) for name, share in columns.items()} if random else {}
+    again = {name: pooled(partial(_right, share, True)) for name, share in columns.items()} if random else {}
+    before = under_all([first_answers(rows) for rows in networks], common, lambda row: clean(row).right)
+    shares = {"clean": before, **shares, "final": pooled(lambda row: final(row).right)}
     attacks = dict.fromkeys(attack_label(row, seed=len(networks) == 1) for row in met)
     name = f"worst of {len(attacks)}" if len(attacks) > 1 else next(iter(attacks))
     if len(networks) > 1:
@@ -204,9 +215,8 @@ def worst_case(rows: Sequence[Row], columns: Mapping[str, Measure]) -> Line:
     return Line(met[0].cell.defense_label, name, shares, len(common), marks, lasting=again)
 
 
-def _pooled(networks: list[list[Row]], share: Measure, again: bool) -> Share:
-    """What stands of each network under all its rows."""
-    return under_all(networks, lambda row: share(row, again=again, pooled=True).right)
+def _right(share: Measure, again: bool, row: Row) -> NDArray[np.bool_]:
+    return share(row, again=again, pooled=True).right
 
 
 def shown(rows: Sequence[Row], budgets: Sequence[int]) -> list[int]:
