@@ -97,6 +97,7 @@ class _AdaptiveSquare(ABC):
     p_init: float = 0.3
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str]

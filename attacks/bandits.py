@@ -79,6 +79,8 @@ class Bandits:
     loss: Literal["margin", "ce"] | None = None
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
+    fine_scores: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Ilyas et al., 2019, arXiv:1807.07978"
 

@@ -44,6 +44,7 @@ class CrowdSquare:
     p_init: float | None = None
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     rules: ClassVar[Rules] = Rules(alone=True)
     version: ClassVar[int] = 1

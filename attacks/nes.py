@@ -43,6 +43,8 @@ class NES:
     loss: Literal["margin", "ce"] = "margin"
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
+    fine_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Ilyas et al., 2018, arXiv:1804.08598"

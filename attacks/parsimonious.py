@@ -50,6 +50,7 @@ class Parsimonious:
     loss: Literal["margin", "ce"] = "margin"
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Moon et al., 2019, arXiv:1905.06635"

@@ -40,6 +40,7 @@ class SignHunter:
     layout: Literal["hwc", "chw"] = "hwc"
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Al-Dujaili and O'Reilly, 2020, arXiv:1902.06894"

@@ -49,6 +49,7 @@ class SimBA:
     loss: Literal["margin", "ce", "prob"] = "margin"
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 2  # 1 projected the incumbent after every step
     paper: ClassVar[str] = "Guo et al., 2019, arXiv:1905.07121"

@@ -106,6 +106,11 @@ class Square:
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Andriushchenko et al., 2020, arXiv:1912.00049"
 
+    @property
+    def top_scores(self) -> bool:
+        """Whether it does with the scores of the best classes: a target may be any, and dlr looks at the third."""
+        return not self.targeted and self.loss != "dlr"
+
     def __post_init__(self) -> None:
         for name, value in {**DEFAULTS, **PRESETS[self.preset]}.items():
             if getattr(self, name) is None:

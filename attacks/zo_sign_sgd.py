@@ -46,6 +46,8 @@ class ZOSignSGD:
     loss: Literal["margin", "ce"] = "margin"
 
     access: ClassVar[Access] = "scores"
+    top_scores: ClassVar[bool] = True
+    fine_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Liu et al., 2019, openreview:BJe-DsC5Fm"

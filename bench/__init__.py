@@ -19,6 +19,7 @@ What the author of an attack or a defense imports:
     bench.protection  which training images a data defense protects
     bench.models      networks by name
     bench.numerics    what a network computes in
+    bench.service     a service as the victim, such as a function of one's own
     bench.system      libraries that may be missing (``bench.system.extras``)
 
 The other rooms are what happens to components: ``data``, ``plan``, ``measure``, ``results``, ``tracks``, ``report``,

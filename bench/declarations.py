@@ -62,6 +62,8 @@ ATTACK: Declarations = {
                          lambda value: isinstance(value, Rules)),
     "batch_dependent": _yes_or_no(),
     "rescaled": _yes_or_no(),
+    "top_scores": _yes_or_no(),
+    "fine_scores": _yes_or_no(),
     "most_queries": Declaration("1000, or as many as it asks at most", _whole),
     "check": Declaration("a method check(classes, shape)", callable),
     "sources": Declaration('("resnet20", "cnn"), the models it works on', lambda value: isinstance(value, tuple)),

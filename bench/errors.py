@@ -8,7 +8,8 @@
 
     RefereeError                an attack or a defense broke a rule; the cell fails, the grid goes on
     ├── AccessError             it asked for what its threat does not grant
-    └── ThreatViolation         it left the ball or the box
+    ├── ThreatViolation         it left the ball or the box
+    └── ServiceError            a service cannot be asked, or its answer is none
 """
 
 from collections.abc import Iterable
@@ -68,3 +69,7 @@ class AccessError(RefereeError):
 
 class ThreatViolation(RefereeError):
     """An attack queried or returned an input outside the ball or the box."""
+
+
+class ServiceError(RefereeError):
+    """A service cannot be asked, or has answered what is no answer."""

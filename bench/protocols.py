@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bench.dataset import Dataset, Split
 from bench.rng import SampleRng
 from bench.scratch import Scratch
+from bench.service import Line, Service
 from bench.threat import Access, Norm, Threat
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ class Attack(Protocol):
     Class attributes (or properties): ``access`` ("scores", "labels" or "gradients"), ``norms``, ``version``, ``paper``;
     optionally ``rules``, what the referee is to do otherwise (:class:`bench.oracle.Rules`): an attack on the undefended
     network is a control, which stands in no worst case, unless it names other models to work on in ``sources``;
-    ``replays`` names an attack whose examples it takes; ``batch_dependent = True`` where a sample's result depends on
+    ``replays`` names an attack whose examples it takes; ``top_scores = True`` where it looks at the true class and the
+    best other alone, so that a service may tell it the best few, and ``fine_scores = True`` where it compares scores so
+    close that one that rounds them tells it nothing; ``batch_dependent = True`` where a sample's result depends on
     the rest of its batch (foreign code), and ``rescaled = True`` where the schedule is stretched over the query budget.
     A method ``check(classes, shape)`` may refuse data, of images (C, H, W), by a ConfigError before anything runs.
     """
@@ -167,6 +170,21 @@ class Architecture(Protocol):
         Initial weights are drawn from torch's global generator, which the caller seeds. ``model_dir`` is a folder in
         which weights named by a relative path are looked for, after the working directory.
         """
+        ...
+
+
+@runtime_checkable
+class ServiceModel(Architecture, Protocol):
+    """A model that is only asked: it comes "trained", and what it builds has neither weights nor gradients.
+
+    ``random = True`` and ``stateful = True`` say for tables what its service declares.
+    """
+
+    @property
+    def service(self) -> Service: ...
+
+    def line(self) -> Line:
+        """How it is reached."""
         ...
 
 

@@ -38,7 +38,7 @@ def test_the_package_meets_components_through_the_registry_alone():
 LAYERS = (  # each imports from its own and from those above it here, never from those below
     ("errors",),
     ("system",),
-    ("dataset", "losses", "metrics", "norms", "numerics", "ranges", "rng", "scratch", "spec", "threat"),
+    ("dataset", "losses", "metrics", "norms", "numerics", "ranges", "rng", "scratch", "service", "spec", "threat"),
     ("oracle",),
     ("ascent", "declarations", "protection", "protocols", "registry", "training"),
     ("data", "models"),

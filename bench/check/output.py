@@ -116,6 +116,7 @@ def _findings(subject: Subject) -> list[Finding]:
     """What the audit sees; labels are what the bare network answers, so all are right."""
     x, threat = digits().test.pixels(), Threat("linf", 0.05, "gradients", 1)
     target = _target(subject)
+    assert target.undefended is not None
     y = target.undefended(x, SampleRng.create(0, torch.arange(len(x)), "labels")).argmax(dim=1)
     declared = pin("it", subject.component).traits
     found = audit(target.plain, target.undefended, x, y, threat, 0, declared)

@@ -134,5 +134,5 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
 
 
 def _time(plan: Estimate) -> str:
-    parts = ["training"] if plan.task.trains else []
+    parts = ["training"] if plan.task.trains else ["not timed"] if plan.task.service else []
     return " + ".join(parts if plan.seconds is None else [*parts, duration(plan.seconds)])

@@ -94,6 +94,8 @@ class Rescorer:
 
     def _ready(self, cell: Cell) -> Task:
         task = remade(cell, self.loader, self.code, whole=False)
+        if task.service:
+            raise Unknown(f"{task.cell.model.spec} is a service, which may answer otherwise today")
         if task.trains and not self._pipeline.has_network(task):
             raise Unknown(
                 f"the network of {task.cell.model.spec} is not in {NETWORKS}/, and nothing is trained for this"

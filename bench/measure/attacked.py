@@ -36,8 +36,9 @@ def attack_served(
     """Attack the samples ``ids`` and measure what came of it.
 
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
-    and what the defense changes is measured against the undefended network. Attacks with a surrogate are given that,
-    or the networks that they name, and what they ask of those is counted together, for all images alike.
+    and what the defense changes is measured against the undefended network, where there is one. Attacks with a
+    surrogate are given that, or the networks that they name, and what they ask of those is counted together, for all
+    images alike. What a service that tells labels or the best classes leaves open, such as margins, is no column.
     Samples that are misclassified when clean fell at query 0 and are not attacked. ``on_final`` is given the final
     examples (B, C, H, W), as they were judged.
 
@@ -56,14 +57,15 @@ def attack_served(
     noise = SampleRng.create(cell.seed, keys, "defense")
 
     clean = judge(target.plain, x, y, noise.fork("clean"))
-    undefended = judge(target.undefended, x, y, noise)
+    undefended = judge(target.undefended, x, y, noise) if target.undefended else None
     todo = clean.correct.nonzero().squeeze(1)
     saved = (cell.threat.query_budget or 0) * (len(ids) - len(todo))
     rules, surrogate = rules_of(attack), None
     if rules.surrogate:
-        owners = [*zip(target.sources, task.sources, strict=True)] or [(target.undefended, task)]
+        networks = target.sources or tuple(filter(None, [target.undefended]))
+        owners = zip(networks, task.sources or (task,), strict=True)
         made_on = Surrogate([own(source.module, owner.build) for source, owner in owners])
-        surrogate = replace(target.undefended, module=made_on)
+        surrogate = replace(networks[0], module=made_on)
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
         classes=len(task.data.classes), surrogate=surrogate, exact=target.plain if target.searched.coarse else None,
@@ -83,6 +85,7 @@ def attack_served(
     ledger = referee.ledger
     nearest = ledger.best_distance.where(ledger.best_distance.isfinite(), torch.nan)
     distance = torch.zeros_like(clean.margin).index_copy(0, todo, nearest)
+    scores = target.plain.desk is None or target.plain.desk.service.tells_all
     table = {
         "first_hit": torch.zeros_like(y).index_copy(0, todo, ledger.first_hit),
         "forwards": torch.zeros_like(y).index_copy(0, todo, ledger.forwards),
@@ -90,11 +93,9 @@ def attack_served(
         "best_margin": clean.margin.index_copy(0, todo, torch.minimum(ledger.best_margin, clean.margin[todo])),
         "invalid": torch.zeros_like(clean.correct).index_copy(0, todo, ledger.invalid),
         "unconfirmed": torch.zeros_like(y).index_copy(0, todo, ledger.unconfirmed),
-        **clean.columns("clean"),
-        **after.columns("final"),
-        "twin_pred": undefended.prediction,
-        "logit_change": (clean.logits - undefended.logits).norm(dim=1),
-        "probability_change": (clean.probabilities - undefended.probabilities).abs().sum(dim=1) / 2,
+        **clean.columns("clean", scores),
+        **after.columns("final", scores),
+        **(clean.beside(undefended) if undefended else {}),
         "norm_linf": lp_norm(final - x, "linf"),
         "norm_l2": lp_norm(final - x, "l2"),
         "rmse": lp_norm(final - x, "l2") / math.sqrt(x[0].numel()),
@@ -102,6 +103,8 @@ def attack_served(
         "box_violation": (final - final.clamp(0, 1)).abs().flatten(1).amax(dim=1),
         "best_distance": distance if rules.minimal else torch.full_like(distance, torch.nan),
     }
+    if not scores:
+        del table["best_margin"]
     if rules.surrogate:
         share = torch.zeros_like(clean.margin).index_fill(0, todo, 1 / max(len(todo), 1))
         table |= {"surrogate_forwards": made_on.forwards * share, "surrogate_backwards": made_on.backwards * share}

@@ -13,12 +13,13 @@ import copy
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bench.errors import ServiceError
 from bench.losses import margin
 from bench.measure.inside import optimisation, seeded
 from bench.measure.isolated import Remote, examine
@@ -58,16 +59,23 @@ class Finding:
 
 
 def audit(
-    served: ServedModel, twin: ServedModel, x: Tensor, y: Tensor, threat: Threat, seed: int, declared: Collection[str]
+    served: ServedModel,
+    twin: ServedModel | None,
+    x: Tensor,
+    y: Tensor,
+    threat: Threat,
+    seed: int,
+    declared: Collection[str],
 ) -> list[Finding]:
-    """Every flag, fired or not.
+    """Every flag, fired or not; without a twin, those that need none.
 
     Each of 256 images costs 29 forwards of the model and 16 of its twin, or 41 and 10 where answers are random; a batch
-    coupling costs 3 more to confirm. What a probe could not see because it failed is a finding, too.
+    coupling costs 3 more to confirm. Of a service, each of 32 costs 17 questions, or 28. What a probe could not see
+    because it failed is a finding, too.
 
     Args:
         served: the defended model, in plain numbers.
-        twin: the undefended network, served as it is.
+        twin: the undefended network, served as it is, if there is one.
         x, y: clean images (n, C, H, W) in [0, 1] and their classes (n,).
         threat: paths of candidates stay in its ball, linf or l2.
         seed: of paths and draws.
@@ -77,6 +85,8 @@ def audit(
     with torch.no_grad():
         try:
             probe = _Probe(served, twin, x, y, threat, seed)
+        except ServiceError:  # is no word on the service, and the shard is to be tried again
+            raise
         except (Exception, SystemExit) as error:  # a model that cannot be asked twice, perhaps
             return [_unseen({"all": error}, len(x))]
         looks: dict[str, Callable[[_Probe], Finding | list[Finding]]] = {
@@ -86,16 +96,26 @@ def audit(
             "introspection": introspection, "trend": trend, "changed predictions": changed_predictions,
             "recognition": recognition,
         }  # fmt: skip
+        looks = {name: look for name, look in looks.items() if twin is not None or name in _shown_by(served)}
         findings: list[Finding] = []
         failed: dict[str, BaseException] = {}
         for name, look in looks.items():
             try:
                 found = look(probe)
+            except ServiceError:
+                raise
             except (Exception, SystemExit) as error:  # the model's own code may raise anything at all
                 failed[name] = error
             else:
                 findings += [found] if isinstance(found, Finding) else found
         return [*findings, _unseen(failed, len(x))]
+
+
+def _shown_by(service: ServedModel) -> frozenset[str]:
+    """The tests that show something of a ``service``, of which nothing is here but what it answers."""
+    shown = {"randomness", "batch coupling", "state"}
+    scores = service.desk is None or service.desk.service.tells_all
+    return frozenset(shown | {"outputs"} if scores else shown)
 
 
 def _unseen(failed: Mapping[str, BaseException], n: int) -> Finding:
@@ -121,9 +141,10 @@ class _Probe:
     """A model under audit, its twin, and the answers that several tests look at."""
 
     def __init__(
-        self, served: ServedModel, twin: ServedModel, x: Tensor, y: Tensor, threat: Threat, seed: int
+        self, served: ServedModel, twin: ServedModel | None, x: Tensor, y: Tensor, threat: Threat, seed: int
     ) -> None:
-        self.served, self.twin, self.x, self.y = served, twin, x, y
+        self.served, self.x, self.y = served, x, y
+        self._twin, self.has_twin = twin, twin is not None
         self.threat = replace(threat, eps=min(threat.eps, 1.0)) if threat.norm == "linf" else threat
         self.rows = torch.arange(len(x), device=x.device)
         self.streams = SampleRng.create(seed, self.rows, "audit")
@@ -133,7 +154,6 @@ class _Probe:
         with optimisation() as seen:
             self.base = self.ask(x, model=live)                                     # (n, K)
         self.optimised = len(seen) + (live.module.optimised if isinstance(live.module, Remote) else 0)
-        self.plain = self.ask(x, model=twin)
         self.finite = self.base.isfinite().all(dim=1)
         self._live_on(live, weights)
         self.draws = torch.stack([self.base, *(self.ask(x, draw=draw) for draw in range(1, REPEATS))])
@@ -146,6 +166,17 @@ class _Probe:
             self.noise = float(difference(self.base, self.ask(x, noise=1)).amax())
         self.votes = self.draws.nan_to_num().argmax(dim=2)                          # (draws, n)
         self.prediction = self.votes.mode(dim=0).values
+
+    @property
+    def twin(self) -> ServedModel:
+        """The undefended network, for the tests that are asked only where there is one."""
+        assert self._twin is not None
+        return self._twin
+
+    @cached_property
+    def plain(self) -> Tensor:
+        """Logits (n, K) of its twin."""
+        return self.ask(self.x, model=self.twin)
 
     def fresh(self) -> ServedModel:
         """The model as it was deployed; itself, if it cannot be copied."""
@@ -279,19 +310,15 @@ def outputs(probe: _Probe) -> list[Finding]:
     """What the scores are: NaN (RF-10), probabilities, ties, few values (RF-04), or too large to tell apart (RF-40).
 
     A confidence that float32 rounds to 1 hides the margin from a loss on probabilities; the twin's share is subtracted.
+    Without a twin, nobody can say how many values or how large scores would be otherwise.
     """
     invalid = float((~probe.draws.isfinite().all(dim=2)).any(dim=0).float().mean())
-    scores, plain = probe.base[probe.finite].double(), probe.plain[probe.finite].double()
-    count = len(scores)
-    if count == 0:
-        scores = plain = probe.plain.double()[:0].new_zeros(1, probe.plain.shape[1])
+    count = int(probe.finite.sum())
+    scores = probe.base[probe.finite].double() if count else probe.base.new_zeros(1, probe.base.shape[1]).double()
     in_range = (scores.amax(dim=1) < 1 + 1e-5) & (scores.amin(dim=1) > -1e-5)
     softmax = float((in_range & ((scores.sum(dim=1) - 1).abs() < 1e-5)).float().mean()) if count else 0.0
-    lead, plain_lead = _lead(scores), _lead(plain)
+    lead = _lead(scores)
     tied = float((lead == 0).float().mean()) if count else 0.0
-    repeated = 1 - len(lead.unique()) / len(plain_lead.unique())
-    sure, plain_sure = ((one.float().softmax(dim=1).amax(dim=1) == 1).float().mean() for one in (scores, plain))
-    saturated = float(sure - plain_sure)
     return [
         Finding(
             "invalid-outputs", invalid > 0, invalid, 0.0, probe.n, f"{invalid:.1%} of the images get NaN or infinity"
@@ -303,6 +330,18 @@ def outputs(probe: _Probe) -> list[Finding]:
         Finding(
             "tied-scores", tied > RARE, tied, RARE, count, f"the two best scores of {tied:.1%} of the images are equal"
         ),
+        *(_beside_twin(probe, scores, count) if probe.has_twin else ()),
+    ]  # fmt: skip
+
+
+def _beside_twin(probe: _Probe, scores: Tensor, count: int) -> list[Finding]:
+    """What the ``scores`` (m, K) of ``count`` images are beside those of the twin; see :func:`outputs`."""
+    plain = probe.plain[probe.finite].double() if count else scores
+    lead, plain_lead = _lead(scores), _lead(plain)
+    repeated = 1 - len(lead.unique()) / len(plain_lead.unique())
+    sure, plain_sure = ((one.float().softmax(dim=1).amax(dim=1) == 1).float().mean() for one in (scores, plain))
+    saturated = float(sure - plain_sure)
+    return [
         Finding(
             "repeated-margins", repeated > 0.05, repeated, 0.05, count,
             f"{len(lead.unique())} different margins, where the twin has {len(plain_lead.unique())}",

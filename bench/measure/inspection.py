@@ -2,7 +2,7 @@
 
 import copy
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from statistics import median
 from typing import Any
@@ -17,6 +17,7 @@ from bench.plan.tasks import Task
 from bench.rng import SampleRng, global_generators
 
 INSPECTED = 256  # images that a served model is probed with
+PAID = 32  # and a service, where each question has its price
 ROUNDS = 6  # of timing, the first to warm up
 
 
@@ -41,14 +42,22 @@ class Inspector:
         return self._seen[key]
 
     def _inspect(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        cell, rows = task.cell, torch.tensor(task.cell.ids[:INSPECTED])
+        cell, desk = task.cell, target.plain.desk
+        rows = torch.tensor(cell.ids[: PAID if desk else INSPECTED])
         x, y = task.data.test.pixels(rows).to(self._device), task.data.test.labels[rows].to(self._device)
-        declared = {trait for component in cell.defense for trait in component.traits}
-        findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
+        declared = {trait for component in (cell.model, *cell.defense) for trait in component.traits}
+        if "stateful" in cell.model.traits:  # nobody can reset a service, so that its memory looks like randomness
+            declared.add("random")
+        scope = f"audit of {cell.threat} from {cell.ids[0]} under seed {cell.seed}"
+        with desk.asking(scope, fresh=True) if desk else nullcontext():
+            findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
         findings += confirm(findings, declared)
-        if cell.threat.access == "gradients":
+        if cell.threat.access == "gradients" and target.undefended is not None:
             findings += gradient_findings(target.plain, target.undefended, x, y, cell.threat, cell.seed)
         figures = {}
+        if desk:  # of which there is no copy here, to be timed or to be asked for the first time
+            figures["probes"] = float(desk.asked(scope))
+            return figures, [asdict(finding) for finding in findings]
         with suppress(Exception):  # the model's own code fails; the audit says of what
             rng = SampleRng.create(cell.seed, rows.to(self._device), "cost")
             figures["cost"], _ = relative_cost(target, x, rng)
@@ -77,7 +86,7 @@ def false_alarms(model: ServedModel, x: Tensor, rng: SampleRng) -> float:
 def relative_cost(target: Target, x: Tensor, rng: SampleRng) -> tuple[float, float]:
     """The time of a query over that of the same query without the defense, and its seconds for all of ``x``.
 
-    Both are medians of a few forwards of ``x`` (n, C, H, W).
+    Of a target that has an undefended network. Both are medians of a few forwards of ``x`` (n, C, H, W).
     """
 
     def seconds(model: ServedModel) -> float:
@@ -87,6 +96,7 @@ def relative_cost(target: Target, x: Tensor, rng: SampleRng) -> tuple[float, flo
             torch.cuda.synchronize(x.device)
         return time.perf_counter() - started
 
+    assert target.undefended_searched is not None
     rounds = [(seconds(target.searched), seconds(target.undefended_searched)) for _ in range(ROUNDS)]
     defended, undefended = (median(times) for times in zip(*rounds[1:], strict=True))
     return defended / undefended, defended

@@ -38,13 +38,22 @@ class Judgement:
         """The share of images it gets right."""
         return float(self.correct.float().mean())
 
-    def columns(self, when: str) -> dict[str, Tensor]:
-        """What is recorded of each sample (B,), its names starting with ``when``."""
+    def columns(self, when: str, scores: bool = True) -> dict[str, Tensor]:
+        """What is recorded of each sample (B,), its names starting with ``when``; without ``scores``, of its class."""
         kept = {
             "pred": self.prediction, "margin": self.margin, "share": self.share,
             "confidence": self.confidence, "nll": self.nll, "brier": self.brier,
         }  # fmt: skip
+        kept = kept if scores else {"pred": self.prediction, "share": self.share}
         return {f"{when}_{name}": values for name, values in kept.items()}
+
+    def beside(self, undefended: "Judgement") -> dict[str, Tensor]:
+        """What is recorded of each sample (B,) beside the ``undefended`` network."""
+        return {
+            "twin_pred": undefended.prediction,
+            "logit_change": (self.logits - undefended.logits).norm(dim=1),
+            "probability_change": (self.probabilities - undefended.probabilities).abs().sum(dim=1) / 2,
+        }
 
 
 def _log_mean_exp(values: Tensor) -> Tensor:

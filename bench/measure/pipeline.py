@@ -1,13 +1,13 @@
 """From the training images of a cell to what its attack meets: a released data set, or a served model."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,10 @@ from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Task, weights_hash
 from bench.protection import check_release, declared_threat
-from bench.protocols import Job
+from bench.protocols import Job, ServiceModel
 from bench.registry import attacks, code_hash
 from bench.scratch import Scratch, scratch, sweep
+from bench.service import Asked, Desk
 from bench.system.sealed import keep_tensors, kept_tensors
 from bench.system.threads import training_threads
 from bench.training import initialised
@@ -47,7 +48,8 @@ class Pipeline:
     """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``.
 
     So is the unfinished work on them and on learners, until it is done. Output defenses of users' own files are served
-    from a process of their own, and with ``isolate`` all are, but for attacks that need gradients through them.
+    from a process of their own, and with ``isolate`` all are, but for attacks that need gradients through them. Every
+    service is asked at one desk.
     """
 
     def __init__(self, folder: Path, device: torch.device, batch_size: int, *, isolate: bool = False) -> None:
@@ -55,6 +57,7 @@ class Pipeline:
         self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
         self._last: _Network | None = None  # neighbouring cells share their network
         self._released: tuple[str, Split] | None = None  # and their released training images
+        self._desks: dict[str, Desk] = {}
 
     @contextmanager
     def serving(self, task: Task) -> Iterator[Target]:
@@ -74,15 +77,18 @@ class Pipeline:
                 _unchanged(task, self._last.module, self._last.contents),
                 self._defended(task, mode) as (searched, plain),
             ):
-                undefended = self.undefended(task, mode), self.undefended(task, "plain")
-                yield Target(searched, plain, *undefended, sources, self.isolates(task))
+                bare = task.service and task.chain.output is None  # there is nothing behind it
+                fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
+                yield Target(searched, plain, fast, undefended, sources, self.isolates(task))
         except BaseException:
             self._last = None  # the next cell makes its own
             raise
         self.check_data(task)
 
     def isolates(self, task: Task) -> bool:
-        """Whether the output defense of ``task`` is served from a process of its own."""
+        """Whether the output defense of ``task`` is served from a process of its own, which reaches no service."""
+        if task.service:
+            return False
         theirs = any(part.stage == "output" and part.of_a_file for part in task.cell.defense)
         return (theirs or (self._isolate and task.chain.output is not None)) and task.cell.threat.access != "gradients"
 
@@ -108,12 +114,23 @@ class Pipeline:
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
-        return deploy(task, self._own_network(task), mode, self.device, self.batch_size)
+        return deploy(task, self._own_network(task), mode, self.device, self.batch_size, self.desk(task))
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
         converted = _in_numbers(task, self._own_network(task), mode, self.device)
-        return ServedModel(converted.module, batch_size=self.batch_size, numbers=converted.facts)
+        return ServedModel(
+            converted.module, batch_size=self.batch_size, numbers=converted.facts, desk=self.desk(task)
+        )
+
+    def desk(self, task: Task) -> Desk | None:
+        """Where the service that is the model of ``task`` is asked; ``None`` for a network."""
+        if task.service is None:
+            return None
+        key = _recipe_key(task)
+        if key not in self._desks:
+            self._desks[key] = Desk(cast(ServiceModel, task.architecture).line(), len(task.data.classes))
+        return self._desks[key]
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
@@ -142,7 +159,8 @@ class Pipeline:
         if self._last is not None and self._last.key == key:
             return
         if task.architecture.trained:
-            network = task.build()
+            desk = self.desk(task)
+            network = Asked(desk.logits) if desk else task.build()
             if weights_hash(network, task.architecture) != task.cell.weights_hash:
                 raise RefereeError(f"{task.cell.model.label} gives other weights at each call; seed what it draws")
         else:
@@ -160,12 +178,19 @@ class Pipeline:
 
         Nothing for a model whose answers depend on what it was asked before.
         """
-        if any("stateful" in part.traits for part in task.cell.defense):
+        if any("stateful" in part.traits for part in (task.cell.model, *task.cell.defense)):
             yield Scratch()
             return
         with scratch(self.folder / "unfinished" / f"{_learner_key(task)}-{start:06d}", self._code) as kept:
             yield kept
             kept.clear()
+
+    @contextmanager
+    def asking(self, task: Task, start: int) -> Iterator[Callable[[], Mapping[str, float]]]:
+        """Ask what the shard of ``task`` that begins at ``start`` asks of a service; gives figures of it so far."""
+        desk, scope = self.desk(task), f"{task.cell.key[:16]}-{start:06d}"
+        with desk.asking(scope) if desk else nullcontext():
+            yield lambda: {"asked": float(desk.asked(scope))} if desk else {}
 
     def sweep(self, done: Iterable[Task]) -> None:
         """Drop unfinished work that nothing can go on from; learners and attacks of cells that are ``done`` need none.
@@ -319,20 +344,31 @@ def _trainer(task: Task) -> str:
     return next((part.label for part in task.cell.defense if part.stage == "training"), "the standard training")
 
 
-def deploy(task: Task, network: nn.Module, mode: Numerics, device: torch.device, batch_size: int) -> ServedModel:
-    """``network`` in the numbers of ``mode``, with the output defense of ``task`` around it."""
+def deploy(
+    task: Task,
+    network: nn.Module,
+    mode: Numerics,
+    device: torch.device,
+    batch_size: int,
+    desk: Desk | None = None,
+) -> ServedModel:
+    """``network``, of a service what asks at ``desk``, in the numbers of ``mode``, with the output defense of ``task``
+    around it."""
     converted = _in_numbers(task, network, mode, device)
-    served, random = converted.module, False
+    served, random = converted.module, task.service is not None and task.service.random
     if (defense := task.chain.output) is not None:
         made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
         served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
         random = defense.random
-    return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts)
+    return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts, desk=desk)
 
 
 def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.device) -> Converted:
-    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them."""
-    if mode == "plain":
+    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them.
+
+    A service computes in numbers of its own.
+    """
+    if mode == "plain" or task.service:
         return Converted(numerics.plain(network))
     fold = not getattr(task.chain.output, "needs_batch_norm", False)
     return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)

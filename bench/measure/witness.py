@@ -44,7 +44,7 @@ class Witness:
 
     def watch(self, model: ServedModel) -> ServedModel:
         """``model``, with some of its calls kept."""
-        return _Watched(model.module, model.random, model.batch_size, model.numbers, self._note)
+        return _Watched(model.module, model.random, model.batch_size, model.numbers, note=self._note)
 
     def _note(self, x: Tensor, rng: SampleRng, logits: Tensor) -> None:
         self._calls += 1

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from bench.errors import BenchError, ConfigError, RefereeError
 from bench.models.lent import own
 from bench.protocols import Architecture
 from bench.registry import models
+from bench.service import Asked, Called, Desk, Service, declared_by
 from bench.spec import Spec
 from bench.system.user_code import named_file
 
@@ -65,6 +67,47 @@ class FromFile:
             raise ConfigError(f"model {self.spec!r} fails ({type(error).__name__}: {error}); mend its file") from error
 
 
+@dataclass(frozen=True)
+class FromFunction:
+    """A service in a user's own file, as an architecture; ``spec`` is ``path/to/file.py:name(...)``.
+
+    What it names is called with NumPy images, and declares what it answers (:class:`bench.service.Service`).
+    """
+
+    spec: str
+
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = ""
+    trained: ClassVar[bool] = True
+
+    @cached_property
+    def _function(self) -> Callable[..., object]:
+        function: Callable[..., object] = _make(Spec.parse(self.spec))
+        return function
+
+    @property
+    def service(self) -> Service:
+        said = declared_by(self._function)
+        assert said is not None  # resolve has looked
+        return said
+
+    @property
+    def random(self) -> bool:
+        return self.service.random
+
+    @property
+    def stateful(self) -> bool:
+        return self.service.stateful
+
+    def line(self) -> Called:
+        """See :meth:`bench.protocols.ServiceModel.line`."""
+        return Called(self._function, self.service, self.spec)
+
+    def __call__(self, classes: int, shape: tuple[int, int, int], model_dir: Path | None) -> nn.Module:
+        """What asks it; see ``Architecture``."""
+        return Asked(Desk(self.line(), classes).logits)
+
+
 class _Logits(nn.Module):
     """A network that answers with an object, as those of transformers do, as one that answers with its ``logits``."""
 
@@ -85,7 +128,7 @@ def resolve(spec: Spec | str) -> Architecture:
     """The architecture that ``spec`` names, whichever of its forms a user's file defines.
 
     In ``path/to/file.py:name``, the name may be a module, a function or class that gives one (``name()``) or that gives
-    an architecture, or a function of (classes, shape, model_dir) that gives a module.
+    an architecture, or a function of (classes, shape, model_dir) that gives a module; or a service, which says so.
 
     Raises:
         ConfigError: an unknown name, wrong arguments, or a file that gives neither module nor architecture.
@@ -94,6 +137,8 @@ def resolve(spec: Spec | str) -> Architecture:
     if named_file(spec.name) is None:
         return models.create(spec)
     made = _make(spec)
+    if declared_by(made) is not None:
+        return FromFunction(spec=str(spec))
     if not callable(made):  # a module is callable, too
         raise ConfigError(f"model {str(spec)!r} is a {type(made).__name__}; return a torch.nn.Module from it")
     return FromFile(spec=str(spec), trained=bool(getattr(made, "trained", True)))
@@ -102,10 +147,16 @@ def resolve(spec: Spec | str) -> Architecture:
 def _make(spec: Spec) -> Any:
     """What the user's name gives without arguments of ours, or the name itself where it asks for them."""
     factory = models.factory(spec.name)
-    if isinstance(factory, nn.Module):
+    if isinstance(factory, nn.Module) or (declared_by(factory) is not None and not isinstance(factory, type)):
         if spec.args:
-            raise ConfigError(f"{spec.name} is a network and takes no arguments; name a function or class to give some")
+            what = "network" if isinstance(factory, nn.Module) else "service"
+            raise ConfigError(f"{spec.name} is a {what} and takes no arguments; name a function or class to give some")
         return factory
+    if inspect.isfunction(factory) and not spec.args and (asked := _one_argument(factory)):
+        raise ConfigError(
+            f"{spec.name} is called with {asked}; if that is images, declare what it answers: "
+            '@service(answers="probabilities"), with service from bench.service'
+        )
     if _takes_the_data(factory):
         return lambda classes, shape, model_dir: factory(classes, shape, model_dir, **spec.args)
     return models.create(spec)
@@ -116,6 +167,13 @@ def _takes_the_data(factory: Callable[..., Any]) -> bool:
         return list(inspect.signature(factory).parameters)[:3] == ["classes", "shape", "model_dir"]
     except ValueError:  # built in C, with no signature to read
         return False
+
+
+def _one_argument(function: Callable[..., Any]) -> str:
+    """The name of the only argument that ``function`` cannot do without; empty where there are none, or more."""
+    needed = [each.name for each in inspect.signature(function).parameters.values() if each.default is each.empty
+              and each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]  # fmt: skip
+    return needed[0] if len(needed) == 1 else ""
 
 
 def check_logits(module: nn.Module, classes: int, shape: tuple[int, int, int]) -> None:

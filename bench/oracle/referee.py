@@ -39,6 +39,9 @@ class Referee:
     verdict on the same image under the same draws; else the sample is alive again. Until it is looked at, with the next
     look at who is alive, it gets no answers.
 
+    A service is asked nothing that is not answered, since each question is paid for: the k queries of a sample go one
+    after another, and none after the one that beats it.
+
     Args:
         model: the defended model.
         x, y: the batch, images (B, C, H, W) in [0, 1] and true labels (B,) int64.
@@ -251,6 +254,12 @@ class Referee:
     ) -> tuple[Tensor, Tensor]:
         """Logits (n, k, K) and who is answered (n, k) of distinct ``rows``; ``asked`` (n, k / each) leaves some out."""
         n, k = probes.shape[:2]
+        paid = self._model.desk is not None
+        if paid and k > 1 and not self._rules.averages:
+            places = [None if asked is None else asked[:, [place // each]] for place in range(k)]
+            turns = zip(probes.split(1, dim=1), places, strict=True)
+            told = [self._answer(turn, rows, clean, place) for turn, place in turns]
+            return torch.cat([logits for logits, _ in told], dim=1), torch.cat([got for _, got in told], dim=1)
         if self._rules.averages:
             probes = probes[:, :1].expand_as(probes)
         self._asked_since_refresh += k
@@ -263,11 +272,14 @@ class Referee:
         if self._quantise:
             images = eight_bit(images, clean.repeat_interleave(k, dim=0), self.threat, self.reach)
         streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
-        if asked is None:
+        wanted = None if asked is None else asked.repeat_interleave(each, dim=1)
+        if paid:
+            answerable = legal & self.live[rows, None] & (number <= self.query_budget)
+            wanted = answerable if wanted is None else wanted & answerable
+        if wanted is None:
             logits = self._forward(images, streams, k)
         else:  # padding is kept out of batches, on which an answer may depend
-            shown = asked.repeat_interleave(each, dim=1).flatten().nonzero().squeeze(1)
-            sizes = (asked.sum(dim=1) * each).tolist()
+            shown, sizes = wanted.flatten().nonzero().squeeze(1), wanted.sum(dim=1).tolist()
             given = self._forward(images[shown], streams[shown] if self._model.random else streams, sizes)
             logits = given.new_zeros(n * k, given.shape[1]).index_copy(0, shown, given)
         logits = logits.unflatten(0, (n, k))                                    # (n, k, K)

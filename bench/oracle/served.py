@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from bench.errors import RefereeError
 from bench.numerics import COARSE
 from bench.rng import SampleRng
+from bench.service import Desk
 
 
 def as_module(made: object, maker: str) -> nn.Module:
@@ -29,13 +30,15 @@ class ServedModel:
 
     ``random`` models take a SampleRng beside the images, with one stream for each of them. ``numbers`` says which
     numbers the network computes in, as :attr:`bench.numerics.Converted.facts`. The module gets a copy of the images,
-    and its answers are copied, so that neither side can write into what the other holds.
+    and its answers are copied, so that neither side can write into what the other holds. One that asks a service does
+    so at a ``desk``, where every question counts.
     """
 
     module: nn.Module
     random: bool = False
     batch_size: int = 256
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    desk: Desk | None = None
 
     @property
     def coarse(self) -> bool:
@@ -64,7 +67,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Target:
-    """What an attack is aimed at, and the undefended network behind it.
+    """What an attack is aimed at, and the undefended network behind it, if there is one: a service has none.
 
     Each of them in the numbers that attacks search in, and in plain float32, which results are judged in. ``isolated``
     tells whether the defense acts in a process of its own.
@@ -72,8 +75,8 @@ class Target:
 
     searched: ServedModel
     plain: ServedModel
-    undefended_searched: ServedModel
-    undefended: ServedModel
+    undefended_searched: ServedModel | None
+    undefended: ServedModel | None
     sources: tuple[ServedModel, ...] = ()  # the networks that the attack names to work on, in plain numbers
     isolated: bool = False
 

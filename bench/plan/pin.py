@@ -12,7 +12,7 @@ from bench.registry import describe
 from bench.spec import Spec
 from bench.system.user_code import joint_hash, named_file
 
-TRAITS = ("random", "rescaled", "batch-dependent", "stateful")  # attributes of components that tables mark
+TRAITS = ("random", "rescaled", "batch-dependent", "stateful", "service")  # attributes of components that tables mark
 
 
 def pin(text: str, component: Any, *, hashed: bool = False) -> Component:

@@ -17,6 +17,7 @@ from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
 from bench.plan.cell import Cell, Component, Source
 from bench.plan.pin import pin, rewritten
+from bench.plan.services import check_service
 from bench.plan.suite import Grid, Suite
 from bench.protection import declared_threat
 from bench.protocols import (
@@ -31,6 +32,7 @@ from bench.protocols import (
 )
 from bench.registry import attacks, datasets, defenses, models
 from bench.rng import SampleRng, global_generators
+from bench.service import Service, declared_by
 from bench.spec import parse_chain
 from bench.system.process_state import undisturbed
 from bench.threat import Threat
@@ -65,6 +67,11 @@ class Task:
         """Whether a network has to be trained before anything can be attacked."""
         return not self.architecture.trained
 
+    @property
+    def service(self) -> Service | None:
+        """What the model of the cell declares, where it is a service."""
+        return declared_by(self.architecture)
+
     def build(self) -> torch.nn.Module:
         """The network of the cell, with its weights where it comes with some."""
         return build(self.architecture, self.data, self.model_dir)
@@ -81,7 +88,7 @@ def build(architecture: Architecture, data: Dataset, model_dir: Path | None) -> 
 
 def weights_hash(network: torch.nn.Module, architecture: Architecture) -> str:
     """A hash of the weights that ``network`` came with, of a user's own also of what else is in it; "" for none."""
-    if not architecture.trained:
+    if not architecture.trained or declared_by(architecture):
         return ""
     return fingerprint(network) if isinstance(architecture, FromFile) else state_fingerprint(network)
 
@@ -102,7 +109,12 @@ class Loader:
         return pin(datasets.shortest(text), source, hashed=True), self._datasets[text]
 
     def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
-        """Build the network that ``text`` names once, check it against the data, and hash the weights it came with."""
+        """Build the network that ``text`` names once, check it against the data, and hash the weights it came with.
+
+        A service has none, and no plan asks it anything.
+        """
+        if declared_by(architecture):
+            return ""
         if (text, data_name) not in self._weights:
             with torch.random.fork_rng([]):  # on the CPU
                 network = build(architecture, data, self.model_dir)
@@ -149,12 +161,14 @@ def _task(
     made = [defenses.create(spec) for spec in specs]
     named = _by_stage([(defenses.shortest(str(spec)), made) for spec, made in zip(specs, made, strict=True)])
     chain = Chain(**{stage: component for stage, (_, component) in named.items()})  # type: ignore[arg-type]
-    attack = attacks.create(attack_text)
+    attack, service = attacks.create(attack_text), declared_by(architecture)
     learns = attack.access == "training-data"
     texts = {stage: text for stage, (text, _) in named.items()}
     _check_training(learns, texts, architecture, model, grid.dataset, data)
     released = declared_threat(chain.data) if chain.data else Threat("linf", 0.0, "training-data")
     threat = released if learns else _served_threat(grid, cast(Attack, attack))
+    if service:
+        check_service(service, chain.output is not None, cast(Attack, attack), grid.quantise)
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
     if hasattr(attack, "check"):
@@ -163,7 +177,7 @@ def _task(
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
         dataset=data_component,
-        model=pin(models.shortest(model), architecture, hashed=True),
+        model=pin(models.shortest(model), architecture, hashed=service is None),
         defense=tuple(pin(*part) for part in named.values()),
         attack=pin(attacks.shortest(attack_text), attack),
         threat=threat,
@@ -196,6 +210,8 @@ def _sourced(task: Task, dataset: str, loader: Loader) -> Task:
 def _source(task: Task, text: str, dataset: str, loader: Loader) -> Task:
     """The network ``text``, as if it were to be attacked in place of that of ``task``."""
     architecture = resolve(text)
+    if declared_by(architecture):
+        raise ConfigError(f"the source {text} is a service, on which no examples can be made; name a network")
     _check_training(False, {}, architecture, text, dataset, task.data)
     weights = loader.weights_hash(text, architecture, dataset, task.data)
     if weights and weights == task.cell.weights_hash:

@@ -90,6 +90,11 @@ def _stored(name: str) -> Callable[[Row], float]:
     return lambda row: row.figures[name]
 
 
+def _total(name: str) -> Callable[[Row], float]:
+    """What each shard has measured once, together."""
+    return lambda row: sum(shard.figures.get(name, 0.0) for shard in row.shards)
+
+
 def _calibration(error: Callable[[NDArray[Any], NDArray[Any]], float], when: str) -> Callable[[Row], float]:
     return lambda row: error(
         column(row, f"{when}_confidence").astype(float), column(row, f"{when}_pred") == column(row, "y")
@@ -172,6 +177,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("false_alarms", "false alarms", "%", "lower", ("false_alarms",), _stored("false_alarms"),
            "clean images that a defense with a memory answers otherwise in a stream of clean images, each asked once, "
            "than where it has met no other", "defense", "{:.1f}", 100),
+    Figure("probes", "probes", "questions", "", ("probes",), _stored("probes"),
+           "questions that probing the service for red flags has cost, once for all attacks", "defense", "{:,.0f}"),
     *_twice("ece", "ECE", "%", ("confidence", "pred"), partial(_calibration, calibration_error), "{:.1%}",
             "expected calibration error, 15 bins of equal width"),
     *_twice("adaptive_ece", "adaptive ECE", "%", ("confidence", "pred"),
@@ -195,6 +202,9 @@ FIGURES: tuple[Figure, ...] = (
            "queries of all attacked images, those that stand with the whole budget", "attack", "{:.0f}"),
     Figure("censored_median_queries", "median of all", "queries", "higher", HITS, _statistic("censored_median_queries"),
            "their median, “> all” where fewer than half were beaten", "attack", "{:.0f}"),
+    Figure("asked", "asked", "questions", "", ("asked",), _total("asked"),
+           "questions that a service was really asked, to judge clean images and final examples, too; more than the "
+           "queries of the attack, and fewer where answers are kept", "attack", "{:,.0f}"),
     Figure("linf", "linf", "pixel scale", "higher", (*HITS, "norm_linf"), _size("norm_linf"),
            "mean size of the final changes", "attack", "{:.4f}"),
     Figure("rmse", "RMSE", "pixel scale", "higher", (*HITS, "rmse"), _size("rmse"),

@@ -70,6 +70,12 @@ MARKS = (  # in the order in which they stand
         "made on the undefended network, which no attacker of a service has: not in the worst case",
         pooled=False,
     ),
+    Mark(
+        "◷",
+        "service",
+        "a service, measured at the time of the run: it may answer otherwise today, its weights are not seen, and what "
+        "needs them (gradients, the undefended network, transfer from it) is blank",
+    ),
     Mark("✓", "verified", "entered, and a part of it run again by somebody else"),
     Mark("◦", "self-reported", "entered, and nobody but its authors has run it"),
     Mark(
@@ -96,7 +102,7 @@ def marks_of(row: Row) -> frozenset[str]:
         "unconfirmed": any(_unconfirmed(shard.provenance.get("numerics")) for shard in row.shards),
         "control": is_control(row) and row.cell.defense_name != "none",
     }
-    traits = [trait for component in (row.cell.attack, *row.cell.defense) for trait in component.traits]
+    traits = [trait for component in (row.cell.model, row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)
 
 

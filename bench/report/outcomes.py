@@ -157,10 +157,11 @@ def _within(records: pd.DataFrame, budget: int) -> pd.DataFrame:
 def network(row: Row) -> int | None:
     """Which of several networks its figures belong to: each seed trains one; weights that are given are one for all.
 
-    A learner always trains one: it is given no weights.
+    So is a service, whose weights nobody has seen. A learner always trains one: it is given no weights.
     """
     trains = any(part.stage in ("data", "training") for part in row.cell.defense)
-    return row.cell.seed if trains or not row.cell.weights_hash else None
+    given = row.cell.weights_hash or "service" in row.cell.model.traits
+    return row.cell.seed if trains or not given else None
 
 
 def under_all(networks: list[list[Row]], ids: Sequence[int], right: Callable[[Row], Any]) -> Share:

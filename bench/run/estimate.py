@@ -20,7 +20,7 @@ class Estimate:
     """The most that a cell can still cost: samples to run, queries for them, and seconds to ask those.
 
     Samples that fall early cost less; training comes on top and is not in ``seconds``, which are ``None`` where it is
-    all there is.
+    all there is, and for a service, whose time is its own.
     """
 
     task: Task
@@ -38,6 +38,9 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
         queries = track_of(task.cell).queries(task, samples)
         if queries is None or samples == 0:
             plans.append(Estimate(task, samples, 0, None if samples else 0.0))
+            continue
+        if task.service:  # of which a plan asks nothing
+            plans.append(Estimate(task, samples, queries, None))
             continue
         batch = min(batch_size, samples)
         served = (part for part in task.cell.defense if part.stage == "output")  # the others change no network's speed

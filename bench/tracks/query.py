@@ -78,8 +78,9 @@ class Query:
         for needed in (*task.sources, task):
             tools.pipeline.train(needed, progress.epochs)
         seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
-        with tools.pipeline.attacking(task, start) as kept:
-            yield self._measured(task, start, ids, tools, progress, kept)
+        with tools.pipeline.attacking(task, start) as kept, tools.pipeline.asking(task, start) as asked:
+            measured = self._measured(task, start, ids, tools, progress, kept)
+            yield measured._replace(figures={**measured.figures, **asked()})
 
     def _measured(
         self, task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
@@ -234,8 +235,8 @@ def _unasked(target: Target, held: ExitStack) -> Target:
 
 def _witnesses(task: Task, target: Target) -> tuple[Witness, ...]:
     """Who watches the attack, and the judgement of its examples; nobody where answers are said to depend on earlier
-    queries, or cannot be had twice."""
-    if any("stateful" in defense.traits for defense in task.cell.defense):
+    queries, or cannot be had twice, as those of a service."""
+    if task.service or any("stateful" in defense.traits for defense in task.cell.defense):
         return ()
     with suppress(Exception):  # copying runs the model's own code
         return Witness(target.searched), Witness(target.plain, FINAL, "judgements of final examples")
