@@ -72,4 +72,8 @@ class ThreatViolation(RefereeError):
 
 
 class ServiceError(RefereeError):
-    """A service cannot be asked, or has answered what is no answer."""
+    """A service cannot be asked, or has answered what is no answer; ``attempts`` is how often the call was sent."""
+
+    def __init__(self, message: str, attempts: int = 1) -> None:
+        super().__init__(message)
+        self.attempts = attempts

@@ -126,7 +126,8 @@ class Registry(Generic[T]):
     def shortest(self, text: str) -> str:
         """``text`` without arguments that say the default, the others in the order and the types of their fields.
 
-        So all ways to write one component are one. It is as it was where only the component knows its parameters.
+        Those that change no result (:func:`conduct`) are left out, too. So all ways to write one component are one. It
+        is as it was where only the component knows its parameters.
 
         Raises:
             ConfigError: an unknown name or a value of the wrong type.
@@ -137,7 +138,8 @@ class Registry(Generic[T]):
         if known is None:
             return text
         args = _typed(factory, spec.args, f"{self.kind} {spec.name!r}")
-        told = {name: _whole(args[name]) for name, default in known.items() if name in args and args[name] != default}
+        said = [name for name in known if name in args and name not in _conduct(factory)]
+        told = {name: _whole(args[name]) for name in said if args[name] != known[name]}
         return str(Spec(spec.name, told))
 
     def create(self, spec: Spec | str) -> T:
@@ -200,13 +202,25 @@ def added(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"added": True})
 
 
+def conduct(default: Any) -> Any:
+    """A parameter that says how a component goes about its work and changes no result: no cell keeps it."""
+    return dataclasses.field(default=default, metadata={"conduct": True})
+
+
+def _conduct(factory: Callable[..., Any]) -> set[str]:
+    """The parameters of a component that change no result."""
+    fields = dataclasses.fields(factory) if dataclasses.is_dataclass(factory) else ()
+    return {_written(field.name) for field in fields if "conduct" in field.metadata}
+
+
 def describe(component: Any) -> dict[str, Any]:
-    """The values of all parameters of a component, as a row stores them."""
+    """The values of the parameters of a component that decide its results, as a row stores them."""
     if not dataclasses.is_dataclass(component) or isinstance(component, type):
         return {}
     values = dataclasses.asdict(component)
     for field in dataclasses.fields(component):
-        if "added" in field.metadata and values[field.name] == field.default:
+        neutral = "added" in field.metadata and values[field.name] == field.default
+        if neutral or "conduct" in field.metadata:
             del values[field.name]
     return {_written(name): value for name, value in values.items()}
 

@@ -1,5 +1,6 @@
 """``bench run``: a grid run, its table printed; or planned and its cost told."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,7 @@ from bench.run.estimate import Estimate, estimate
 from bench.run.part import WHOLE, Part
 from bench.run.progress import Screen, duration
 from bench.run.runner import run as run_tasks
+from bench.service import Spent
 from bench.spec import Spec, parse_chain
 from bench.system.interrupt import Stopped
 from bench.system.threads import TRAINING, use_spare_threads
@@ -59,6 +61,9 @@ def run(
     examples: Annotated[
         bool, typer.Option("--examples", help="Keep the final examples of attacks beside their records.")
     ] = False,
+    max_cost: Annotated[
+        float | None, typer.Option(min=0, help="What questions to services may cost, by the price that they declare.")
+    ] = None,
     part: Annotated[
         str | None, typer.Option(help="K/N: only the K-th of N parts, for job arrays; bench merge joins folders.")
     ] = None,
@@ -88,12 +93,15 @@ def run(
     store.open()
     if where.type == "cpu":
         console.print(f"threads: {threads}, in trainings {TRAINING}", style="dim")
-    pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate)
+    most = math.inf if max_cost is None else max_cost
+    pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate, max_cost=most)
     try:
+        pipeline.try_services(tasks)
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen, examples, share)
     except Stopped as stop:
-        say_stopped(f"stopped; finished shards are kept in {out}, the same command resumes")
+        why, how = (f": {stop}", "a larger --max-cost") if isinstance(stop, Spent) else ("", "the same command")
+        say_stopped(f"stopped{why}; finished shards are kept in {out}, {how} resumes")
         raise typer.Exit(stop.exit_code) from None
     rows = [row for row in (store.row(task.cell) for task in tasks) if row.shards]
     shown = tables(rows, plan.budgets)
@@ -107,6 +115,11 @@ def run(
         "`bench leaderboard` prints every figure of theirs",
         soft_wrap=True,
     )
+    for journal in pipeline.journals:
+        console.print(
+            f"{journal.questions:,} questions asked in all, {journal.spent:.6g} spent; journal in {journal.path}",
+            soft_wrap=True,
+        )
     if outcome.failed:
         raise typer.Exit(1)
 
@@ -131,6 +144,10 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
         "training aside; nothing was run",
         soft_wrap=True,
     )
+    if price := sum(plan.queries * plan.task.service.price for plan in plans if plan.task.service):
+        console.print(
+            f"the queries to services cost {price:,.6g} at most; judging and probing come on top", soft_wrap=True
+        )
 
 
 def _time(plan: Estimate) -> str:

@@ -1,6 +1,7 @@
 """From the training images of a cell to what its attack meets: a released data set, or a served model."""
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bench import numerics
 from bench.dataset import Dataset, Split
-from bench.errors import RefereeError
+from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.audit import ROUNDED, difference
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
@@ -29,7 +30,8 @@ from bench.protection import check_release, declared_threat
 from bench.protocols import Job, ServiceModel
 from bench.registry import attacks, code_hash
 from bench.scratch import Scratch, scratch, sweep
-from bench.service import Asked, Desk
+from bench.service import Asked, Desk, Journal
+from bench.system.claims import Held, claim
 from bench.system.sealed import keep_tensors, kept_tensors
 from bench.system.threads import training_threads
 from bench.training import initialised
@@ -49,10 +51,19 @@ class Pipeline:
 
     So is the unfinished work on them and on learners, until it is done. Output defenses of users' own files are served
     from a process of their own, and with ``isolate`` all are, but for attacks that need gradients through them. Every
-    service is asked at one desk.
+    service is asked at one desk, whose journal is there, too; all of its questions may cost ``max_cost``.
     """
 
-    def __init__(self, folder: Path, device: torch.device, batch_size: int, *, isolate: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        device: torch.device,
+        batch_size: int,
+        *,
+        isolate: bool = False,
+        max_cost: float = math.inf,
+    ) -> None:
+        self._max_cost = max_cost
         self.folder, self.device, self.batch_size, self._isolate = folder, device, batch_size, isolate
         self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
         self._last: _Network | None = None  # neighbouring cells share their network
@@ -129,8 +140,44 @@ class Pipeline:
             return None
         key = _recipe_key(task)
         if key not in self._desks:
-            self._desks[key] = Desk(cast(ServiceModel, task.architecture).line(), len(task.data.classes))
+            journal = Journal(self.folder / f"{key}.journal.jsonl", asdict(task.cell.model))
+            line = cast(ServiceModel, task.architecture).line()
+            self._desks[key] = Desk(line, len(task.data.classes), journal, self._max_cost)
         return self._desks[key]
+
+    @property
+    def journals(self) -> list[Journal]:
+        """What has been asked of each service that this run has met."""
+        return [desk.journal for desk in self._desks.values()]
+
+    def try_services(self, tasks: Iterable[Task]) -> None:
+        """Ask each service of ``tasks`` about two grey images, once for all runs here, before slow work starts.
+
+        Raises:
+            ConfigError: it does not answer as it declares.
+        """
+        for key, task in {_recipe_key(task): task for task in tasks if task.service}.items():
+            desk = self.desk(task)
+            assert desk is not None
+            try:
+                with self._asking(desk, key, "trial"):
+                    desk.logits(torch.full((2, *task.data.test.shape), 0.5))
+            except Held:  # by a run that has tried it
+                continue
+            except ServiceError as error:
+                raise ConfigError(f"{task.cell.model.spec}: {error}") from None
+
+    @contextmanager
+    def _asking(self, desk: Desk, key: str, scope: str) -> Iterator[None]:
+        """Be the only run on this folder that asks this service.
+
+        Raises:
+            Held: another one is at it.
+        """
+        with claim(self.folder / f"{key}.journal.lock"):
+            desk.journal.refresh()
+            with desk.asking(scope):
+                yield
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""
@@ -187,9 +234,13 @@ class Pipeline:
 
     @contextmanager
     def asking(self, task: Task, start: int) -> Iterator[Callable[[], Mapping[str, float]]]:
-        """Ask what the shard of ``task`` that begins at ``start`` asks of a service; gives figures of it so far."""
+        """Ask what the shard of ``task`` that begins at ``start`` asks of a service; gives figures of it so far.
+
+        Raises:
+            Held: another run asks it.
+        """
         desk, scope = self.desk(task), f"{task.cell.key[:16]}-{start:06d}"
-        with desk.asking(scope) if desk else nullcontext():
+        with self._asking(desk, _recipe_key(task), scope) if desk else nullcontext():
             yield lambda: {"asked": float(desk.asked(scope))} if desk else {}
 
     def sweep(self, done: Iterable[Task]) -> None:
