@@ -129,27 +129,33 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
         lines = [
             (
                 plan.task.cell.defense_name, plan.task.cell.attack.spec, str(plan.samples), f"{plan.queries:,}",
-                _time(plan) if plan.samples else "done",
+                *_times(plan),
             )
             for plan in plans if plan.task.cell.setting == setting
         ]  # fmt: skip
-        names = ("defense", "attack", "samples", "queries ≤", "time ≤")
+        names = ("defense", "attack", "samples", "queries ≤", "training ≈", "time ≤")
         table = columns(names, lines, console.width, title=setting)
         console.print(table)
         console.print()
     cells = f"{len(plans)} {'cell' if len(plans) == 1 else 'cells'}"
     queries, seconds = sum(plan.queries for plan in plans), sum(plan.seconds or 0.0 for plan in plans)
-    console.print(
-        f"{name}: {cells}, {queries:,} queries at most, {duration(seconds)} at most on {device.type}, "
-        "training aside; nothing was run",
-        soft_wrap=True,
-    )
+    untimed = sum(plan.training is None for plan in plans)
+    trainings = sum(plan.training or 0.0 for plan in plans)
+    told = [f"{queries:,} queries at most, {duration(seconds)} at most on {device.type}"]
+    told += [f"about {duration(trainings)} for trainings, of which a few images were timed"] if trainings else []
+    told += [f"{untimed} {'training' if untimed == 1 else 'trainings'} that cannot be timed"] if untimed else []
+    told += ["services aside"] if any(plan.seconds is None for plan in plans) else []
+    told += ["data defenses aside"] if any(plan.task.chain.data and plan.samples for plan in plans) else []
+    console.print(f"{name}: {cells}, {', '.join(told)}; nothing was run", soft_wrap=True)
     if price := sum(plan.queries * plan.task.service.price for plan in plans if plan.task.service):
         console.print(
             f"the queries to services cost {price:,.6g} at most; judging and probing come on top", soft_wrap=True
         )
 
 
-def _time(plan: Estimate) -> str:
-    parts = ["training"] if plan.task.trains else ["not timed"] if plan.task.service else []
-    return " + ".join(parts if plan.seconds is None else [*parts, duration(plan.seconds)])
+def _times(plan: Estimate) -> tuple[str, str]:
+    """Of the training that the cell is the first to need, and of its queries."""
+    training = "not timed" if plan.training is None else duration(plan.training) if plan.training else ""
+    if not plan.samples:
+        return training, "done"
+    return training, "not timed" if plan.seconds is None else duration(plan.seconds) if plan.queries else ""

@@ -9,7 +9,8 @@ from rich.table import Table
 from bench.report.escape import in_terminal
 
 BETWEEN = 2  # blanks after each column but the last
-SHORT = ("norms", "samples", "queries ≤", "time ≤")  # columns whose cells stay in one line where there is room
+# Columns whose cells stay in one line where there is room.
+SHORT = ("norms", "samples", "queries ≤", "training ≈", "time ≤")
 NUMBERS = SHORT[1:]
 
 

@@ -138,7 +138,7 @@ class Pipeline:
         """Where the service that is the model of ``task`` is asked; ``None`` for a network."""
         if task.service is None:
             return None
-        key = _recipe_key(task)
+        key = recipe_key(task)
         if key not in self._desks:
             journal = Journal(self.folder / f"{key}.journal.jsonl", asdict(task.cell.model))
             line = cast(ServiceModel, task.architecture).line()
@@ -156,7 +156,7 @@ class Pipeline:
         Raises:
             ConfigError: it does not answer as it declares.
         """
-        for key, task in {_recipe_key(task): task for task in tasks if task.service}.items():
+        for key, task in {recipe_key(task): task for task in tasks if task.service}.items():
             desk = self.desk(task)
             assert desk is not None
             try:
@@ -202,7 +202,7 @@ class Pipeline:
 
     def train(self, task: Task, progress: Progress) -> None:
         """Have the network of ``task`` ready: in memory, on disk, or by training it now."""
-        key = _recipe_key(task)
+        key = recipe_key(task)
         if self._last is not None and self._last.key == key:
             return
         if task.architecture.trained:
@@ -240,7 +240,7 @@ class Pipeline:
             Held: another run asks it.
         """
         desk, scope = self.desk(task), f"{task.cell.key[:16]}-{start:06d}"
-        with self._asking(desk, _recipe_key(task), scope) if desk else nullcontext():
+        with self._asking(desk, recipe_key(task), scope) if desk else nullcontext():
             yield lambda: {"asked": float(desk.asked(scope))} if desk else {}
 
     def sweep(self, done: Iterable[Task]) -> None:
@@ -305,7 +305,7 @@ class Pipeline:
         """
         if task.chain.training is None:
             return []
-        key = _recipe_key(task)
+        key = recipe_key(task)
         columns = kept_tensors(self._curves(key), key) or {}
         lines = zip(*(values.tolist() for values in columns.values()), strict=True)
         return [dict(zip(columns, line, strict=True)) for line in lines]
@@ -323,11 +323,11 @@ class Pipeline:
 
     def has_network(self, task: Task) -> bool:
         """Whether the network of ``task`` has been trained here."""
-        return self._path(_recipe_key(task)).is_file()
+        return self._path(recipe_key(task)).is_file()
 
     def made_for(self, task: Task) -> list[Path]:
         """The files of the trained network and of the released images of ``task``, as far as they were made here."""
-        keys = [_recipe_key(task)] if task.trains else []
+        keys = [recipe_key(task)] if task.trains else []
         keys += [release_key(task.cell)] if task.chain.data else []
         return [path for key in keys if (path := self._path(key)).is_file()]
 
@@ -443,7 +443,7 @@ def _learner_key(task: Task) -> str:
     return task.cell.key[:32]
 
 
-def _recipe_key(task: Task) -> str:
+def recipe_key(task: Task) -> str:
     """A hash of all that decides the weights of the network of ``task``."""
     cell = task.cell
     early = [defense for defense in cell.defense if defense.stage != "output"]

@@ -1,74 +1,79 @@
-"""What a run would cost, from a few timed batches."""
+"""What a run would cost, from a few timed images."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bench.measure.pipeline import deploy
+from bench.measure.pipeline import Pipeline, recipe_key
 from bench.plan.tasks import Task
 from bench.results.store import Store
-from bench.rng import SampleRng
+from bench.run.timing import seconds_of_training, seconds_per_query
 from bench.tracks import track_of
-
-TIMED = 3  # batches, after one that warms up
 
 
 @dataclass(frozen=True)
 class Estimate:
     """The most that a cell can still cost: samples to run, queries for them, and seconds to ask those.
 
-    Samples that fall early cost less; training comes on top and is not in ``seconds``, which are ``None`` where it is
-    all there is, and for a service, whose time is its own.
+    Samples that fall early cost less. ``seconds`` are ``None`` for a service, whose time is its own. ``training`` are
+    those of the training that this cell is the first to need, 0 where it needs none or another cell has made it,
+    ``None`` where it could not be timed.
     """
 
     task: Task
     samples: int
     queries: int
     seconds: float | None
+    training: float | None
 
 
 def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_size: int) -> list[Estimate]:
-    """Plan ``tasks`` against what ``store`` holds; nothing is trained, attacked or written."""
+    """Plan ``tasks`` against what ``store`` holds; nothing is trained to its end, attacked or written."""
     timings: dict[tuple[object, ...], float] = {}
+    trainings = _Trainings(Pipeline(store.root / "networks", device, batch_size), device)
     plans = []
     for task in tasks:
         samples = len(store.missing(task.cell))
+        if samples == 0:
+            plans.append(Estimate(task, 0, 0, 0.0, 0.0))
+            continue
+        training = trainings.needed(task)
         queries = track_of(task.cell).queries(task, samples)
-        if queries is None or samples == 0:
-            plans.append(Estimate(task, samples, 0, None if samples else 0.0))
+        if queries is None:
+            plans.append(Estimate(task, samples, 0, 0.0, training))
             continue
         if task.service:  # of which a plan asks nothing
-            plans.append(Estimate(task, samples, queries, None))
+            plans.append(Estimate(task, samples, queries, None, training))
             continue
         batch = min(batch_size, samples)
         served = (part for part in task.cell.defense if part.stage == "output")  # the others change no network's speed
         parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *served))
         kind = (*parts, task.attack.access, batch)
         if kind not in timings:
-            timings[kind] = _seconds_per_query(task, device, batch)
-        plans.append(Estimate(task, samples, queries, queries * timings[kind]))
+            timings[kind] = seconds_per_query(task, device, batch)
+        plans.append(Estimate(task, samples, queries, queries * timings[kind], training))
     return plans
 
 
-def _seconds_per_query(task: Task, device: torch.device, batch: int) -> float:
-    """Time a batch through the served model, and back where the attack takes gradients; weights do not matter."""
-    with torch.random.fork_rng([]):
-        network = task.build().to(device)
-    model = deploy(task, network, task.cell.numerics, device, batch)
-    gradients = task.attack.access == "gradients"
-    ids = torch.arange(batch)
-    x = task.data.test.pixels(ids % len(task.data.test)).to(device).requires_grad_(gradients)
-    noise = SampleRng.create(0, ids.to(device), "estimate")
-    times = []
-    for _ in range(1 + TIMED):
-        began = time.perf_counter()
-        with torch.set_grad_enabled(gradients):
-            logits = model(x, noise)
-            if gradients:
-                torch.autograd.grad(logits.sum(), x)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - began)
-    return min(times[1:]) / batch
+class _Trainings:
+    """The trainings of a plan, each counted at the first cell that needs it, and timed once for all seeds."""
+
+    def __init__(self, pipeline: Pipeline, device: torch.device) -> None:
+        self.pipeline, self.device = pipeline, device
+        self.counted: set[str] = set()
+        self.timings: dict[tuple[object, ...], float | None] = {}
+
+    def needed(self, task: Task) -> float | None:
+        """The seconds that ``task`` adds."""
+        learns = not task.cell.threat.asks
+        key = task.cell.key if learns else recipe_key(task)
+        if not (learns or task.trains) or key in self.counted or (not learns and self.pipeline.has_network(task)):
+            return 0.0
+        self.counted.add(key)
+        early = (part for part in task.cell.defense if part.stage == "training")
+        parts = (task.cell.dataset, task.cell.model, *early, *([task.cell.attack] if learns else []))
+        kind = tuple((part.spec, part.version) for part in parts)
+        if kind not in self.timings:
+            self.timings[kind] = seconds_of_training(task, self.device)
+        return self.timings[kind]

@@ -113,11 +113,13 @@ class _Pace(ProgressColumn):
 
 
 def duration(seconds: float) -> str:
-    """A duration that one can say: ``0.8 s``, ``45 s``, ``12 min``, ``3.5 h``."""
+    """A duration that one can say: ``0.8 s``, ``45 s``, ``12 min``, ``3.5 h``, ``12 days``."""
     if seconds < 10:
         return f"{seconds:.1f} s"
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
         return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:,.0f} days"
