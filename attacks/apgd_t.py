@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from attacks.apgd import AutoPGD, Search, start
+from attacks.apgd import AutoPGD
 from bench.losses import Loss, check_classes, log_likelihood, targeted_dlr
 from bench.oracle import Oracle
 from bench.ranges import Count
@@ -26,6 +26,7 @@ class TargetedAPGD(AutoPGD):
     passes for each target, times ``eot``.
 
     Args:
+        eot, wide_start: as of :class:`attacks.apgd.APGD`.
         loss: ``dlr``, which compares four classes, or for fewer ``ce``, the likelihood of the target.
 
     Source: Croce and Hein, 2020, arXiv:2003.01690, equation 7 and section 5.
@@ -41,14 +42,14 @@ class TargetedAPGD(AutoPGD):
     @property
     def most_queries(self) -> int:
         """Forward passes that a sample costs which never falls."""
-        return (1 + self.targets * self.restarts * (self.steps + 1)) * self.eot
+        return self.eot + self.targets * self.restarts * self.run_queries
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns the point nearest to a boundary by the loss."""
-        search = Search(oracle, x, y, threat, self.steps, self.eot)
+        search = self.search(oracle, x, y, threat)
         for number, target in enumerate(rivals(oracle, x, y, self.targets, self.eot)):
             for restart in range(self.restarts):
-                search.run(start(x, threat, rng.fork(number).fork(restart)), partial(self._loss, target))
+                search.run(rng.fork(number).fork(restart), partial(self._loss, target))
         return search.best
 
     def _loss(self, target: Tensor, rows: Tensor) -> Loss:

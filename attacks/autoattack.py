@@ -27,11 +27,12 @@ class Member(NamedTuple):
 
     name: str
     attack: Attack
+    most: int = SQUARE  # queries, where the attack has no bound of its own
 
     @property
     def queries(self) -> int:
         """How many it is told it has."""
-        return getattr(self.attack, "most_queries", SQUARE)
+        return getattr(self.attack, "most_queries", self.most)
 
 
 PRESETS: dict[str, tuple[Member, ...]] = {
@@ -47,6 +48,12 @@ PRESETS: dict[str, tuple[Member, ...]] = {
     "rand": (Member("apgd-ce", APGD(eot=EOT)), Member("apgd-dlr", APGD(loss="dlr", eot=EOT))),
 }  # fmt: skip
 
+# Of ``standard`` in l1. The two points more of each wide start come off Square's, so that it costs what it costs in l2.
+STANDARD_L1 = (
+    Member("apgd-ce", APGD(restarts=5, wide_start=True)), Member("apgd-t", TargetedAPGD(targets=5, wide_start=True)),
+    Member("fab-t", TargetedFAB()), Member("square", Square(preset="autoattack"), SQUARE - 20),
+)  # fmt: skip
+
 
 @attacks("autoattack")
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +62,8 @@ class AutoAttack:
 
     A sample falls once, to the first attack that beats it, and ``fell_to`` of its record names that attack. A sample
     that none beats costs 7,812 forward and 1,900 backward passes under ``standard``, for which the budget has to leave
-    room: what is left over at its end is not run. For random defenses use ``rand``, which averages 20 draws.
+    room: what is left over at its end is not run. For random defenses use ``rand``, which averages 20 draws. In l1,
+    ``standard`` has APGD begin in larger balls, from five starts and towards five targets.
 
     The public code's warnings are red flags here: random, softmax and optimised outputs are found by probing the served
     model, zero and masked gradients, too, and ``square-beats-gradients`` fires where Square takes what the attacks with
@@ -64,13 +72,13 @@ class AutoAttack:
     Args:
         preset: ``standard``, ``plus`` (more restarts, and both untargeted and targeted members) or ``rand``.
 
-    Source: arXiv:2003.01690, section 5; the members' parameters as in the authors' code.
+    Source: arXiv:2003.01690, section 5, and arXiv:2103.01208 for l1; the members' parameters as in the authors' code.
     """
 
     preset: Literal["standard", "plus", "rand"] = "standard"
 
     access: ClassVar[Access] = "gradients"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Croce and Hein, 2020, arXiv:2003.01690"
 
@@ -90,16 +98,15 @@ class AutoAttack:
     @property
     def most_queries(self) -> int:
         """Forward passes that a sample costs which never falls."""
-        return sum(member.queries for member in self.members)
+        return sum(member.queries for member in self.members())
 
-    @property
-    def members(self) -> tuple[Member, ...]:
+    def members(self, norm: Norm = "linf") -> tuple[Member, ...]:
         """The attacks in the order of their turns."""
-        return PRESETS[self.preset]
+        return STANDARD_L1 if (norm, self.preset) == ("l1", "standard") else PRESETS[self.preset]
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns what APGD came to last for those that stand."""
-        return cascade(self.members, oracle, x, y, threat, rng)
+        return cascade(self.members(threat.norm), oracle, x, y, threat, rng)
 
 
 def cascade(

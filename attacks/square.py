@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from attacks.windows import proposals
 from bench.errors import ConfigError
 from bench.losses import WITH_DLR, check_classes, margin
-from bench.norms import TINY, box, lp_norm, per_sample
+from bench.norms import per_sample
 from bench.oracle import Oracle
 from bench.registry import added, attacks
 from bench.rng import SampleRng
@@ -30,7 +30,7 @@ PRESETS: dict[str | None, dict[str, Any]] = {
     "aaa-standard": {"p_init": 0.05, "edges": "reference", "accept": "loss"},
 }
 DEFAULTS = {"rescale": False, "edges": "inclusive", "accept": "loss_or_fooled"}
-P_INIT: dict[str, float] = {"linf": 0.05, "l2": 0.1}  # the paper's choice for undefended models
+P_INIT: dict[str, float] = {"linf": 0.05, "l2": 0.1, "l1": 0.8}  # the papers' choice for undefended models
 
 Values = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to what a rule compares (n,)
 # Incumbent's value, candidate's value and the rule's memory, an int64 for each sample that starts at 0, all (n,), and
@@ -64,7 +64,7 @@ def lower(lowest: Tensor, value: Tensor, memory: Tensor, rng: SampleRng) -> tupl
 @attacks("square")
 @dataclass(frozen=True, kw_only=True)
 class Square:
-    """Square attack (Andriushchenko et al., ECCV 2020), untargeted or targeted, in linf and l2.
+    """Square attack (Andriushchenko et al., ECCV 2020), untargeted or targeted, in linf, l2 and l1.
 
     One query for the start and one for each proposal; a sample stops at its first misclassified query. Every sample
     draws its own windows and signs.
@@ -80,7 +80,7 @@ class Square:
             called Standard, its undefended CIFAR-10 network, where it takes 0.05. So the figures of AAA on CIFAR-10
             belong to ``aaa-standard``; ``aaa`` is the stronger one on AAA, and ranks. Arguments that are given win over
             the preset.
-        p_init: share of the pixels in the first windows; 0.05 (linf) or 0.1 (l2) by default.
+        p_init: share of the pixels in the first windows; 0.05 (linf), 0.1 (l2) or 0.8 (l1) by default.
         loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``prob`` (the probability) of the label, or
             ``dlr``, the margin that sees through any scale that a defense puts on its scores; the targeted form
             maximises that of the target, as both public codes do with ``ce``.
@@ -90,7 +90,8 @@ class Square:
         edges: ``inclusive`` lets windows reach the last row and column, ``reference`` never does, like the public code.
         targeted: draw a wrong class for each sample and raise it, where otherwise its label is lowered.
 
-    Source: arXiv:1912.00049, algorithms 1 to 3; schedule and l2 windows as in the authors' code.
+    Source: arXiv:1912.00049, algorithms 1 to 3; schedule and l2 windows as in the authors' code. In l1 as in
+    arXiv:2103.01208, section 4.
     """
 
     preset: Literal["eccv2020", "autoattack", "aaa", "aaa-standard"] | None = None
@@ -102,7 +103,7 @@ class Square:
     targeted: bool = added(False)
 
     access: ClassVar[Access] = "scores"
-    norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
+    norms: ClassVar[frozenset[Norm]] = frozenset({"l1", "l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Andriushchenko et al., 2020, arXiv:1912.00049"
 
@@ -135,7 +136,6 @@ class Square:
         self, oracle: ScoreOracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule
     ) -> Tensor:
         """Square's proposals under any ``rule`` over any ``values``; returns each sample's incumbent (B, C, H, W)."""
-        proposals = _Linf if threat.norm == "linf" else _L2
         inset = 1 if self.edges == "reference" else 0
         u = proposals(x, threat, inset).start(rng.fork("start"))
         first = oracle.scores(u)
@@ -189,138 +189,3 @@ def window_side(share: float, size: tuple[int, ...] | torch.Size) -> int:
 def wrong_classes(rng: SampleRng, y: Tensor, classes: int) -> Tensor:
     """A class (B,) for each sample, uniform over all ``classes`` but ``y``."""
     return (y + 1 + rng.integers(classes - 1)) % classes
-
-
-class _Linf:
-    """Proposals in the linf ball: each pixel of a window goes to one end of its range, one sign for each channel."""
-
-    def __init__(self, x: Tensor, threat: Threat, inset: int) -> None:
-        self.low, self.high = box(x, threat)
-        self.inset = inset
-
-    def start(self, rng: SampleRng) -> Tensor:
-        """Vertical stripes: one sign for each channel and column."""
-        _, channels, _, width = self.low.shape
-        return torch.where(rng.coins(channels, 1, width), self.high, self.low)
-
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
-        """``incumbent`` (n, C, H, W) with one new window each."""
-        channels, height, width = incumbent.shape[1:]
-        corner = _corners(rng, (height, width), side, self.inset)
-        window = _window(corner, side, (height, width))                             # (n, 1, H, W)
-        signs = rng.fork("signs").coins(channels)
-        if side == 1:  # one proposal in eight would repeat a three-channel pixel and waste its query
-            signs = self._changing(incumbent, corner, signs, rng)
-        target = torch.where(signs[:, :, None, None], self.high, self.low)
-        return torch.where(window, target, incumbent)
-
-    def _changing(self, incumbent: Tensor, corner: Tensor, signs: Tensor, rng: SampleRng) -> Tensor:
-        """``signs`` (n, C), or the first of three further draws that changes the pixel at ``corner`` (n, 2)."""
-        samples = torch.arange(len(incumbent), device=incumbent.device)
-        pixel = samples, slice(None), corner[:, 0], corner[:, 1]
-        now, low, high = incumbent[pixel], self.low[pixel], self.high[pixel]        # (n, C)
-        draws = torch.cat((signs[:, None], rng.fork("more signs").coins(3, signs.shape[1])), dim=1)  # (n, 4, C)
-        changes = (torch.where(draws, high[:, None], low[:, None]) != now[:, None]).any(dim=2)
-        return draws[samples, changes.long().argmax(dim=1)]
-
-
-class _L2:
-    """Proposals on the l2 sphere: energy moves from one window into another, in a two-lobed pattern."""
-
-    def __init__(self, x: Tensor, threat: Threat, inset: int) -> None:
-        self.x, self.eps, self.inset = x, threat.eps, inset
-        self._lobes: dict[int, Tensor] = {}  # by side; copying them to a GPU at each step would wait for it
-
-    def start(self, rng: SampleRng) -> Tensor:
-        """A 5 x 5 grid of patterns, with one sign for each tile and channel and an orientation for each tile."""
-        _, channels, height, width = self.x.shape
-        side = max(1, min(height, width) // 5)
-        tiles = min(5, height // side), min(5, width // side)
-        lobes = self._bump(side)
-        shape = torch.where(rng.fork("turn").coins(*tiles)[..., None, None], lobes.T, lobes)     # (n, 5, 5, s, s)
-        signs = rng.fork("signs").coins(channels, *tiles).to(self.x) * 2 - 1
-        grid = (signs[..., None, None] * shape[:, None]).transpose(3, 4).flatten(4, 5).flatten(2, 3)
-        delta = torch.zeros_like(self.x)
-        top, left = (height - tiles[0] * side) // 2, (width - tiles[1] * side) // 2
-        delta[:, :, top : top + grid.shape[2], left : left + grid.shape[3]] = grid
-        return self._on_sphere(delta)
-
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
-        """``incumbent`` (n, C, H, W) with the energy of two windows, and what the box has eaten, in the first."""
-        channels, height, width = incumbent.shape[1:]
-        side = odd_side(side, min(height, width))
-        first = _corners(rng.fork("first"), (height, width), side, self.inset)
-        second = _corners(rng.fork("second"), (height, width), side, self.inset)
-        delta = incumbent - self.x
-        into, out_of = _window(first, side, (height, width)), _window(second, side, (height, width))
-        spare = (self.eps**2 - lp_norm(delta, "l2") ** 2).clamp(min=0) / channels           # (n,)
-        room = spare[:, None] + (delta.square() * (into | out_of)).sum(dim=(2, 3))                 # (n, C)
-
-        line = torch.arange(side, device=delta.device)
-        cells = (first[:, 0, None, None] + line[:, None]) * width + first[:, 1, None, None] + line  # (n, s, s)
-        cells = cells.flatten(1)[:, None].expand(-1, channels, -1)                                 # (n, C, s * s)
-        lobes = self._bump(side)
-        turned = torch.where(rng.fork("turn").coins(1, 1), lobes.T, lobes)                         # (n, s, s)
-        signs = rng.fork("signs").coins(channels).to(delta) * 2 - 1
-        old = delta.flatten(2).gather(2, cells)
-        new = signs[..., None] * turned.flatten(1)[:, None] + _unit(old)
-        new = _unit(new) * room.sqrt()[..., None]
-        moved = delta.masked_fill(out_of, 0).flatten(2).scatter(2, cells, new).view_as(delta)
-        return self._on_sphere(moved)
-
-    def _bump(self, side: int) -> Tensor:
-        if side not in self._lobes:
-            self._lobes[side] = bump(side).to(self.x)
-        return self._lobes[side]
-
-    def _on_sphere(self, delta: Tensor) -> Tensor:
-        scale = self.eps / (lp_norm(delta, "l2") + TINY)
-        return (self.x + delta * per_sample(scale)).clamp(0, 1)
-
-
-def odd_side(side: int, size: int) -> int:
-    """The odd side of an l2 window, at least 3 where the image of ``size`` allows it."""
-    side = max(side, 3)
-    side += 1 - side % 2
-    return side if side <= size else size - (1 - size % 2)
-
-
-@lru_cache(maxsize=256)
-def bump(side: int) -> Tensor:
-    """The two-lobed pattern (side, side) of unit l2 norm: one lobe up, one down, each falling off in rings."""
-    half = side // 2
-    lobes = [_rings(half, side), -_rings(side - half, side)]
-    return _unit(torch.cat(lobes).view(1, 1, -1)).view(side, side)
-
-
-def _rings(rows: int, columns: int) -> Tensor:
-    """A lobe (rows, columns) of unit l2 norm: sum of 1 / (j + 1)^2 over the concentric rectangles that cover a cell."""
-    if rows == 0:
-        return torch.zeros(0, columns)
-    down = (torch.arange(rows) - rows // 2).abs()
-    across = (torch.arange(columns) - columns // 2).abs()
-    ring = torch.maximum(down[:, None], across)
-    weights = 1 / torch.arange(1, max(rows // 2, columns // 2) + 2).double() ** 2
-    lobe = weights.flip(0).cumsum(0).flip(0)[ring].float()
-    return _unit(lobe.view(1, 1, -1)).view(rows, columns)
-
-
-def _unit(values: Tensor) -> Tensor:
-    """(n, C, m) scaled to unit l2 norm along the last dimension."""
-    return values / (values.square().sum(dim=2, keepdim=True).sqrt() + TINY)
-
-
-def _corners(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Tensor:
-    """Top left corners (n, 2) of windows, uniform over the image less ``inset`` rows and columns at its end."""
-    rows, columns = (max(length - side + 1 - inset, 1) for length in size)
-    return torch.stack((rng.fork("row").integers(rows), rng.fork("column").integers(columns)), dim=1)
-
-
-def _window(corner: Tensor, side: int, size: tuple[int, int]) -> Tensor:
-    """Masks (n, 1, H, W) of the windows at ``corner`` (n, 2)."""
-    inside = []
-    for axis, length in enumerate(size):
-        offset = torch.arange(length, device=corner.device) - corner[:, axis, None]
-        inside.append((offset >= 0) & (offset < side))
-    rows, columns = inside
-    return (rows[:, :, None] & columns[:, None, :])[:, None]

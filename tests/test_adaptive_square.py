@@ -25,7 +25,8 @@ from attacks.adaptive_square import (
     switching,
     upward,
 )
-from attacks.square import Square, _Linf, window_side
+from attacks.square import Square, window_side
+from attacks.windows import Linf
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.losses import margin
@@ -177,7 +178,7 @@ def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(name):
     x_adv = attack_with(attack, oracle, x, y)
     for i in range(6):
         rng = SampleRng.create(0, torch.tensor([i]), "attack")
-        proposals = _Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
+        proposals = Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
         u, held, up, refusals, temperature, hit = None, None, name == "up", 0, 0.5, NEVER
         for query in range(1, budget + 1):
             share = Square(p_init=0.3)._share(0.3, query - 2, budget)
@@ -303,7 +304,7 @@ def test_a_plain_average_of_one_sample_at_a_time_asks_the_same(draws, budget):
     x_adv, ledger, x, y, model = noisy(draws, budget, sigma=2.0)
     for i in range(8):
         rng, noise = (SampleRng.create(0, torch.tensor([i]), purpose) for purpose in ("attack", "defense"))
-        proposals = _Linf(x[i : i + 1], Threat("linf", 0.02, "scores", budget), 0)
+        proposals = Linf(x[i : i + 1], Threat("linf", 0.02, "scores", budget), 0)
         u, held, hit, queries, calls = None, math.inf, NEVER, 0, 0
         while queries < budget and hit == NEVER:
             if u is None:

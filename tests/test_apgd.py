@@ -82,8 +82,8 @@ def reference(model, x, y, loss, norm, eps, steps, u):
     return asked
 
 
-def sparse_reference(model, x, y, loss, eps, steps, u):
-    """As :func:`reference`, for the sparse steps of arXiv:2103.01208."""
+def sparse_reference(model, x, y, loss, eps, steps, u, wide=False):
+    """As :func:`reference`, for the sparse steps of arXiv:2103.01208, and the best point; ``u`` is in a wide start."""
 
     def ask(u):
         u = u.clone().requires_grad_(True)
@@ -93,6 +93,9 @@ def sparse_reference(model, x, y, loss, eps, steps, u):
     d = x.numel()
     asked, (f, g) = [u], ask(u)
     best, f_best, g_best, size, share, moved = u, f, g, eps, 0.2, d
+    if wide:
+        moved = int((u != x).sum())
+        share = moved / d / 1.5
     every = max(int(0.04 * steps), 1)
     for k in range(1, steps + 1):
         ranked = sorted(g.abs().flatten().tolist())
@@ -111,7 +114,7 @@ def sparse_reference(model, x, y, loss, eps, steps, u):
             else:
                 size = max(size / 1.5, eps / 10)
             moved = now
-    return asked
+    return asked, best
 
 
 @pytest.mark.parametrize(("norm", "eps"), [("linf", 0.002), ("l2", 0.008), ("l1", 0.02)])
@@ -136,10 +139,41 @@ def test_every_point_is_that_of_the_plain_algorithm(norm, eps, targeted):
         loss = log_likelihood
         if targeted:
             loss = lambda z, labels, aim=target[i : i + 1]: targeted_dlr(z, labels, aim)  # noqa: E731
-        plain = sparse_reference if norm == "l1" else lambda *given: reference(*given[:4], norm, *given[4:])
-        expected = plain(model, x[i], y[i], loss, eps, steps, begun[i])
+        if norm == "l1":
+            expected = sparse_reference(model, x[i], y[i], loss, eps, steps, begun[i])[0]
+        else:
+            expected = reference(model, x[i], y[i], loss, norm, eps, steps, begun[i])
         met = torch.stack([batch[i] for batch in asked[:compared]])
         torch.testing.assert_close(met, torch.stack(expected[:compared]), rtol=0, atol=1e-8)
+
+
+def test_a_wide_start_goes_through_three_balls():
+    """Its points are those of three plain runs, each from the best point of the one before."""
+    model, x, eps, steps = curved(), images(3, (1, 5, 5)), 0.004, 20
+    y = model(x).argmax(1)
+    recorded = Recorded(model)
+    attack = APGD(steps=steps, wide_start=True)
+    oracle = referee(recorded, x, y, norm="l1", eps=eps, budget=1000, **asks_for(attack, model))
+    attack_with(attack, oracle, x, y)
+    assert (oracle.ledger.first_hit == NEVER).all()
+    assert oracle.ledger.forwards.tolist() == [attack.most_queries] * 3 == [23] * 3
+    assert oracle.ledger.backwards.tolist() == [20] * 3
+    rng = SampleRng.create(0, torch.arange(3), "attack").fork(0)
+    begun = start(x, Threat("l1", 3 * eps, "gradients", 1), rng)
+    asked = torch.stack(recorded.asked, dim=1)
+    assert len(asked[0]) == 7 + 7 + 9
+    for i in range(3):
+        u, first = begun[i], 0
+        for radius, share in ((3 * eps, 6), (2 * eps, 6), (eps, 8)):
+            expected, _ = sparse_reference(
+                model, x[i], y[i], log_likelihood, radius, share, ball(u, x[i], "l1", radius), wide=True
+            )
+            met = asked[i, first : first + share + 1]
+            torch.testing.assert_close(met[:3], torch.stack(expected[:3]), rtol=0, atol=1e-8)
+            with torch.no_grad():
+                u, first = met[log_likelihood(model(met), y[i].repeat(len(met))).argmin()], first + share + 1
+    with pytest.raises(ConfigError, match="a wide start goes through 3 radii"):
+        APGD(steps=2, wide_start=True)
 
 
 def test_cost_is_as_stated_and_the_budget_holds():

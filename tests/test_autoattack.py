@@ -33,11 +33,21 @@ def attacked(attack, model, x, y, budget=400, **settings):
 
 
 def test_costs_are_those_of_the_members():
-    names = {preset: [member.name for member in AutoAttack(preset=preset).members] for preset in ("standard", "plus")}
+    names = {preset: [member.name for member in AutoAttack(preset=preset).members()] for preset in ("standard", "plus")}
     assert names["standard"] == ["apgd-ce", "apgd-t", "fab-t", "square"]
     assert names["plus"] == ["apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"]
     assert AutoAttack().most_queries == 101 + (1 + 9 * 101) + (1 + 9 * 200) + 5000
     assert AutoAttack(preset="rand").most_queries == 2 * 101 * 20
+
+
+def test_in_l1_apgd_starts_wide_for_the_same_cost():
+    """Five starts and five targets in place of one and nine."""
+    members = {member.name: member for member in AutoAttack().members("l1")}
+    assert list(members) == [member.name for member in AutoAttack().members("l2")]
+    assert sum(member.queries for member in members.values()) == AutoAttack().most_queries
+    first, second = members["apgd-ce"].attack, members["apgd-t"].attack
+    assert first == APGD(restarts=5, wide_start=True)
+    assert second == TargetedAPGD(targets=5, wide_start=True)
 
 
 def test_what_falls_to_the_first_member_falls_as_to_it_alone_and_costs_others_nothing():

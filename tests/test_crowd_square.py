@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from attacks.crowd_square import CrowdSquare
-from attacks.square import Square, _Linf, window_side
+from attacks.square import Square, window_side
+from attacks.windows import Linf
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.oracle import NEVER
@@ -42,7 +43,7 @@ def test_a_plain_search_of_one_sample_at_a_time_asks_the_same(copies):
     for i in range(6):
         rng = SampleRng.create(0, torch.tensor([i]), "attack")
         low, high = x[i] - eps, x[i] + eps
-        proposals = _Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
+        proposals = Linf(x[i : i + 1], Threat("linf", eps, "scores", budget), 0)
         u, held, hit, queries = None, None, NEVER, 0
         for number in range(budget // copies):
             if u is None:

@@ -11,7 +11,7 @@ from tests.problems import Linear, asks_for, attack_with, images, referee
 DUAL = {"linf": 1, "l2": 2, "l1": torch.inf}
 ATTACKS = [
     "fgsm", "r-fgsm", "pgd(steps=20)", "pgd(steps=20, loss=margin)", "pgd(steps=20, loss=dlr)", "apgd(steps=40)",
-    "apgd(steps=40, loss=dlr)", "apgd-t(steps=40, targets=2)", "fab(steps=10)",
+    "apgd(steps=40, loss=dlr)", "apgd(steps=40, wide_start=true)", "apgd-t(steps=40, targets=2)", "fab(steps=10)",
     "fab-t(steps=10, targets=2)", "pma(steps=20)", "fmn(steps=60)", "mi-fgsm", "ni-fgsm", "vmi-fgsm(neighbours=2)",
     "si-fgsm", "di-fgsm(steps=30)", "ti-fgsm",
 ]  # fmt: skip

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from attacks.square import P_INIT, Square, bump, odd_side, window_side, wrong_classes
+from attacks.square import P_INIT, Square, window_side, wrong_classes
+from attacks.windows import bump, odd_side
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.norms import lp_norm
@@ -60,6 +61,7 @@ def test_l2_sides_are_the_published_ones(p_init, size, sides):
 
 @pytest.mark.parametrize("side", [1, 3, 5, 7, 11])
 def test_bumps_have_unit_norm_and_two_lobes(side):
+    assert bump(side, "l1").abs().sum().item() == pytest.approx(1, abs=1e-5)
     pattern = bump(side)
     assert pattern.shape == (side, side)
     assert pattern.norm() == pytest.approx(1, abs=1e-6)
@@ -67,12 +69,26 @@ def test_bumps_have_unit_norm_and_two_lobes(side):
     assert (pattern[side // 2 :] < 0).all()
 
 
+def test_every_l1_iterate_is_in_the_ball_and_uses_it():
+    seen = []
+
+    class Watch(Scripted):
+        def forward(self, query):
+            seen.append(lp_norm(query - x, "l1"))
+            return super().forward(query)
+
+    x = images(5, (3, 16, 16))
+    run(Square(), x, torch.zeros(5, dtype=torch.int64), Watch(math.inf), norm="l1", eps=9.0, budget=60)
+    assert torch.stack(seen).max() <= 9 + 1e-9
+    assert torch.stack(seen)[1:].min() > 8
+
+
 def test_the_presets_are_what_they_say_and_arguments_win():
     assert Square(preset="autoattack").p_init == 0.8
     assert Square(preset="aaa").p_init == 0.3
     assert Square(preset="aaa-standard").p_init == 0.05  # what the authors' code takes for their base network
     assert Square(preset="aaa", p_init=0.05).p_init == 0.05
-    assert P_INIT == {"linf": 0.05, "l2": 0.1}
+    assert P_INIT == {"linf": 0.05, "l2": 0.1, "l1": 0.8}
     with pytest.raises(ConfigError, match="share of the pixels"):
         Square(p_init=8)
 
@@ -105,7 +121,7 @@ def test_every_l2_iterate_is_on_the_sphere():
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 24, 24), (3, 12, 20)])
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
 def test_small_and_oblong_images_work(shape, norm):
     x = images(3, shape)
     _, ledger = run(Square(), x, torch.zeros(3, dtype=torch.int64), Scripted(math.inf), norm=norm, budget=80)
@@ -151,14 +167,14 @@ def test_one_pixel_proposals_are_never_wasted():
     assert share < chance + 4 * math.sqrt(chance / (199 * 50))
 
 
-@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("norm", ["linf", "l2", pytest.param("l1", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("noisy", [False, True])
 def test_samples_do_not_see_their_batch(norm, noisy):
     x = images(40)
     model = Linear(classes=5)
     y = model(x).argmax(1)
     model = Noisy(model, 0.5) if noisy else model
-    settings = {"norm": norm, "eps": 0.02 if norm == "linf" else 0.15, "budget": 150, "random": noisy}
+    settings = {"norm": norm, "eps": {"linf": 0.02, "l2": 0.15, "l1": 1.0}[norm], "budget": 150, "random": noisy}
 
     def attacked(ids):
         return run_ids(Square(), x[ids], y[ids], model, ids, **settings)
@@ -280,7 +296,9 @@ def small_network() -> nn.Module:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, 10)).eval()
 
 
-@pytest.mark.parametrize(("norm", "eps"), [("linf", 0.045), ("l2", 0.9)])
+@pytest.mark.parametrize(
+    ("norm", "eps"), [("linf", 0.045), ("l2", 0.9), pytest.param("l1", 7.0, marks=pytest.mark.slow)]
+)
 def test_robust_accuracy_agrees_with_pyautoattack(norm, eps):
     """Same model, images, p_init, schedule and budget: within two standard errors of the difference."""
     from pyautoattack.square import SquareAttack
@@ -294,8 +312,8 @@ def test_robust_accuracy_agrees_with_pyautoattack(norm, eps):
     ours = (ledger.first_hit == NEVER).numpy()
 
     theirs = SquareAttack(
-        model, p_init=0.3, n_queries=budget, eps=eps, norm={"linf": "Linf", "l2": "L2"}[norm], n_restarts=1, seed=0,
-        verbose=False, device="cpu", resc_schedule=False,
+        model, p_init=0.3, n_queries=budget, eps=eps, norm=norm.capitalize(), n_restarts=1, seed=0, verbose=False,
+        device="cpu", resc_schedule=False,
     )  # fmt: skip
     # It shares a window between the samples of a batch, so each of 40 batches is one draw of its windows.
     robust = []

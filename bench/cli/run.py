@@ -38,7 +38,7 @@ def run(
     model: Annotated[list[str] | None, typer.Option(help=f"Model; {CHOICE}")] = None,
     defense: Annotated[list[str] | None, typer.Option(help=f"Chain such as 'pgd-at + rnd'; {CHOICE}")] = None,
     attack: Annotated[list[str] | None, typer.Option(help=f"Attack; {CHOICE}")] = None,
-    norm: Annotated[str | None, typer.Option(help="linf or l2.")] = None,
+    norm: Annotated[str | None, typer.Option(help="linf, l2 or l1.")] = None,
     eps: Annotated[str | None, typer.Option(help="Radius on the pixel scale, such as 8/255.")] = None,
     queries: Annotated[int | None, typer.Option(help="Query budget of each sample.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Seed; may be repeated.")] = None,
