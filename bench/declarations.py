@@ -75,6 +75,7 @@ OUTPUT_DEFENSE: Declarations = {
     "random": Declaration("False, or True where it is called with random numbers", _yes_or_no().fits, required=True),
     "batch_dependent": _yes_or_no(),
     "stateful": _yes_or_no(),
+    "by_sample": _yes_or_no(),
     "needs_batch_norm": _yes_or_no(),
 }
 DATA_DEFENSE: Declarations = {

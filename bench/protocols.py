@@ -131,8 +131,9 @@ class OutputDefense(Protocol):
     """Serves a model; class attributes ``stage = "output"`` and ``random``.
 
     Optionally ``batch_dependent = True`` where a row's answer depends on the rest of its batch, and ``stateful = True``
-    where it depends on earlier queries (properties, too); tables mark both. ``needs_batch_norm = True`` where it works
-    on the network's batch-norms, which fast numbers fold away otherwise.
+    where it depends on earlier queries (properties, too); tables mark both. ``by_sample = True`` where these are the
+    queries of the same sample alone, as its random numbers tell. ``needs_batch_norm = True`` where it works on the
+    network's batch-norms, which fast numbers fold away otherwise.
     """
 
     @property

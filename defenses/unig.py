@@ -92,6 +92,11 @@ class UniG:
         """Whether an answer depends on the queries before."""
         return self.variant != "stateless"
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether the queries before are those of the same sample alone."""
+        return self.variant == "batch-of-one"
+
     def __call__(self, model: nn.Module, calibration: Split, seed: int) -> nn.Module:
         """The served model; all randomness comes with each query.
 

@@ -51,28 +51,20 @@ def required(name: str, defense: str, models: Sequence[str]) -> set[Met] | None:
     """What an entry of the suite ``name`` has to have met; ``None`` of a suite that is not Parry's own."""
     if name not in suite_names():
         return None
-    suite = entry_suite(name, defense, models)
-    return {
-        _comparable(
-            Met(
-                grid.dataset,
-                model,
-                chain,
-                attacks.shortest(attack),
-                grid.norm,
-                grid.eps,
-                grid.queries,
-                grid.n,
-                seed,
-                (grid.numerics, grid.quantise),
-            )
-        )
+    return set(asked(entry_suite(name, defense, models)))
+
+
+def asked(suite: Suite) -> list[Met]:
+    """Everything that ``suite`` asks to be met, in its order."""
+    return [
+        _comparable(Met(grid.dataset, model, chain, attacks.shortest(attack), grid.norm, grid.eps, grid.queries, grid.n,
+                        seed, (grid.numerics, grid.quantise)))
         for grid in suite.grid
         for model in grid.model
         for chain in grid.defense
         for attack in grid.attack
         for seed in grid.seed
-    }
+    ]  # fmt: skip
 
 
 def met(cell: Cell) -> Met:
