@@ -15,7 +15,7 @@ from typing import NamedTuple
 from bench.entries.plan import asked, met
 from bench.plan.cell import Cell
 from bench.plan.suite import load_suite
-from bench.registry import attacks, defenses
+from bench.registry import attacks, defenses, load_plugins
 from bench.report.versions import by_version
 from bench.results.store import Row, Store
 from bench.run.worst_only import Turn, WorstOnly, is_entangled
@@ -88,6 +88,7 @@ def total(found: dict[tuple[str, str], Spent]) -> Spent:
 
 
 if __name__ == "__main__":
+    load_plugins()
     folder, suite = sys.argv[1:]
     rows, _ = Store(Path(folder)).rows()
     _, found = replay(of_suite(by_version(rows).newest, suite))

@@ -93,7 +93,7 @@ def forge(folder: Path, change: Callable[[Stored, torch.Tensor], tuple[Stored, t
     def again(said: dict[str, Any]) -> None:
         entry, _ = read_entry(folder / ENTRY)
         if figures:
-            said |= statement(Store(rows).rows()[0], entry.about, entry.suite, entry.budgets)
+            said |= statement(Store(rows).rows()[0], entry.about, entry.suite, entry.board, entry.budgets)
         sizes = contents(folder)
         said["files"] = {name: {"bytes": sizes[name], "sha256": it} for name, it in hashed(folder, sizes).items()}
 
@@ -158,12 +158,29 @@ def altered(value: Any) -> Any:
     return f"{value}x" if isinstance(value, str) else [*value, "x"]
 
 
+class TestBoards:
+    def test_entries_of_two_versions_of_a_board_stand_in_no_table_together(self, entry, tmp_path):
+        shutil.copytree(entry, tmp_path / "older")
+        assert bench("leaderboard", tmp_path).code == 0
+        reseal(tmp_path / "older", lambda said: said.update(board="tiny v7"))
+        for command in (("leaderboard", tmp_path), ("site", tmp_path, "--out", tmp_path / "site")):
+            ended = bench(*command)
+            assert ended.code == 2
+            assert "answers tiny and Rounded tiny v7; versions of a board never mix" in ended.err
+
+    def test_an_entry_of_another_version_than_todays_is_told_so(self, entry):
+        reseal(entry, lambda said: said.update(suite="query-digits", board="query-digits v0"))
+        assert "it answers query-digits v0, and the board is query-digits v1" in wrong(looked_at(entry))
+        reseal(entry, lambda said: said.update(board="query-digits v1"))
+        assert "the board is" not in wrong(looked_at(entry))
+
+
 class TestTampering:
     def test_every_field_of_an_entry_but_its_authors_words_follows_from_the_rows(self, made):
         folder = made[0] / "entry"
         entry, said = read_entry(folder / ENTRY)
         files = said.pop("files")
-        again = statement(Store(folder / "rows").rows()[0], entry.about, entry.suite, entry.budgets)
+        again = statement(Store(folder / "rows").rows()[0], entry.about, entry.suite, entry.board, entry.budgets)
         assert not list(differences(said, again))
         assert {field.alias or name for name, field in Entry.model_fields.items()} == {*said, "files", "sha256"}
         unseen = []
@@ -174,10 +191,11 @@ class TestTampering:
                 place = place[key]
             place[last] = altered(place[last])
             follows = again
-            if path[:1] == ["about"] or last in ("suite",):  # validate takes these from the entry
+            if path[:1] == ["about"] or last in ("suite", "board"):  # validate takes these from the entry
                 continue
             if path[:1] == ["budgets"] or last == "budgets":
-                follows = statement(Store(folder / "rows").rows()[0], entry.about, entry.suite, changed["budgets"])
+                rows, _ = Store(folder / "rows").rows()
+                follows = statement(rows, entry.about, entry.suite, entry.board, changed["budgets"])
             if not list(differences(changed, follows)):
                 unseen.append((*path, last))
         assert unseen == []

@@ -131,7 +131,7 @@ def test_no_command_runs_code_that_lies_in_an_entry_or_that_it_names(command, tr
     rows, _ = Store(entry / "rows").rows()
     sizes = contents(entry)
     files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in hashed(entry, sizes).items()}
-    said = statement(rows, About(name="evil", authors=["evil"]), "query-digits", ())
+    said = statement(rows, About(name="evil", authors=["evil"]), "query-digits", "query-digits v1", ())
     (entry / "entry.json").write_bytes(sealed({**said, "files": files}))
     for folder in (trapped, entry / "code"):  # wherever their paths lead from
         with pytest.MonkeyPatch.context() as patch:

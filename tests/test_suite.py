@@ -1,10 +1,13 @@
 """Suite files: what they mean, and what a wrong one says."""
 
+import json
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bench.entries.plan import asked
 from bench.errors import ConfigError
 from bench.plan.suite import load_suite, suite_names
 
@@ -87,10 +90,43 @@ def test_a_radius_may_be_a_number_or_a_fraction(tmp_path, eps, value):
         (GRID + "deep = " + "[" * 5000 + "]" * 5000, "nests too deeply"),
         (GRID + "seed = [0, -1]\n", "seed is -1"),
         (GRID.replace('"cnn"', "[]"), "model is []"),
+        ('board = {track = "quiz", version = 1}\n' + GRID, "board, track is 'quiz'"),
+        ('board = {track = "query", version = 0}\n' + GRID, "board, version is 0"),
     ],
 )
 def test_a_wrong_file_says_where_and_what(tmp_path, text, complaint):
     assert complaint in refusal(tmp_path, text)
+
+
+BOARDS = {
+    "data-cifar10-small v1": "bd7075bd",
+    "data-digits v1": "af8c086f",
+    "query-cifar10 v1": "8fe368a7",
+    "query-digits v1": "2586bdd7",
+    "query-imagenet v1": "0470f73e",
+    "white-box-cifar10-small v1": "dc5952c9",
+    "white-box-cifar10 v1": "a7d9ac68",
+    "white-box-digits v1": "41128a41",
+}
+
+
+def test_what_a_board_fixes_changes_with_its_version_alone():
+    """Whoever changes a suite that is a board raises its version, and writes both down here."""
+    found = {}
+    for name in suite_names():
+        suite = load_suite(name, {})
+        if suite.board:
+            asked_of_all = sorted({repr(each._replace(defense="")) for each in asked(suite)})
+            fixed = json.dumps([suite.board.track, suite.budgets, asked_of_all])
+            found[suite.label] = sha256(fixed.encode()).hexdigest()[:8]
+    assert found == BOARDS
+
+
+def test_a_board_is_one_while_only_models_and_defenses_are_chosen():
+    assert load_suite("query-digits", {"defense": ["rounding"], "model": ["cnn(width=2)"]}).label == "query-digits v1"
+    for other in ({"queries": 10}, {"attack": ["square"]}, {"seed": [1]}, {"n": 10}):
+        assert load_suite("query-digits", other).label == "query-digits"
+    assert load_suite("quick", {}).label == "quick"
 
 
 def test_a_file_that_is_not_text_is_not_toml(tmp_path):

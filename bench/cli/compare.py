@@ -6,6 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, path
+from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.beside_published import match, render_matches
 from bench.report.compare import Style, duels, render_duels
@@ -51,6 +52,7 @@ def compare(
             raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
         rows += stored
         damaged += broken
+        check_boards(entry for _, entry in entries_in(folder)[0])
     for error in damaged:
         complain(error)
     rows = united(rows)

@@ -6,7 +6,7 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, path
-from bench.entries.standing import entries_in, marked
+from bench.entries.standing import check_boards, entries_in, marked
 from bench.errors import ConfigError
 from bench.report.escape import in_markdown
 from bench.report.leaderboard import Format, render
@@ -32,6 +32,7 @@ def leaderboard(
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
     entries, unread = entries_in(folder)
     known = [each for _, each in entries]
+    check_boards(known)
     shown = marked(tables(rows, budget or (100, 1000), all_versions), known)
     print(render(shown, style))  # type: ignore[arg-type]
     if known and style == "md":

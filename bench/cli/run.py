@@ -11,6 +11,8 @@ from rich.text import Text
 from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.cli.terminal_table import columns
+from bench.entries.statement import entered_track
+from bench.errors import ConfigError
 from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
 from bench.plan.tasks import expand
@@ -86,9 +88,11 @@ def run(
     alone = [Spec.parse(name) for grid in plan.grid for name in (grid.dataset, *grid.model, *grid.attack)]
     say_whose_code([*alone, *(spec for grid in plan.grid for chain in grid.defense for spec in parse_chain(chain))])
     tasks = expand(plan, loader(data_dir, model_dir), limit)
+    if plan.board and (found := entered_track(task.cell for task in tasks)) != plan.board.track:
+        raise ConfigError(f"{plan.label} is a board of the track {plan.board.track}, and its cells are of {found}")
     store = Store(out.resolve())
     if dry_run:
-        _print_plan(plan.name, estimate(tasks, store, where, batch_size), where)
+        _print_plan(plan.label, estimate(tasks, store, where, batch_size), where)
         return
     store.open()
     if where.type == "cpu":

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from bench.cli.console import complain, console, path
+from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.standings import tables
 from bench.results.store import Row, Store, united
@@ -26,6 +27,7 @@ def site(
         stored, broken = Store(folder).rows()
         rows += stored
         damaged += broken
+        check_boards(entry for _, entry in entries_in(folder)[0])
     if not rows:
         raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out first")
     sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]

@@ -106,7 +106,7 @@ def submit(
             f"{outcome.failed} cells failed, so this is no entry; tracebacks are in {store.root}", style="red"
         )
         raise typer.Exit(1)
-    rows = assemble(tasks, store, pipeline, out, told, plan.name, plan.budgets, specs)
+    rows = assemble(tasks, store, pipeline, out, told, plan, specs)
     fired = [flag for table in tables(rows, plan.budgets) for flag in table.flags if flag.defense != "none"]
     sizes = contents(out)
     proof = sum(size for name, size in sizes.items() if name.endswith(SUFFIX))

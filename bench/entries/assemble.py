@@ -10,6 +10,7 @@ from bench.entries.statement import sealed, statement
 from bench.errors import ConfigError, StoreError
 from bench.measure.pipeline import Pipeline
 from bench.plan.pin import code_files
+from bench.plan.suite import Suite
 from bench.plan.tasks import Task
 from bench.results.store import Row, Store, place
 from bench.spec import Spec
@@ -28,8 +29,8 @@ def check_place(out: Path) -> None:
 
 
 def assemble(
-    tasks: Sequence[Task], store: Store, pipeline: Pipeline, out: Path, about: About, suite: str,
-    budgets: Sequence[int], specs: Iterable[Spec],
+    tasks: Sequence[Task], store: Store, pipeline: Pipeline, out: Path, about: About, suite: Suite,
+    specs: Iterable[Spec],
 ) -> list[Row]:  # fmt: skip
     """Write the entry of ``tasks``, all of which ``store`` holds, as the folder ``out``; ``specs`` may name code.
 
@@ -53,7 +54,8 @@ def assemble(
         rows, _ = Store(beside / ROWS).rows()
         sizes = contents(beside)
         files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in hashed(beside, sizes).items()}
-        (beside / ENTRY).write_bytes(sealed({**statement(rows, about, suite, budgets), "files": files}))
+        said = statement(rows, about, suite.name, suite.label, suite.budgets)
+        (beside / ENTRY).write_bytes(sealed({**said, "files": files}))
         out.parent.mkdir(parents=True, exist_ok=True)
         beside.rename(out)
     except OSError as error:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from bench.entries.folder import ENTRY, VERIFIED
 from bench.entries.statement import Entry, Hash, read_entry
-from bench.errors import StoreError
+from bench.errors import ConfigError, StoreError
 from bench.report.standings import Table
 from bench.results.shards import content_of
 
@@ -86,6 +86,22 @@ def entries_in(folder: Path) -> tuple[list[tuple[Path, Known]], list[StoreError]
             damaged.append(error)
         found.append((path.parent, Known(entry, verified)))
     return found, damaged
+
+
+def check_boards(known: Iterable[Known]) -> None:
+    """Whether all entries answer the same version of a board, so that they may stand in one table.
+
+    Raises:
+        ConfigError: two of them do not.
+    """
+    found: dict[str, Entry] = {}
+    for entry in (each.entry for each in known):
+        first = found.setdefault(entry.suite, entry)
+        if first.board != entry.board:
+            raise ConfigError(
+                f"{first.about.name} answers {first.board} and {entry.about.name} {entry.board}; versions of a board "
+                "never mix: name a folder with entries of one"
+            )
 
 
 def marked(tables: Sequence[Table], known: Iterable[Known]) -> list[Table]:

@@ -100,6 +100,7 @@ class Entry(_Strict):
     about: About
     track: Literal["query", "white-box", "data"]
     suite: str
+    board: str
     defense: str
     models: list[str]
     command: str
@@ -121,8 +122,10 @@ class Entry(_Strict):
     sha256: Hash
 
 
-def statement(rows: Sequence[Row], about: About, suite: str, budgets: Sequence[int]) -> dict[str, Any]:
+def statement(rows: Sequence[Row], about: About, suite: str, board: str, budgets: Sequence[int]) -> dict[str, Any]:
     """What an entry of ``rows`` says, but for its files and its seal.
+
+    ``board`` is the suite with the version that was answered, ``query-cifar10 v1``; the name alone where it has none.
 
     Raises:
         ConfigError: the rows are of no defense, of several, or of two tracks.
@@ -135,6 +138,7 @@ def statement(rows: Sequence[Row], about: About, suite: str, budgets: Sequence[i
         "about": about.model_dump(),
         "track": track,
         "suite": suite,
+        "board": board,
         "defense": defense,
         "models": models,
         "command": _command(defense, track, suite, models, any(cell.limited for cell in cells)),

@@ -16,6 +16,7 @@ from bench.entries.standing import verification
 from bench.entries.statement import Entry, read_entry, statement
 from bench.errors import BenchError, StoreError
 from bench.plan.cell import Component
+from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader
 from bench.results.shards import SHARDS, read_shard
 from bench.results.store import Row, Store
@@ -83,7 +84,7 @@ def validate(folder: Path, loader: Loader, code: Path | None, device: torch.devi
     report.add("complete", list(_complete(entry, report.rows)), "every cell of the suite, with every sample")
     report.add("code", list(_code(folder, report.rows)), "the source has the hash that the cells state")
     try:
-        again = statement(report.rows, entry.about, entry.suite, entry.budgets)
+        again = statement(report.rows, entry.about, entry.suite, entry.board, entry.budgets)
         told = {name: value for name, value in said.items() if name != "files"}
         report.add("figures", list(differences(told, again)), "every figure and flag follows from the records")
     except BenchError as error:
@@ -134,6 +135,8 @@ def _complete(entry: Entry, rows: list[Row]) -> Iterator[str]:
         yield str(error)
         return
     limited = any(row.cell.limited for row in rows)
+    if wanted is not None and entry.board != (today := load_suite(entry.suite, {}).label):
+        yield f"it answers {entry.board}, and the board is {today}; run bench submit again to stand there"
     if wanted is not None and not limited:
         there = {met(row.cell) for row in rows}
         yield from (f"{entry.suite} asks for {one}, which is not there" for one in sorted(wanted - there))

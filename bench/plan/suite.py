@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -16,6 +16,7 @@ from bench.spec import LONGEST, parse_chain
 from bench.threat import Norm, parse_eps
 
 CHOSEN = ("model", "defense", "attack")  # keys of which a name picks what a suite has
+OPEN = ("model", "defense")  # keys that a board leaves to those who enter
 
 
 def _listed(value: object) -> list[object]:
@@ -44,6 +45,19 @@ class Grid(BaseModel):
     quantise: bool = False
 
 
+class Board(BaseModel):
+    """What makes a suite a board, on which defenses stand beside each other for good.
+
+    The ``track`` says how they are ranked. A change of anything that the suite fixes but its defenses is a new
+    ``version``, and nothing of one stands beside another.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    track: Literal["query", "white-box", "data"]
+    version: Count
+
+
 class Suite(BaseModel):
     """A named list of grids; ``budgets`` are the query budgets that its table shows."""
 
@@ -52,7 +66,13 @@ class Suite(BaseModel):
     name: str
     title: str = ""
     budgets: list[Count] = []
+    board: Board | None = None
     grid: Annotated[list[Grid], Field(min_length=1)]
+
+    @property
+    def label(self) -> str:
+        """What it is called: of a board with its version, ``query-cifar10 v1``."""
+        return f"{self.name} v{self.board.version}" if self.board else self.name
 
 
 def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
@@ -60,7 +80,8 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
 
     Of models, defenses and attacks, what the suite has is chosen by being named, by a name without arguments whatever
     the suite gives it; grids without any are left out. What the suite does not have takes the place of what it has.
-    Keys at the top of the file are defaults for all of its grids. Without a name the overrides are the whole suite.
+    Keys at the top of the file are defaults for all of its grids. Without a name the overrides are the whole suite. A
+    board of which anything but models and defenses is replaced is none any more.
 
     Raises:
         ConfigError: no such suite, a file that is not TOML, an unknown key, or a value of the wrong type.
@@ -72,6 +93,8 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
         what = "a table" if isinstance(grids, dict) else repr(grids)
         raise ConfigError(f"suite {name}: 'grid' is {what}; write [[grid]], with two brackets")
     given = {key: value for key, value in overrides.items() if value is not None}
+    if set(given) - set(OPEN):
+        content.pop("board", None)
     merged = [{**shared, **grid} for grid in grids]
     for key in CHOSEN:
         if name is not None and key in given:
