@@ -9,7 +9,7 @@ install: $(VENV)/installed
 # The constraints pin every dependency, so that tomorrow's release of one cannot break today's demo.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,foreign,site,zoo]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,foreign,openvino,site,zoo]'
 	@touch $@
 
 demo: install

@@ -77,6 +77,7 @@ OUTPUT_DEFENSE: Declarations = {
     "stateful": _yes_or_no(),
     "by_sample": _yes_or_no(),
     "needs_batch_norm": _yes_or_no(),
+    "outside": _yes_or_no(),
 }
 DATA_DEFENSE: Declarations = {
     **TRAINING_DEFENSE,

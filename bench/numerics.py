@@ -8,8 +8,8 @@ import copy
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,27 @@ SPECIMENS = 32  # images that fast and plain numbers are compared on
 WATCHED = 2  # images that show which layers follow which
 REPEATS = 1e-5  # the largest difference between two plain answers, as a share of the spread of all logits
 FLOAT32 = 1e-3  # the largest that another order of float32 sums explains
+ENGINE = 1e-4  # and of an engine, which might round to 10 bits without a word
 BFLOAT16 = 0.1  # the largest that bfloat16 explains
 COARSE = "bfloat16"  # rounds so much that a verdict near a boundary needs another look
+TORCH = "torch"  # what answers where no engine does
+
+
+class Engine(Protocol):
+    """Another library that answers for networks on a CPU, in float32."""
+
+    @property
+    def name(self) -> str:
+        """It and its version."""
+        ...
+
+    def __call__(self, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """What gives the logits (B, K) of frozen ``network``, as it is now, to images (B, C, H, W) like ``images``.
+
+        Raises:
+            Exception: it cannot.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -36,18 +55,20 @@ class Converted:
     """A network in the numbers that attacks search in.
 
     ``used`` says which, ``difference`` is the largest that was seen between a logit of its and a plain one, and
-    ``reason`` says why it is not in faster numbers, where something spoke against them.
+    ``reason`` says why it is not in faster ones, where something spoke against them. ``engine`` is the library that
+    answers; where that is torch, it may say why.
     """
 
     module: nn.Module
     used: str = "float32"
     difference: float = 0.0
     reason: str = ""
+    engine: str = TORCH
 
     @property
     def facts(self) -> dict[str, Any]:
         """What a row remembers of it, as plain values."""
-        return {"used": self.used, "difference": self.difference, "reason": self.reason}
+        return {"used": self.used, "difference": self.difference, "reason": self.reason, "engine": self.engine}
 
 
 def plain(network: nn.Module) -> nn.Module:
@@ -69,8 +90,9 @@ def tf32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
-    """A copy of ``network`` that answers sooner: batch-norm folded into convolutions, channels last, bf16 on a GPU.
+def fast(network: nn.Module, images: Tensor, fold: bool = True, engine: Engine | None = None) -> Converted:
+    """A copy of ``network`` that answers sooner: batch-norm folded into convolutions, channels last, bf16 on a GPU, and
+    on a CPU another library's ``engine``.
 
     Each of these is kept only where the logits of ``images`` agree with plain ones, asked twice, since a network may
     draw numbers of its own. What cannot be copied, or answers differently each time, is served in plain numbers.
@@ -79,6 +101,7 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
         network: logits (B, K) from images (B, C, H, W); left as it was.
         images: real images (B, C, H, W) in [0, 1], on its device. Without any, the copy is in plain numbers.
         fold: whether batch-norms may be folded; not for defenses that work on them.
+        engine: answers in place of torch wherever no gradient is asked for; not for defenses that look into networks.
     """
     network.eval()
     try:
@@ -102,7 +125,8 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True) -> Converted:
                 reason = reason or f"faster precision fails ({_named(error)})"
                 continue
             if max(found) <= (BFLOAT16 if images.is_cuda else FLOAT32) * spread:
-                return Converted(converted.module, converted.used, max(found), reason)
+                converted = replace(converted, difference=max(found), reason=reason)
+                return _by(engine, converted, reference, images, spread) if engine and not images.is_cuda else converted
             reason = reason or f"faster precision changes its logits by {max(found):.2g}"
     return Converted(plain(copy.deepcopy(network)), reason=reason)
 
@@ -147,6 +171,22 @@ def _convert(network: nn.Module, images: Tensor, folded: bool) -> Converted:
     wrapped = _Bfloat16(module) if images.is_cuda else _ChannelsLast(module)
     numbers = COARSE if images.is_cuda else "float32"
     return Converted(wrapped.eval(), f"{numbers}, channels last" + (f", {count} batch-norms folded" if count else ""))
+
+
+def _by(
+    engine: Engine, converted: Converted, reference: nn.Module, images: Tensor, spread: float
+) -> Converted:
+    """``converted`` with ``engine`` answering if that agrees with ``reference``, asked twice and in two sizes."""
+    try:
+        module = _Answered(converted.module, engine(converted.module, images)).eval()
+        found = [_distance(reference(few.clone()), module(few.clone())) for few in (images, images[:1], images)]
+    except Exception as error:  # the network's own Python may raise anything when it is traced
+        why = f"{engine.name} fails ({_named(error)})"
+    else:
+        if all(gap <= ENGINE * spread for gap in found):  # NaN is not
+            return replace(converted, module=module, difference=max(found), engine=engine.name)
+        why = f"{engine.name} changes its logits by {max(found):.2g}"
+    return replace(converted, engine=f"{TORCH}: {why}")
 
 
 def _distance(logits: Tensor, others: Tensor) -> float:
@@ -208,3 +248,17 @@ class _Bfloat16(_ChannelsLast):
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, torch.bfloat16):
             return super().forward(x).float()
+
+
+class _Answered(nn.Module):
+    """``network``, answered for by an engine as long as nobody asks for a gradient."""
+
+    def __init__(self, network: nn.Module, answers: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self._answers = network, answers
+
+    def forward(self, x: Tensor) -> Tensor:
+        if (x.requires_grad and torch.is_grad_enabled()) or x.dtype != torch.float32:
+            logits: Tensor = self.network(x)
+            return logits
+        return self._answers(x)

@@ -25,6 +25,7 @@ class Clocked(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
+        self.device = next(network.parameters()).device
         self.images, self.seconds = 0, 0.0
         self.eval()  # torchattacks restores the mode it finds, batch-norms included
 
@@ -81,20 +82,25 @@ def setting(options: argparse.Namespace) -> Setting:
 
 
 def measure(run: Callable[[], float], clock: Clocked) -> tuple[float, float, float]:
-    """Robust accuracy, queries per second, and the share of the time that was spent outside the network."""
+    """Robust accuracy, queries per second, and the share of the time that was spent outside the network.
+
+    Seconds of a CPU are those of computing, of all threads together, so that other work on the machine does not count.
+    """
     clock.reset()
-    began = time.perf_counter()
+    began = _now(clock.device)
     robust = run()
-    seconds = time.perf_counter() - began
+    seconds = _now(clock.device) - began
     return robust, clock.images / seconds, 1 - clock.seconds / seconds
 
 
-def ours(attack: Attack, network: Clocked, here: Setting, threat: Threat) -> float:
-    """The robust accuracy that ``attack`` leaves before the referee."""
+def ours(
+    attack: Attack, network: Clocked, here: Setting, threat: Threat, exact: ServedModel | None = None
+) -> float:
+    """The robust accuracy that ``attack`` leaves before the referee, which lets ``exact`` confirm its hits."""
     ids = torch.arange(len(here.x), device=here.x.device)
     served = ServedModel(network, batch_size=1024 if here.x.is_cuda else 256)  # as the command line does
     streams = SampleRng.create(0, ids, "defense")
-    referee = Referee(served, here.x, here.y, threat, streams, rules=rules_of(attack), classes=10)
+    referee = Referee(served, here.x, here.y, threat, streams, rules=rules_of(attack), classes=10, exact=exact)
     referee.finish(attack(referee.oracle, here.x, here.y, threat, SampleRng.create(0, ids, "attack")))
     return float((referee.ledger.first_hit == NEVER).float().mean())
 
@@ -108,6 +114,7 @@ def machine(device: str) -> str:
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cuda":
+        return time.process_time()
+    torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -5,7 +5,7 @@
 Queries are images that went through the network. The share outside the network is what the attack itself costs, and
 for ours what the referee costs, too. "plain" runs the very network that the others run; "fast" is how the runner
 searches: batch-norm folded, channels last, and bf16 on a GPU. Every figure is a median over rounds, ratios are taken
-within a round.
+within a round. Where OpenVINO is installed, "engine" is the search network that it answers for.
 """
 
 import statistics
@@ -15,7 +15,8 @@ from setting import Clocked, Setting, arguments, machine, measure, ours, setting
 from tabulate import tabulate
 
 from attacks.square import Square
-from bench import numerics
+from bench import engine, numerics
+from bench.oracle.served import ServedModel
 from bench.threat import Threat
 
 
@@ -27,19 +28,26 @@ def main() -> None:
     here = setting(options)
     threat = Threat("linf", options.eps, "scores", options.queries)
     square = Square(preset="eccv2020")
+    fast = numerics.fast(here.network, here.x)
+    by_engine = numerics.fast(here.network, here.x, engine=engine.installed() if options.device == "cpu" else None)
+    plain = ServedModel(here.network)
     clocks = {
-        "parry, fast": Clocked(numerics.fast(here.network, here.x).module),
+        **({} if by_engine.engine.startswith(numerics.TORCH) else {"parry, engine": Clocked(by_engine.module)}),
+        "parry, fast": Clocked(fast.module),
         "parry, plain": Clocked(here.network),
         "torchattacks": Clocked(here.network),
         "pyautoattack": Clocked(here.network),
     }
     runs = {
+        "parry, engine": lambda: ours(square, clocks["parry, engine"], here, threat, exact=plain),
         "parry, fast": lambda: ours(square, clocks["parry, fast"], here, threat),
         "parry, plain": lambda: ours(square, clocks["parry, plain"], here, threat),
         "torchattacks": lambda: torchattacks(clocks["torchattacks"], here, threat),
         "pyautoattack": lambda: pyautoattack(clocks["pyautoattack"], here, threat),
     }
-    print(f"{machine(options.device)}\n{len(here.x)} images, {options.queries} queries each, linf {options.eps:.4f}\n")
+    runs = {name: run for name, run in runs.items() if name in clocks}
+    print(f"{machine(options.device)}\nengine: {by_engine.engine}")
+    print(f"{len(here.x)} images, {options.queries} queries each, linf {options.eps:.4f}\n")
     rounds = [{name: measure(run, clocks[name]) for name, run in runs.items()} for _ in range(options.repeats)]
 
     lines = []

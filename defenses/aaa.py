@@ -57,6 +57,7 @@ class _AAA(ABC):
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
+    outside: ClassVar[bool] = True
     paper: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv:2205.12134"
 
     @property

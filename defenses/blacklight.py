@@ -52,6 +52,7 @@ class Blacklight:
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
+    outside: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Li et al., USENIX Security 2022, arXiv:2006.14042"

@@ -31,6 +31,7 @@ class OutputNoise:
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = True
+    outside: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Chen et al., NeurIPS 2022, arXiv:2205.12134 (baseline)"
 

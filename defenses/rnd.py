@@ -32,6 +32,7 @@ class RandomNoiseDefense:
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = True
+    outside: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Qin et al., NeurIPS 2021, arXiv:2104.11470"
 

@@ -33,6 +33,7 @@ class Rounding:
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
+    outside: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "ours, a baseline"
 

@@ -41,6 +41,7 @@ class Temperature:
 
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
+    outside: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Guo et al., ICML 2017, arXiv:1706.04599"
 

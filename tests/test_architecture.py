@@ -15,6 +15,7 @@ MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for file in (ROOT / "bench").rglob("*.py")}  # fmt: skip
 SLOW = (
     "torchvision", "robustbench", "timm", "torchattacks", "sklearn", "pyautoattack", "matplotlib", "plotly", "itables",
+    "openvino",
 )  # fmt: skip
 
 
@@ -38,7 +39,10 @@ def test_the_package_meets_components_through_the_registry_alone():
 LAYERS = (  # each imports from its own and from those above it here, never from those below
     ("errors",),
     ("system",),
-    ("dataset", "losses", "metrics", "norms", "numerics", "ranges", "rng", "scratch", "service", "spec", "threat"),
+    (
+        "dataset", "engine", "losses", "metrics", "norms", "numerics", "ranges", "rng", "scratch", "service", "spec",
+        "threat",
+    ),
     ("oracle",),
     ("ascent", "declarations", "protection", "protocols", "registry", "training"),
     ("data", "models"),

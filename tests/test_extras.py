@@ -15,7 +15,9 @@ from bench.report.portrait import Portrait
 from bench.site.pages import write_site
 
 RGB = (3, 32, 32)
-EXTRAS = ("timm", "torchvision", "torchattacks", "robustbench", "pyautoattack", "plotly", "itables", "matplotlib")
+EXTRAS = (
+    "timm", "torchvision", "torchattacks", "robustbench", "pyautoattack", "plotly", "itables", "matplotlib", "openvino",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -97,6 +97,33 @@ def sees_no_batch(subject: Subject) -> str:
     return "rows answer alone as in a batch"
 
 
+def stays_outside(subject: Subject) -> str:
+    """One that declares ``outside = True`` needs nothing of the network but its answers."""
+    if not getattr(subject.component, "outside", False):
+        return Remark("does not declare outside = True, so no other library answers for the network (docs/run.md)")
+    fix = "call the network and nothing else of it, or leave outside = True away"
+    rows = torch.arange(IMAGES)
+    try:
+        closed = as_module(subject.component(_Closed(built()), digits().calibration, 0), "it")
+        same = torch.equal(answer(subject, rows, module=closed), answer(subject, rows))
+    except Exception as error:
+        raise Broken(f"it fails on a network that can only be called: {said(error)}", fix) from error
+    require(same, "it answers otherwise on a network that can only be called", fix)
+    return "only calls the network"
+
+
+class _Closed(nn.Module):
+    """A network with no parts and no weights to be seen."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self._network = (network,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self._network[0](x)
+        return logits
+
+
 def has_gradients(subject: Subject) -> str:
     """A gradient reaches every image, finite and not zero."""
     rows = torch.arange(FEW)
@@ -184,6 +211,6 @@ def trial(subject: Subject) -> Tensor:
 
 RULES: Rules[Subject] = {
     "logits": answers, "random as declared": random_as_declared, "no view of the batch": sees_no_batch,
-    "gradients": has_gradients, "copies": is_copied,
+    "outside": stays_outside, "gradients": has_gradients, "copies": is_copied,
 }  # fmt: skip
 MORE: Rules[Subject] = {"probes": stands_probes, "time of a query": costs, "device": works_on_gpu}

@@ -19,10 +19,10 @@ from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.audit import ROUNDED, difference
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
+from bench.measure.search import in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
-from bench.numerics import Converted, Numerics
-from bench.oracle.rules import rules_of
+from bench.numerics import Numerics
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Task, weights_hash
@@ -77,9 +77,7 @@ class Pipeline:
         Raises:
             RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
         """
-        mode = task.cell.numerics
-        if self.device.type == "cuda" and rules_of(task.attack).minimal:
-            mode = "plain"  # a distance is as exact as the numbers that it was searched in
+        mode = mode_of(task, self.device)
         sources = tuple(self.undefended(source, "plain") for source in task.sources)
         self.train(task, lambda done, total: None)
         assert self._last is not None
@@ -111,7 +109,7 @@ class Pipeline:
             yield self.served(task, mode), self.served(task, "plain")
             return
         modes: tuple[Numerics, ...] = (mode, "plain")
-        searched, plain = (_in_numbers(task, self._own_network(task), each, self.device) for each in modes)
+        searched, plain = (in_numbers(task, self._own_network(task), each, self.device) for each in modes)
         deployment = Deployment(
             defense, (searched.module, plain.module), task.data.calibration, task.cell.seed, self.batch_size,
             self.device, task.cell.defense_label,
@@ -129,7 +127,7 @@ class Pipeline:
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
-        converted = _in_numbers(task, self._own_network(task), mode, self.device)
+        converted = in_numbers(task, self._own_network(task), mode, self.device)
         return ServedModel(
             converted.module, batch_size=self.batch_size, numbers=converted.facts, desk=self.desk(task)
         )
@@ -405,24 +403,13 @@ def deploy(
 ) -> ServedModel:
     """``network``, of a service what asks at ``desk``, in the numbers of ``mode``, with the output defense of ``task``
     around it."""
-    converted = _in_numbers(task, network, mode, device)
+    converted = in_numbers(task, network, mode, device)
     served, random = converted.module, task.service is not None and task.service.random
     if (defense := task.chain.output) is not None:
         made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
         served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
         random = defense.random
     return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts, desk=desk)
-
-
-def _in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.device) -> Converted:
-    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them.
-
-    A service computes in numbers of its own.
-    """
-    if mode == "plain" or task.service:
-        return Converted(numerics.plain(network))
-    fold = not getattr(task.chain.output, "needs_batch_norm", False)
-    return numerics.fast(network, task.data.specimens(numerics.SPECIMENS).to(device), fold)
 
 
 def data_defense(cell: Cell) -> Component | None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import RefereeError
-from bench.numerics import COARSE
+from bench.numerics import COARSE, TORCH
 from bench.rng import SampleRng
 from bench.service import Desk
 
@@ -42,8 +42,9 @@ class ServedModel:
 
     @property
     def coarse(self) -> bool:
-        """Whether its numbers round more than float32 does."""
-        return str(self.numbers.get("used", "")).startswith(COARSE)
+        """Whether a hit needs another look: its numbers round more than float32 does, or are not torch's."""
+        used, engine = str(self.numbers.get("used", "")), str(self.numbers.get("engine", TORCH))
+        return used.startswith(COARSE) or not engine.startswith(TORCH)
 
     def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
         """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic.

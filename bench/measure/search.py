@@ -1,0 +1,59 @@
+"""What a task is searched in: which numbers, and whose library answers."""
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from bench import engine, numerics
+from bench.numerics import TORCH, Converted, Numerics
+from bench.oracle.rules import rules_of
+from bench.plan.tasks import Task
+
+WORTH = 20_000  # queries of a cell, below which converting its network takes longer than an engine saves
+
+
+def mode_of(task: Task, device: torch.device) -> Numerics:
+    """The numbers that the attack of ``task`` meets on ``device``: on a GPU, fast ones are coarse.
+
+    Coarse hits have to be confirmed by asking again, and a distance is as exact as what it was searched in.
+    """
+    if device.type == "cuda" and (rules_of(task.attack).minimal or not answers_again(task)):
+        return "plain"
+    return task.cell.numerics
+
+
+def answers_again(task: Task) -> bool:
+    """Whether the same question, asked alone of a copy, has the same answer: not of a defense that remembers queries,
+    or lets the images of a batch see each other."""
+    return not any(trait in part.traits for part in task.cell.defense for trait in ("stateful", "batch-dependent"))
+
+
+def in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.device) -> Converted:
+    """``network`` in the numbers of ``mode``, as far as the output defense of ``task`` can work with them.
+
+    A service computes in numbers of its own.
+    """
+    if mode == "plain" or task.service:
+        return Converted(numerics.plain(network))
+    fold = not getattr(task.chain.output, "needs_batch_norm", False)
+    images = task.data.specimens(numerics.SPECIMENS).to(device)
+    if device.type == "cuda":
+        return numerics.fast(network, images, fold)
+    if why := without_engine(task):
+        return replace(numerics.fast(network, images, fold), engine=f"{TORCH}: {why}")
+    return numerics.fast(network, images, fold, engine.installed())
+
+
+def without_engine(task: Task) -> str:
+    """Why no engine answers for the network of ``task`` on a CPU; empty where one does."""
+    defense, threat = task.chain.output, task.cell.threat
+    if threat.access == "gradients":
+        return "gradients are asked for"
+    if defense is not None and not getattr(defense, "outside", False):
+        return "the defense may look into the network, as it does not declare outside = True"
+    if not answers_again(task):
+        return "the defense answers a question that is asked again otherwise, so hits could not be confirmed"
+    if (threat.query_budget or 0) * len(task.cell.ids) < WORTH:
+        return "too few queries"
+    return "" if engine.installed() else "openvino is not installed"
