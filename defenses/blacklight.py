@@ -18,6 +18,7 @@ from bench.registry import defenses
 from bench.rng import SampleRng
 from defenses.logits import straight_through
 
+RANGE = 255  # of values, to which a salt is added
 NOTHING = torch.iinfo(torch.int64).min  # stands where an image has fewer hashes
 
 
@@ -26,9 +27,10 @@ NOTHING = torch.iinfo(torch.int64).min  # stands where an image has fewer hashes
 class Blacklight:
     """Keep fingerprints of all queries; one with over ``threshold`` hashes of an earlier one gets no answer of its own.
 
-    Pixels (0 to 255) are rounded to multiples of ``step``. Each run of ``window`` values, from each place on, is
-    hashed, and the ``kept`` largest hashes are the fingerprint. The defaults are the authors' for images of CIFAR-10's
-    size; for those of ImageNet's they take windows of 50.
+    A secret salt for each value of an image is added to it (0 to 255, modulo 255), and the sum is rounded to multiples
+    of ``step``. Each run of ``window`` values, from each place on, is hashed, and the ``kept`` largest hashes are the
+    fingerprint. The defaults are the authors' for images of CIFAR-10's size; for those of ImageNet's they take windows
+    of 50.
 
     The service has one memory for everybody, as published, whoever asks from whatever account; so figures depend on
     the order of queries and on resuming. It is not emptied within a run.
@@ -39,7 +41,8 @@ class Blacklight:
     too. Hashes are keyed by the seed and not one-way, as nobody sees them.
 
     Source:
-        Li et al., USENIX Security 2022, arXiv:2006.14042.
+        Li et al., USENIX Security 2022, arXiv:2006.14042; settings, salt and rounding as in the authors' released
+        ``InputTracker``: window 20, step 50, 50 hashes, more than 25 in common.
 
     Raises:
         ConfigError: a window longer than an image, at its first query, or a threshold that no fingerprint exceeds.
@@ -54,7 +57,7 @@ class Blacklight:
     random: ClassVar[bool] = False
     outside: ClassVar[bool] = True
     stateful: ClassVar[bool] = True
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Li et al., USENIX Security 2022, arXiv:2006.14042"
 
     def __post_init__(self) -> None:
@@ -72,14 +75,16 @@ class Remembering(nn.Module):
     def __init__(self, model: nn.Module, defense: Blacklight, seed: int) -> None:
         super().__init__()
         self.model, self.defense = model, defense
-        self.key = SampleRng.create(seed, torch.zeros(1, dtype=torch.int64), "blacklight").words(defense.window)[0]
+        self.secret = SampleRng.create(seed, torch.zeros(1, dtype=torch.int64), "blacklight")
         self.family_of: dict[int, int] = {}  # of each hash, the first query of those that are like each other
         self.told: list[Tensor] = []         # by family, the answer (K,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of ``x`` (B, C, H, W), whose queries come in this order."""
         logits: Tensor = self.model(x)
-        prints = fingerprints(x.detach(), self.key.to(x.device), self.defense.step, self.defense.kept).tolist()
+        key = self.secret.words(self.defense.window)[0].to(x.device)
+        salt = self.secret.fork("salt").uniform(*x.shape[1:])[0].to(x) * RANGE
+        prints = fingerprints(x.detach(), salt, key, self.defense.step, self.defense.kept).tolist()
         families = [self._family(set(one) - {NOTHING}, logits[row].detach()) for row, one in enumerate(prints)]
         return straight_through(logits, torch.stack([self.told[family] for family in families])) if len(x) else logits
 
@@ -95,14 +100,15 @@ class Remembering(nn.Module):
         return family
 
 
-def fingerprints(x: Tensor, key: Tensor, step: int, kept: int) -> Tensor:
+def fingerprints(x: Tensor, salt: Tensor, key: Tensor, step: int, kept: int) -> Tensor:
     """The ``kept`` largest different hashes (B, kept) int64 of the windows of each image; fewer are padded.
 
     Args:
         x: images (B, C, H, W) in [0, 1]; values lie pixel by pixel, the channels of one beside each other.
+        salt: (C, H, W) on the scale from 0 to 255, the same for all images.
         key: (window,) int64; a window is hashed to the sum of its values times these, and scattered.
     """
-    values = ((x * 255 / step).round() * step).long().permute(0, 2, 3, 1).flatten(1)  # (B, N)
+    values = (((x * RANGE + salt) % RANGE / step).round() * step).long().permute(0, 2, 3, 1).flatten(1)  # (B, N)
     places = values.shape[1] - len(key) + 1
     if places < 1:
         raise ConfigError(f"window is {len(key)}, longer than the {values.shape[1]} values of an image")

@@ -17,6 +17,7 @@ from tests.rows import row
 
 CLASSES = 10
 KEY = SampleRng.create(3, torch.zeros(1, dtype=torch.int64), "key").words(20)[0]
+SALT = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(9)) * 255
 
 
 def images(count: int, seed: int = 0) -> torch.Tensor:
@@ -34,13 +35,17 @@ def served(**parameters: int) -> nn.Module:
 
 
 def shared(a: torch.Tensor, b: torch.Tensor) -> int:
-    one, other = (set(fingerprints(x[None], KEY, 50, 50)[0].tolist()) - {NOTHING} for x in (a, b))
+    one, other = (set(fingerprints(x[None], SALT, KEY, 50, 50)[0].tolist()) - {NOTHING} for x in (a, b))
     return len(one & other)
 
 
 def test_a_fingerprint_is_the_largest_of_all_windows_hashed_one_by_one():
     (x,) = images(1)
-    values = [int(round(float(v) * 255 / 50) * 50) for v in x.permute(1, 2, 0).flatten()]
+    salted = [
+        (float(v) * 255 + float(s)) % 255
+        for v, s in zip(*(y.permute(1, 2, 0).flatten() for y in (x, SALT)), strict=True)
+    ]
+    values = [int(round(value / 50) * 50) for value in salted]
     wrap = 1 << 64
     hashes = set()
     for start in range(3072 - 20 + 1):
@@ -48,12 +53,19 @@ def test_a_fingerprint_is_the_largest_of_all_windows_hashed_one_by_one():
         total = (total + wrap // 2) % wrap - wrap // 2
         mixed = (total ^ (total >> 29)) * (int(KEY[0]) | 1)
         hashes.add((mixed + wrap // 2) % wrap - wrap // 2)
-    assert fingerprints(x[None], KEY, 50, 50)[0].tolist() == sorted(hashes, reverse=True)[:50]
+    assert fingerprints(x[None], SALT, KEY, 50, 50)[0].tolist() == sorted(hashes, reverse=True)[:50]
 
 
 def test_an_image_with_few_windows_has_a_short_fingerprint():
     flat = torch.full((1, 3, 32, 32), 0.5)
-    assert (fingerprints(flat, KEY, 50, 50)[0] != NOTHING).sum() == 1
+    assert (fingerprints(flat, torch.zeros(3, 32, 32), KEY, 50, 50)[0] != NOTHING).sum() == 1
+
+
+def test_the_salt_tells_the_places_of_a_flat_image_apart_and_moves_where_values_round():
+    flat = torch.full((1, 3, 32, 32), 0.5)
+    assert (fingerprints(flat, SALT, KEY, 50, 50)[0] != NOTHING).all()
+    assert shared(flat[0], flat[0] + 1e-4) > 25
+    assert shared(flat[0], flat[0] + 40 / 255) <= 1
 
 
 def test_the_same_image_and_one_that_differs_in_a_square_are_alike_and_strangers_are_not():
