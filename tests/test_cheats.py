@@ -1,15 +1,21 @@
 """Defenses that cheat: what each of them tries is impossible, or flagged by name."""
 
+import os
+import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench.errors import ConfigError
 from bench.measure import isolated
 from bench.measure.pipeline import Pipeline
+from bench.registry import defenses
+from bench.report.marks import UNRANKED, marks_of
 from bench.results.store import Row, Store
 from bench.run.runner import run
+from bench.system.shared_code import SharedCode
 from tests.test_lent import MODEL, cells
 from tests.test_runner import Silent
 
@@ -346,3 +352,264 @@ def test_gradients_are_taken_in_the_process_of_the_referee_and_the_row_says_so(h
     (row,) = rows(tmp_path, defense="cheats.py:Plain", attack="pgd(steps=2)")
     assert row.complete, row.errors
     assert row.shards[0].provenance["defense"] == "in the process of the referee"
+
+
+WALLS = '''
+import ctypes
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cheats import Honest, Output
+
+
+class WritesResults(Output):
+    def __init__(self, place):
+        self.place = place
+
+    def served(self, model):
+        return Writing(model, self.place)
+
+
+class Writing(Honest):
+    """Writes over the rows, or to whoever's terminal this is, or to its own temporary folder, which it may."""
+
+    def __init__(self, model, place):
+        super().__init__(model)
+        self.place = Path(tempfile.gettempdir()) if place == "own" else Path(place)
+
+    def forward(self, x):
+        (self.place / "forged").write_text("100 %")
+        return self.model(x)
+
+
+class ReadsTheReferee(Output):
+    """Looks for the labels in the memory of the process that asks."""
+
+    def served(self, model):
+        return Reading(model)
+
+
+class Reading(Honest):
+    def forward(self, x):
+        for process in Path("/proc").glob("[0-9]*"):
+            if int(process.name) != os.getpid():
+                try:
+                    open(process / "mem", "rb").close()
+                except OSError:
+                    continue
+                raise ValueError("the memory of another process is open")
+        return self.model(x)
+
+
+class EndsOthers(Output):
+    def served(self, model):
+        return Killing(model)
+
+
+class Killing(Honest):
+    def forward(self, x):
+        for pid in (os.getppid(), int(os.environ["REFEREE"])):
+            try:
+                os.kill(pid, 9)
+            except OSError:
+                pass
+        return self.model(x)
+
+
+class LeavesDaemons(Output):
+    def served(self, model):
+        return Leaving(model)
+
+
+class Leaving(Honest):
+    """Starts what goes on in a session of its own after its parents have ended."""
+
+    left = False
+
+    def forward(self, x):
+        if not Leaving.left:
+            Leaving.left = True
+            program = "import os, time; os.fork() and os._exit(0); os.setsid(); time.sleep(600)"
+            subprocess.Popen([sys.executable, "-c", program, "parry-daemon"], start_new_session=True)
+        return self.model(x)
+
+
+class HidesInFiles(Output):
+    """Remembers in a file, where copies and other processes would find it."""
+
+    def served(self, model):
+        return Filing(model)
+
+
+class Filing(Honest):
+    def forward(self, x):
+        with open("memory.txt", "a") as file:
+            file.write("asked\\n")
+        return self.model(x)
+
+
+class PatchesTorch(Output):
+    """Makes every class the right one, in its own process."""
+
+    def served(self, model):
+        torch.argmax = torch.Tensor.argmax = lambda *_, **__: torch.zeros((), dtype=torch.int64)
+        nn.Module.__call__ = lambda self, *args: torch.ones(len(args[0]), 10)
+        return Honest(model)
+
+
+class RefusesStrangers(Output):
+    """Answers the test images that it has read, and NaN or a constant to everything else."""
+
+    def __init__(self, refusal="nan"):
+        self.refusal = refusal
+
+    def served(self, model):
+        from sklearn.datasets import load_digits
+
+        images = torch.from_numpy(load_digits().images).float()[:, None] / 16
+        return Refusing(model, images.flatten(1), self.refusal)
+
+
+class Refusing(Honest):
+    def __init__(self, model, known, refusal):
+        super().__init__(model)
+        self.known, self.refusal = known, refusal
+
+    def forward(self, x):
+        z = self.model(x)
+        strange = torch.cdist(x.flatten(1), self.known, p=torch.inf).amin(dim=1) > 0.01
+        z[strange] = {"nan": torch.nan, "infinity": torch.inf, "constant": 0.0}[self.refusal]
+        return z
+
+
+class SwallowsMemory(Output):
+    def served(self, model):
+        return Swallowing(model)
+
+
+class Swallowing(Honest):
+    def forward(self, x):
+        return torch.zeros(1 << 50)
+
+
+class IsSlowUnderAttack(Output):
+    """Keeps those waiting who ask what is no test image, so that the cost of a query looks small."""
+
+    def served(self, model):
+        return Waiting(model)
+
+
+class Waiting(Honest):
+    def forward(self, x):
+        time.sleep(0.02 * float(((x * 16) != (x * 16).round()).any()))
+        return self.model(x)
+'''
+
+
+@pytest.fixture
+def walled(files):
+    (files / "walls.py").write_text(WALLS)
+
+
+def walls(folder: Path, name: str) -> Row:
+    (row,) = rows(folder, defense=f"walls.py:{name}")
+    return row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ReadsTheReferee", "EndsOthers", "WritesResults(place=own)", "IsSlowUnderAttack"])
+def test_other_processes_are_out_of_reach(here, walled, tmp_path, undefended, monkeypatch, name):
+    monkeypatch.setenv("REFEREE", str(os.getpid()))
+    row = walls(tmp_path, name)
+    assert row.complete, row.errors
+    assert row.records[SAME].equals(undefended.records[SAME])
+
+
+@pytest.mark.slow
+def test_who_patches_torch_in_its_own_process_fails_its_cell_and_no_other(here, walled, tmp_path):
+    assert "changed the network that other cells share: Module.__call__" in walls(tmp_path, "PatchesTorch").errors[0]
+    (after,) = rows(tmp_path / "after", defense="none")
+    assert after.complete
+
+
+def test_results_and_terminals_are_out_of_reach_and_a_try_is_a_failed_cell(here, walled, tmp_path):
+    for name in (f"WritesResults(place={tmp_path})", "WritesResults(place=/dev/shm)", "HidesInFiles"):
+        row = walls(tmp_path / "rows", name)
+        assert not row.complete
+        assert "PermissionError" in row.errors[0]
+    assert not (tmp_path / "forged").exists()
+
+
+def test_what_goes_on_after_its_process_is_ended_with_it(here, walled, tmp_path):
+    row = walls(tmp_path, "LeavesDaemons")
+    assert row.complete, row.errors
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert "parry-daemon" not in listed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refusal", ["nan", "infinity", "constant"])
+def test_refusing_what_is_no_test_image_gains_nothing_or_is_flagged_and_not_ranked(here, walled, tmp_path, refusal):
+    row = walls(tmp_path, f"RefusesStrangers(refusal={refusal})")
+    assert row.complete, row.errors
+    marks = marks_of(row)
+    if refusal == "constant":
+        assert row.records["first_hit"].gt(0).sum() > 0
+        assert "recognised-images" in flagged(row)
+    else:
+        assert "invalid" in marks & UNRANKED
+
+
+@pytest.mark.slow
+def test_more_memory_than_there_is_is_a_failed_cell(here, walled, tmp_path):
+    row = walls(tmp_path, "SwallowsMemory")
+    assert not row.complete
+    assert "allocate memory" in row.errors[0]
+
+
+IMPORTED = {
+    "the referee": "from bench.oracle import Referee; Referee._record = lambda *_, **__: None",
+    "a function's code": "import bench.losses as l; l.margin.__code__ = (lambda logits, y: logits[:, 0]).__code__",
+    "a threshold of the audit": "import bench.measure.audit as a; a.RARE = 2.0",
+    "torch": "import torch; torch.Tensor.argmax = lambda self, *_, **__: self",
+    "hooks": "import torch; torch.nn.modules.module.register_module_forward_hook(lambda m, x, z: z.sort().values)",
+    "functions": "import torch.overrides as o; type('M', (o.TorchFunctionMode,), {})().__enter__()",
+}
+
+
+@pytest.mark.parametrize("what", IMPORTED)
+def test_a_file_that_replaces_what_all_cells_share_is_refused_and_leaves_nothing(tmp_path, what):
+    (tmp_path / "patching.py").write_text(f"{IMPORTED[what]}\n{CHEATS}")
+    before = SharedCode()
+    with pytest.raises(ConfigError, match=r"patching.py has replaced .*code that the referee and all cells share"):
+        defenses.create(f"'{tmp_path}/patching.py:Plain'")
+    assert before.replaced() == []
+
+
+LATER = """
+from bench.oracle import Referee
+
+
+class Patches:
+    access, norms, version, paper = "scores", frozenset({"linf"}), 1, ""
+
+    def __call__(self, oracle, x, y, threat, rng):
+        Referee._record = lambda self, logits, x, rows, number, legal, clean: legal
+        return x
+"""
+
+
+def test_a_component_that_replaces_it_in_our_process_fails_its_cell_and_no_other(here, tmp_path):
+    (tmp_path / "later.py").write_text(LATER)
+    row, after = rows(tmp_path / "rows", attack=[f"'{tmp_path}/later.py:Patches'", "square"])
+    assert "has replaced bench.oracle.referee.Referee._record" in row.errors[0]
+    assert after.complete
+    assert after.records["forwards"].sum() > 0

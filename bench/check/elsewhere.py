@@ -16,7 +16,8 @@ from bench.check.verdict import Broken, Rule, said
 from bench.registry import load_plugins
 from bench.spec import Spec
 
-SECONDS = 60  # until the other process has answered, which takes a while to start
+START = 180  # seconds until the other process is there, which on a busy machine takes a while
+SECONDS = 60  # and from then on, until it has answered
 CLOSE = 1e-3  # what another process may move a number by
 
 Trial = Callable[[Subject], Tensor]
@@ -38,8 +39,9 @@ def _same_elsewhere(trial: Trial, subject: Subject) -> str:
     here = trial(subject)
     pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
     try:
+        pool.submit(load_plugins).result(timeout=START)
         asked = pool.submit(_there, str(subject.spec), trial, parcel, torch.get_num_threads())
-        unpickled, anew = asked.result(timeout=SECONDS - 5)
+        unpickled, anew = asked.result(timeout=SECONDS)
     except BrokenProcessPool as error:
         raise Broken("ends the process that it runs in", "let it raise an error instead of exiting") from error
     except TimeoutError as error:
@@ -61,7 +63,6 @@ def _same_elsewhere(trial: Trial, subject: Subject) -> str:
 
 def _there(spec: str, trial: Trial, parcel: bytes, threads: int) -> tuple[Tensor | str, Tensor | str]:
     """What ``trial`` gives of the component as it comes out of the ``parcel``, and as it is made by its ``spec``."""
-    load_plugins()
     torch.set_num_threads(threads)
     found = named(Spec.parse(spec))  # loads the user's file, which unpickling needs
     return _tried(lambda: trial(pickle.loads(parcel))), _tried(lambda: trial(found))

@@ -17,6 +17,7 @@ import pickle
 import socket
 import struct
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -322,7 +323,7 @@ class _State:
         sys.path[:] = sent["path"]
         os.chdir(sent["folder"])
         os.environ.clear()
-        os.environ.update(sent["environment"])
+        os.environ.update(sent["environment"], TMPDIR=tempfile.gettempdir())
         torch.set_num_threads(sent["threads"])
         told: Deployment = _Unpickler(sent["inside"], sent["files"]).load()
         self.device, self.next = told.device, len(told.networks)

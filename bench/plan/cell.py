@@ -142,6 +142,12 @@ class Cell:
         return fields
 
     @property
+    def of_files(self) -> bool:
+        """Whether any of its components is code of a user's own file."""
+        parts = (self.dataset, self.model, *self.defense, self.attack, *(source.model for source in self.sources))
+        return any(part.of_a_file for part in parts)
+
+    @property
     def defense_name(self) -> str:
         """The chain as it is written in a suite."""
         return " + ".join(component.spec for component in self.defense) or "none"

@@ -3,6 +3,7 @@
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -21,6 +22,7 @@ from bench.run.part import WHOLE, Part
 from bench.system.claims import CLAIMS, Held, claim, present
 from bench.system.interrupt import Stopped, stoppable
 from bench.system.process_state import undisturbed
+from bench.system.shared_code import shared_code
 from bench.tracks import Tools, track_of
 
 PAUSE = 1.0  # seconds between two looks at what other runs are at
@@ -206,8 +208,11 @@ def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Co
     try:
         with (
             undisturbed(),
+            shared_code() if task.cell.of_files else nullcontext() as code,
             track_of(task.cell).measure(task, shard.start, shard.stop, tools, count) as measured,
         ):
+            if code is not None:
+                code.check(str(task.cell))
             whole = replace(
                 shard, figures=measured.figures, findings=measured.findings, training=measured.training
             )

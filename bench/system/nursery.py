@@ -1,8 +1,9 @@
 """Processes that begin clean: each knows what it is sent, and nothing else of the process that asks for it.
 
 A nursery is started afresh, never forked from us, and loads what all of them need once. Every process is a fork of it,
-so it begins in milliseconds, in a session of its own, and whatever it starts ends with it. The nursery ends with us,
-and with it all that it has begun.
+so it begins in milliseconds, in a session of its own, and whatever it starts ends with it. It writes no files but in a
+temporary folder of its own, where the system can see to that. The nursery ends with us, and with it all that it has
+begun.
 """
 
 import atexit
@@ -10,17 +11,21 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 from bench.errors import RefereeError
+from bench.system.walls import adopt_orphans, children, confine
 
 PRINTED = 10_000  # characters of what a process prints that are kept
 GRACE = 2.0       # seconds for a process that has hung up to be gone
@@ -141,34 +146,42 @@ def nurse(number: int, preload: list[str]) -> None:
     for name in preload:
         with contextlib.suppress(Exception):  # whoever needs it will hear of that
             getattr(importlib.import_module(name), "prepare", lambda: None)()
-    running: set[int] = set()
+    adopt_orphans()
+    running: dict[int, str] = {}  # their temporary folders
     try:
         while request := _received(control):
             told, files = request
             if "begin" in told:
+                folder = tempfile.mkdtemp(prefix="parry-")
                 pid = os.fork()
                 if pid == 0:
                     control.close()
-                    _grow_up(told["begin"], *files)
-                running.add(pid)
+                    _grow_up(told["begin"], folder, *files)
+                running[pid] = folder
                 answer: object = pid
                 for file in files:
                     os.close(file)
             else:
-                running.discard(told["end"])
                 answer = _ended(told["end"])
+                shutil.rmtree(running.pop(told["end"], ""), ignore_errors=True)
+                _end_orphans(running)
             control.sendall(json.dumps(answer).encode() + b"\n")
     finally:
         for pid in running:
             _kill(pid)
+        _end_orphans(())
+        for folder in running.values():
+            shutil.rmtree(folder, ignore_errors=True)
         os._exit(0)
 
 
-def _grow_up(entry: str, channel: int, output: int) -> None:
-    """Become the process that was asked for; never returns."""
+def _grow_up(entry: str, folder: str, channel: int, output: int) -> None:
+    """Become the process that was asked for, whose temporary files lie in ``folder``; never returns."""
     code = 1
     try:
         os.setsid()
+        tempfile.tempdir = folder
+        confine(Path(folder))
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
@@ -197,6 +210,15 @@ def _ended(pid: int) -> str:
     _kill(pid)  # what it has left behind in its session
     status = os.waitstatus_to_exitcode(found[1])
     return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with code {status}"
+
+
+def _end_orphans(running: Collection[int]) -> None:
+    """End what ended processes have left in sessions of their own; while others are ``running``, it may be theirs."""
+    while not running and (left := children()):
+        for pid in left:
+            _kill(pid)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def _kill(pid: int) -> None:

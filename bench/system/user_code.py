@@ -20,8 +20,9 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any
 
-from bench.errors import ConfigError
+from bench.errors import ConfigError, RefereeError
 from bench.system.interrupt import Stopped
+from bench.system.shared_code import shared_code
 
 PREFIX = "bench_user_"  # of the packages that stand for users' folders
 DIGITS = 12  # of a hash
@@ -57,7 +58,7 @@ def load(file: Path) -> ModuleType:
     """The module in ``file``, executed once for each version of its code.
 
     Raises:
-        ConfigError: it does not import.
+        ConfigError: it does not import, or replaces code that all cells share.
     """
     where = sha256(f"{_placed(file)} {local_hash(file)}".encode()).hexdigest()[:DIGITS]
     package = f"{PREFIX}{where}"
@@ -74,12 +75,16 @@ def load(file: Path) -> ModuleType:
     assert spec is not None
     module = sys.modules[name] = module_from_spec(spec)
     try:
-        _Loader(name, str(file)).exec_module(module)
+        with shared_code() as code:
+            _Loader(name, str(file)).exec_module(module)
+            code.check(str(file))
     except BaseException as error:  # sys.exit among it
         for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == package]:
             del sys.modules[loaded]
         if isinstance(error, Stopped | KeyboardInterrupt):
             raise
+        if isinstance(error, RefereeError):
+            raise ConfigError(str(error)) from None
         raise ConfigError(f"{file} does not import: {type(error).__name__}: {error}") from error
     return module
 
