@@ -11,14 +11,17 @@ import torch
 import typer.main
 from torch import nn
 
+from bench.check.problem import digits
 from bench.cli import app
 from bench.measure.audit import RARE, TRAITS, audit
 from bench.measure.gradients import gradient_findings
 from bench.measure.witness import FLAG
+from bench.models import resolve
 from bench.oracle.served import ServedModel
 from bench.plan.suite import load_suite
 from bench.report.flags import THRESHOLDS
 from bench.results.records import KNOWN
+from bench.service import Desk
 from bench.threat import Threat
 from tests.test_cli import bench
 
@@ -84,6 +87,13 @@ def test_the_examples_of_components_are_complete(tmp_path, capsys):
     (reading,) = blocks("docs/results.md", "python")
     exec(reading.replace("leaderboards/query-cifar10", str(tmp_path / "out")), {})
     assert "Corners" in capsys.readouterr().out
+
+
+def test_the_example_of_a_service_answers(tmp_path):
+    (text,) = blocks("docs/service.md", "python")
+    (tmp_path / "victim.py").write_text(text)
+    desk, test = Desk(resolve(f"{tmp_path}/victim.py:score").line(), 10), digits().test
+    assert (desk.logits(test.pixels()).argmax(dim=1) == test.labels).float().mean() > 0.8
 
 
 def test_the_example_suite_is_one(tmp_path):

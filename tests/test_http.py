@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -184,7 +185,7 @@ class TestTheLine:
             (lambda body: b"[" * 100_000, "no JSON"),
             (301, "redirects to http://elsewhere.example/, which is not followed"),
             (403, "status 403"),
-            ("drop", "is cut off .*, 2 times"),
+            ("drop", "gives no answer .*, 2 times"),
         ],
     )
     def test_nonsense_is_an_error(self, server, how, said):
@@ -217,6 +218,22 @@ class TestTheLine:
         desk(server, tmp_path / "journal", token="THE_TOKEN").logits(X)
         assert {headers["Authorization"] for _, _, headers, _ in server.requests} == {"Bearer secret-words"}
         assert "secret" not in (tmp_path / "journal").read_text()
+
+
+def test_the_example_server_counts_what_the_journal_has(tmp_path):
+    file = Path(__file__).parents[1] / "docs" / "digits_service.py"
+    example: dict = {"__name__": "digits_service", "__file__": str(file)}
+    exec(file.read_text(), example)
+    with example["Service"](0, lambda x: x.flatten(1)[:, :10], trouble=0.5) as service:
+        service.url = f"http://127.0.0.1:{service.server_port}/predict"
+        thread = threading.Thread(target=service.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        asked = desk(service, tmp_path / "journal", retries=20, backoff=0)
+        shares = asked.logits(X).softmax(dim=1)
+        service.shutdown()
+        thread.join()
+    assert torch.allclose(shares, X.flatten(1)[:, :10].softmax(dim=1), atol=1e-2)  # of 8-bit images
+    assert service.counts() == {"calls": asked.journal.attempts, "images": 4}
 
 
 class TestThePlan:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.check import check
 from bench.check.problem import digits
 from bench.errors import ConfigError, ServiceError
 from bench.measure.pipeline import Pipeline
@@ -294,6 +295,19 @@ class TestAnswers:
                       {"answers": "logits", "random": True, "deterministic": True}):  # fmt: skip
             with pytest.raises(ConfigError):
                 Service(**wrong)
+
+
+class TestTheCheck:
+    @pytest.mark.parametrize("name", ["score", "label", "top", "declared_random", "Scaled"])
+    def test_passes_what_is_as_it_declares(self, victim, name):
+        assert not any(verdict.failed for verdict in check(f"{victim}:{name}", processes=False))
+
+    @pytest.mark.parametrize(
+        ("name", "rule"), [("undeclared_random", "one question, one answer"), ("nan", "answers")]
+    )
+    def test_fails_what_is_not(self, victim, name, rule):
+        verdicts = {verdict.rule: verdict for verdict in check(f"{victim}:{name}", processes=False)}
+        assert verdicts[rule].failed
 
 
 def test_images_are_sent_as_declared():

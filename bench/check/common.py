@@ -10,6 +10,8 @@ from bench.check.verdict import require
 def says_what_it_is(subject: Subject) -> str:
     """Its version, paper and a docstring of its own; the registry has looked at all else that it declares."""
     component: Any = subject.component
+    if subject.kind == "service":
+        return "a service, which is asked and shows no weights"
     if subject.kind == "model":
         return f"a model, {'with weights' if component.trained else 'to be trained'}"
     version, paper = getattr(component, "version", None), getattr(component, "paper", None)

@@ -12,11 +12,12 @@ from bench.errors import ConfigError, did_you_mean
 from bench.models import resolve
 from bench.protocols import Stage
 from bench.registry import Registry, attacks, defenses, models, parameters
+from bench.service import declared_by
 from bench.spec import Spec
 from bench.system.user_code import named_file
 from bench.threat import Norm
 
-Kind = Literal["attack", "learner", "data defense", "training defense", "output defense", "model"]
+Kind = Literal["attack", "learner", "data defense", "training defense", "output defense", "model", "service"]
 
 FEWER = {"epochs": 1, "subspace_epochs": 1}  # of what trains, where nothing else is given
 FEWEST = {**FEWER, "checkpoints": 1, "steps": 2, "rounds": 1, "draws": 1, "adv_steps": 1}  # of data defenses
@@ -44,7 +45,7 @@ class Subject:
 
 def registry_of(kind: Kind) -> Registry[Any]:
     """Where components of this kind are."""
-    homes: dict[Kind, Registry[Any]] = {"attack": attacks, "learner": attacks, "model": models}
+    homes: dict[Kind, Registry[Any]] = {"attack": attacks, "learner": attacks, "model": models, "service": models}
     return homes.get(kind, defenses)
 
 
@@ -66,6 +67,8 @@ def recognise(spec: Spec) -> Registry[Any]:
     factory = Registry[Any]("component").factory(spec.name)  # of a file, whatever it is
     if isinstance(factory, nn.Module) or (isinstance(factory, type) and issubclass(factory, nn.Module)):
         return models
+    if declared_by(factory):
+        return models
     if hasattr(factory, "stage"):
         return defenses
     if hasattr(factory, "access") or hasattr(factory, "norms") or _arguments(factory) == 5:
@@ -85,7 +88,8 @@ def subject(spec: Spec | str) -> Subject:
     spec = Spec.parse(spec) if isinstance(spec, str) else spec
     registry = recognise(spec)
     if registry is models:
-        return Subject(spec, "model", resolve(spec))
+        component = resolve(spec)
+        return Subject(spec, "service" if declared_by(component) else "model", component)
     component = made(spec, registry)
     kind = _kind(component, registry)
     smaller = _smaller(spec, registry, kind)

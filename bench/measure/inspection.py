@@ -4,6 +4,7 @@ import copy
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
+from hashlib import sha256
 from statistics import median
 from typing import Any
 
@@ -38,17 +39,16 @@ class Inspector:
         model = cell.data_hash, parts, cell.weights_hash, cell.numerics, cell.seed
         key = *model, cell.threat.norm, cell.threat.eps, cell.threat.access == "gradients", cell.ids[:INSPECTED]
         if key not in self._seen:
-            self._seen[key] = self._inspect(task, target)
+            self._seen[key] = self._inspect(task, target, f"audit {sha256(repr(key).encode()).hexdigest()[:16]}")
         return self._seen[key]
 
-    def _inspect(self, task: Task, target: Target) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def _inspect(self, task: Task, target: Target, scope: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
         cell, desk = task.cell, target.plain.desk
         rows = torch.tensor(cell.ids[: PAID if desk else INSPECTED])
         x, y = task.data.test.pixels(rows).to(self._device), task.data.test.labels[rows].to(self._device)
         declared = {trait for component in (cell.model, *cell.defense) for trait in component.traits}
         if "stateful" in cell.model.traits:  # nobody can reset a service, so that its memory looks like randomness
             declared.add("random")
-        scope = f"audit of {cell.threat} from {cell.ids[0]} under seed {cell.seed}"
         with desk.asking(scope, fresh=True) if desk else nullcontext():
             findings = audit(target.plain, target.undefended, x, y, cell.threat, cell.seed, declared)
         findings += confirm(findings, declared)

@@ -150,7 +150,7 @@ class Endpoint:
             raise ServiceError(f"{self.url} has a certificate that is not trusted ({error.verify_message})") from None
         except (OSError, HTTPException) as error:
             slow = late.is_set() or isinstance(error, TimeoutError)
-            cut = f"is cut off ({type(error).__name__}: {error})"
+            cut = f"gives no answer ({type(error).__name__}: {error})"
             raise _Failed(f"has not answered in {self.timeout:g} s" if slow else " ".join(cut.split())) from None
         finally:
             connection.close()
