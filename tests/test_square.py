@@ -174,7 +174,7 @@ def test_samples_do_not_see_their_batch(norm, noisy):
     model = Linear(classes=5)
     y = model(x).argmax(1)
     model = Noisy(model, 0.5) if noisy else model
-    settings = {"norm": norm, "eps": {"linf": 0.02, "l2": 0.15, "l1": 1.0}[norm], "budget": 150, "random": noisy}
+    settings = {"norm": norm, "eps": {"linf": 0.02, "l2": 0.15, "l1": 0.7}[norm], "budget": 150, "random": noisy}
 
     def attacked(ids):
         return run_ids(Square(), x[ids], y[ids], model, ids, **settings)
