@@ -16,11 +16,12 @@ from bench.errors import ConfigError
 from bench.models import resolve
 from bench.norms import lp_norm
 from bench.protocols import Job
-from bench.registry import datasets, defenses
+from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng
 from bench.scratch import Scratch
 from bench.system.interrupt import Stopped
 from bench.training import cross_entropy
+from defenses.afa import AdaptiveFeatureAlignment, Branch
 from defenses.awp import AdversarialWeightPerturbation
 from defenses.comp_sum import CompSum, comp_sum, margins
 from defenses.free_at import Replay
@@ -246,7 +247,9 @@ class TestAwp:
         assert (model[1].running_mean == 0).all()
 
 
-@pytest.mark.parametrize("name", ["free-at(replays=2, epochs=3, batch_size=24)", "awp(steps=1, epochs=3)"])
+@pytest.mark.parametrize(
+    "name", ["free-at(replays=2, epochs=3, batch_size=24)", "awp(steps=1, epochs=3)", "afa(steps=1, epochs=3)"]
+)
 def test_a_killed_training_goes_on_to_the_same_weights(name, few, tmp_path, monkeypatch):
     monkeypatch.setattr(scratch_module, "PAUSE", 0.0)
 
@@ -310,3 +313,59 @@ class TestLtd:
         job = Job(progress=lambda done, total: seen.append((done, total)))
         defenses.create("ltd(steps=1, epochs=2, temperature=0.5)")(network, few, job)
         assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+class TestAfa:
+    def test_without_attacked_images_it_is_ordinary_training(self, few):
+        def build():
+            return resolve("cnn(width=4)")(10, (1, 8, 8), None)
+
+        plain = attacks.create("standard(epochs=2)")(build, few, Job(seed=1)).state_dict()
+        ours = defenses.create("afa(epochs=2, weight=0, clean_share=1)")(build, few, Job(seed=1)).state_dict()
+        assert list(ours) == list(plain)
+        assert all(torch.equal(value, ours[key]) for key, value in plain.items())
+
+    def test_each_branch_has_the_statistics_of_its_own_images(self, batch):
+        x, y = batch
+        model, alone = network(), network()
+        branch = Branch(model)
+        AdaptiveFeatureAlignment(eps=0.2, steps=2).loss(model, branch, model[4], x, y, streams(x)).backward()
+        alone(x)
+        (twin,) = branch.twins
+        assert model[1] is not twin
+        assert torch.equal(model[1].running_mean, alone[1].running_mean)
+        assert not torch.allclose(twin.running_mean, model[1].running_mean)
+        assert model[1].num_batches_tracked == twin.num_batches_tracked == 1
+        assert all(parameter.grad is not None for parameter in [*model.parameters(), *branch.parameters()])
+
+    def test_attacked_images_of_no_radius_are_the_clean_ones(self, batch):
+        """Both branches are then one, and their features agree."""
+        x, y = batch
+        model = network()
+        branch = Branch(model)
+        loss = AdaptiveFeatureAlignment(eps=0.0, steps=1, align=5.0).loss(model, branch, model[4], x, y, streams(x))
+        assert loss.item() == pytest.approx(2 * F.cross_entropy(network()(x), y).item(), rel=1e-6)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+    def test_the_fused_batch_norm_is_the_mean_of_both(self, batch, share):
+        x, _ = batch
+        model = network().double()
+        branch = Branch(model)
+        (twin,) = branch.twins
+        with torch.no_grad():
+            twin.weight.mul_(1.7).add_(0.1)
+            twin.bias.sub_(0.4)
+            twin.running_mean.add_(0.2)
+            twin.running_var.mul_(3)
+            between = model[0](x.double())
+            expected = share * model.eval()[1](between) + (1 - share) * twin.eval()(between)
+            with branch.put_in():
+                other = model(x.double())
+            branch.fuse(share)
+            assert torch.allclose(model[1](between), expected, rtol=0, atol=1e-12)
+            if share == 0:
+                assert torch.allclose(model(x.double()), other, rtol=0, atol=1e-12)
+
+    def test_a_network_without_batch_norms_is_refused(self):
+        with pytest.raises(ConfigError, match="afa doubles batch-norms"):
+            Branch(linear())
