@@ -598,6 +598,14 @@ LATER = """
 from bench.oracle import Referee
 
 
+def test_what_torch_wraps_itself_when_it_first_trains_is_nobodys_doing(monkeypatch):
+    before = SharedCode()
+    monkeypatch.setattr(torch, "manual_seed", torch._disable_dynamo(torch.manual_seed))
+    assert before.replaced() == []
+    monkeypatch.setattr(torch, "manual_seed", torch._disable_dynamo(lambda seed: None))
+    assert before.replaced() == ["torch.manual_seed"]
+
+
 class Patches:
     access, norms, version, paper = "scores", frozenset({"linf"}), 1, ""
 

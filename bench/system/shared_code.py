@@ -14,6 +14,7 @@ from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
 import torch
+from torch import _compile
 from torch.nn.modules import module as hooks
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
@@ -115,9 +116,23 @@ def _places() -> Iterator[Place]:
 def _decides(place: Place, name: str, before: Any, now: Any) -> bool:
     """Whether it is code that was replaced, or a constant of ours; not what modules note for themselves."""
     if isinstance(before, BEHAVIOUR):
-        return True
+        return not _torch_wraps(before, now)
     ours = (place.__name__ if isinstance(place, ModuleType) else place.__module__).partition(".")[0] in OURS
     return ours and name.isupper() and isinstance(before, CONSTANT) and bool(before != now)
+
+
+def _torch_wraps(before: Any, now: Any) -> bool:
+    """Whether ``now`` is torch's own wrapper of ``before``: its compiler wraps ``torch.manual_seed`` when it is first
+    imported, which any training does."""
+    if not (isinstance(before, FunctionType) and isinstance(now, FunctionType)):
+        return False
+    wrapper: Any = _compile._disable_dynamo(before)
+    return now.__code__ is wrapper.__code__ and _held(now) == _held(wrapper)
+
+
+def _held(function: FunctionType) -> list[int]:
+    """What it holds of the scope that it was defined in, by identity."""
+    return [id(cell.cell_contents) for cell in function.__closure__ or ()]
 
 
 def _functions(value: Any) -> Iterator[FunctionType]:
