@@ -9,20 +9,15 @@ process that does not answer, ends, or answers nonsense fails its cell in one li
 """
 
 import copy
-import io
 import json
 import math
-import os
 import pickle
 import socket
-import struct
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,8 +32,9 @@ from bench.oracle.served import ServedModel, as_module
 from bench.protocols import OutputDefense
 from bench.registry import load_plugins
 from bench.rng import SampleRng, pinned
-from bench.system import user_code
+from bench.system.frames import fill, receive, send
 from bench.system.nursery import Begun, begin
+from bench.system.parcel import pack, unpack
 from bench.system.process_state import seed_globals
 
 PATIENCE = 600.0  # seconds in which every answer has to come
@@ -205,17 +201,13 @@ class _Process:
 
     def _send(self, *parts: "bytes | memoryview") -> None:
         try:
-            for part in (struct.pack("<Q", len(parts[0])), *parts):
-                self.begun.channel.sendall(part)
+            send(self.begun.channel, *parts)
         except OSError as error:
             raise self._lost(error) from None
 
     def _receive(self, tensors: int) -> tuple[dict[str, Any], list[Tensor]]:
         try:
-            (length,) = struct.unpack("<Q", _exactly(self.begun.channel, 8))
-            if length > HEADER:
-                raise ValueError("its header is too long")
-            told = json.loads(_exactly(self.begun.channel, length))
+            told = json.loads(receive(self.begun.channel, HEADER))
             if not isinstance(told, dict):
                 raise ValueError("its header is no object")
             shapes = told.get("tensors", [])
@@ -252,20 +244,6 @@ class _Process:
         return RefereeError(self.ended)
 
 
-class _Unpickler(pickle.Unpickler):
-    """Loads the users' files in which it looks for a class."""
-
-    def __init__(self, data: bytes, files: dict[str, Path]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._files = files
-
-    def find_class(self, module: str, name: str) -> Any:
-        package = module.partition(".")[0]
-        if package in self._files and package not in sys.modules:
-            user_code.load(self._files[package])
-        return super().find_class(module, name)
-
-
 def _packed(deployment: Deployment) -> bytes:
     """What a new process is sent.
 
@@ -273,16 +251,13 @@ def _packed(deployment: Deployment) -> bytes:
         RefereeError: something of it cannot be sent.
     """
     try:
-        inside = pickle.dumps(replace(deployment, calibration=deployment.calibration.clone()))
+        return pack((torch.get_num_threads(), replace(deployment, calibration=deployment.calibration.clone())))
     except Exception as error:  # pickling runs their own code, which may raise anything
         raise RefereeError(
             f"{deployment.who} has a process of its own, to which it or its network cannot be sent "
             f"({_line(f'{type(error).__name__}: {error}')}); make both of what can be pickled, not of lambdas and "
             "local classes"
         ) from error
-    here = {"path": list(sys.path), "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
-    files = user_code.loaded()
-    return pickle.dumps({**here, "threads": torch.get_num_threads(), "files": files, "inside": inside})
 
 
 # What follows runs in the process of the defense.
@@ -296,7 +271,7 @@ def prepare() -> None:
 def serve(channel: socket.socket) -> None:
     """Deploy what is sent, then answer what is asked until the channel is closed."""
     try:
-        state = _State(pickle.loads(_message(channel)))
+        state = _State(*unpack(receive(channel)))
     except EOFError:
         return
     except BaseException as error:  # the defense's own code, which may raise anything, sys.exit among it
@@ -305,7 +280,7 @@ def serve(channel: socket.socket) -> None:
     _answer(channel, {})
     while True:
         try:
-            asked = pickle.loads(_message(channel))
+            asked = pickle.loads(receive(channel))
         except EOFError:
             return
         given = [_read(channel, DTYPES[name], shape, stride) for name, shape, stride in asked["tensors"]]
@@ -319,13 +294,8 @@ def serve(channel: socket.socket) -> None:
 class _State:
     """What is deployed, by handles: a served model for each network, and copies of them."""
 
-    def __init__(self, sent: dict[str, Any]) -> None:
-        sys.path[:] = sent["path"]
-        os.chdir(sent["folder"])
-        os.environ.clear()
-        os.environ.update(sent["environment"], TMPDIR=tempfile.gettempdir())
-        torch.set_num_threads(sent["threads"])
-        told: Deployment = _Unpickler(sent["inside"], sent["files"]).load()
+    def __init__(self, threads: int, told: Deployment) -> None:
+        torch.set_num_threads(threads)
         self.device, self.next = told.device, len(told.networks)
         self._reference = told.networks[-1]
         networks = [*told.networks[:-1], copy.deepcopy(self._reference)]
@@ -378,31 +348,10 @@ def _complaint(error: BaseException) -> dict[str, Any]:
 def _answer(channel: socket.socket, told: dict[str, Any], made: Sequence[Tensor] = ()) -> None:
     shapes = [(str(tensor.dtype), list(tensor.shape)) for tensor in made]
     header = json.dumps({**told, "tensors": shapes}).encode()
-    parts: list[bytes | memoryview] = [struct.pack("<Q", len(header)), header, *map(_bytes, made)]
-    for part in parts:
-        channel.sendall(part)
+    send(channel, header, *map(_bytes, made))
 
 
 # What both sides do.
-
-
-def _message(channel: socket.socket) -> bytearray:
-    (length,) = struct.unpack("<Q", _exactly(channel, 8))
-    return _exactly(channel, length)
-
-
-def _exactly(channel: socket.socket, size: int) -> bytearray:
-    buffer = bytearray(size)
-    _fill(channel, memoryview(buffer))
-    return buffer
-
-
-def _fill(channel: socket.socket, view: memoryview) -> None:
-    while view:
-        count = channel.recv_into(view)
-        if not count:
-            raise EOFError("the other side has hung up")
-        view = view[count:]
 
 
 def _read(
@@ -410,7 +359,7 @@ def _read(
 ) -> Tensor:
     values = torch.empty(math.prod(shape), dtype=dtype)
     if values.numel():
-        _fill(channel, _bytes(values))
+        fill(channel, _bytes(values))
     return values.view(tuple(shape)) if stride is None else values.as_strided(tuple(shape), tuple(stride))
 
 

@@ -1,0 +1,50 @@
+"""Objects on their way to a process of ours that began clean, with the users' files in which their classes are."""
+
+import io
+import os
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench.system import user_code
+
+
+def pack(thing: object) -> bytes:
+    """``thing``, and where we are: working directory, import path, environment.
+
+    Raises:
+        Exception: whatever pickling raises, which runs the components' own code.
+    """
+    inside = pickle.dumps(thing)
+    here = {"path": list(sys.path), "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
+    return pickle.dumps({**here, "files": user_code.loaded(), "inside": inside})
+
+
+def unpack(parcel: bytes | bytearray) -> Any:
+    """What was packed, once this process is where it was packed.
+
+    Raises:
+        Exception: whatever unpickling raises; a user's file that has changed since gives other classes, so it fails.
+    """
+    sent = pickle.loads(parcel)
+    sys.path[:] = sent["path"]
+    os.chdir(sent["folder"])
+    os.environ.clear()
+    os.environ.update(sent["environment"], TMPDIR=tempfile.gettempdir())  # which is our own
+    return _Unpickler(sent["inside"], sent["files"]).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Loads the users' files in which it looks for a class."""
+
+    def __init__(self, data: bytes, files: dict[str, Path]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._files = files
+
+    def find_class(self, module: str, name: str) -> Any:
+        package = module.partition(".")[0]
+        if package in self._files and package not in sys.modules:
+            user_code.load(self._files[package])
+        return super().find_class(module, name)
