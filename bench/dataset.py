@@ -39,6 +39,10 @@ class Split:
             return images.float() / 255
         return images.clone() if isinstance(rows, slice) else images  # a slice alone shares memory
 
+    def __reduce__(self) -> tuple[type["Split"], tuple[Tensor, Tensor]]:
+        """What goes to another process: of a part of larger tensors, no more than the part."""
+        return type(self), (_alone(self.images), _alone(self.labels))
+
     def subset(self, rows: Tensor | slice) -> "Split":
         """The samples at ``rows``, in that order."""
         return Split(self.images[rows], self.labels[rows])
@@ -105,6 +109,11 @@ class Dataset:
 
     def _splits(self) -> dict[str, Split]:
         return {"train": self.train, "calibration": self.calibration, "test": self.test}
+
+
+def _alone(tensor: Tensor) -> Tensor:
+    """``tensor``, or a copy of it where the memory that it lies in holds more."""
+    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
 
 
 def numbered(count: int, where: str) -> tuple[str, ...]:

@@ -31,16 +31,19 @@ LEARNT = {"attack": ["standard(epochs=2)"], "defense": ["tap(epochs=1, steps=2, 
 class Quiet:
     """A reporter that says nothing."""
 
-    def start(self, task, samples):
+    def plan(self, samples):
         pass
 
-    def work(self, done, total, unit):
+    def start(self, task, unit):
+        pass
+
+    def work(self, unit, done, total, what):
+        pass
+
+    def end(self, unit, samples):
         pass
 
     def finish(self, task, row, seconds):
-        pass
-
-    def leave(self, task):
         pass
 
     def wait(self, cells):
@@ -50,8 +53,8 @@ class Quiet:
 class Counting(Store):
     """Notes every shard that it is given in ``saved``, one letter for each."""
 
-    def save(self, shard, records):
-        super().save(shard, records)
+    def keep(self, shard, table, examples=None):
+        super().keep(shard, table, examples)
         with (self.root.parent / "saved").open("a") as file:
             file.write("x")
 

@@ -7,32 +7,34 @@ from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, expand
 from bench.results.store import Store
-from bench.run.runner import run, stretches
+from bench.run.runner import run
+from bench.run.units import stretches
+from tests.runs import Quiet
 from tests.test_cli import MODEL
 
 
-class Silent:
-    def __init__(self):
+class Silent(Quiet):
+    """Holds what it is told to its word."""
+
+    def plan(self, samples):
+        self.left = samples
+
+    def start(self, task, unit):
         self.work_done = []
 
-    def start(self, task, samples):
-        self.work_done = []
-
-    def work(self, done, total, unit):
-        if unit == "queries settled":
+    def work(self, unit, done, total, what):
+        if what == "queries settled":
             self.work_done.append((done, total))
 
-    def finish(self, task, row, seconds):
+    def end(self, unit, samples):
+        self.left -= samples
         if self.work_done:
             done, total = self.work_done[-1]
             assert done == total
             assert all(now <= whole for now, whole in self.work_done)
 
-    def leave(self, task):
-        pass
-
-    def wait(self, cells):
-        pass
+    def finish(self, task, row, seconds):
+        assert self.left >= 0
 
 
 def grid(**settings):

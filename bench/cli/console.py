@@ -78,6 +78,18 @@ def device(name: str | None) -> torch.device:
     return device
 
 
+def devices(names: str | None) -> list[torch.device]:
+    """The devices that are named, with commas between them; as :func:`device`.
+
+    Raises:
+        ConfigError: one is not there, or they are of different kinds, on which numbers differ.
+    """
+    found = [device(name.strip()) for name in names.split(",")] if names else [device(None)]
+    if len({each.type for each in found}) > 1:
+        raise ConfigError(f"devices {names!r} are of different kinds, whose numbers differ; name one kind")
+    return found
+
+
 def say_stopped(line: str) -> None:
     """Tell that a signal has ended the command, if there is still someone to tell."""
     with suppress(OSError):  # the terminal that hung up is gone

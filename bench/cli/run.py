@@ -8,8 +8,8 @@ import torch
 import typer
 from rich.text import Text
 
-from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
-from bench.cli.console import device as find_device
+from bench.cli.console import DataDir, ModelDir, console, loader, path, say_stopped, say_whose_code
+from bench.cli.console import devices as find_devices
 from bench.cli.terminal_table import columns
 from bench.entries.statement import entered_track
 from bench.errors import ConfigError
@@ -21,7 +21,9 @@ from bench.report.flags import write_flags
 from bench.report.leaderboard import render
 from bench.report.standings import tables
 from bench.results.store import Store
+from bench.run.choice import choose
 from bench.run.estimate import Estimate, estimate
+from bench.run.executor import Local
 from bench.run.part import WHOLE, Part
 from bench.run.progress import Screen, duration
 from bench.run.runner import run as run_tasks
@@ -50,7 +52,18 @@ def run(
     out: Annotated[Path | None, typer.Option(parser=path, help="Results folder; runs/SUITE by default.")] = None,
     data_dir: DataDir = None,
     model_dir: ModelDir = None,
-    device: Device = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one. cuda:0,cuda:1: workers on each.")
+    ] = None,
+    executor: Annotated[
+        str | None, typer.Option(help="Who does the work: local (this process), processes.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes: one for each idle core or each device by default.")
+    ] = None,
+    unit_timeout: Annotated[
+        float | None, typer.Option(min=0, help="Seconds after which a shard or a training that hangs has failed.")
+    ] = None,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images in one forward; 256 on a CPU, 1024 on a GPU.")
     ] = None,
@@ -80,7 +93,9 @@ def run(
         "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
     }  # fmt: skip
     plan, share = load_suite(suite, overrides), Part.parse(part) if part else WHOLE
-    where = find_device(device)
+    devices = find_devices(device)
+    where = devices[0]
+    who = choose(executor, devices, workers, unit_timeout)
     threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     shard_size = shard_size or (1000 if where.type == "cuda" else 100)
@@ -95,14 +110,18 @@ def run(
         _print_plan(plan.label, estimate(tasks, store, where, batch_size), where)
         return
     store.open()
-    if where.type == "cpu":
+    if not isinstance(who, Local):
+        console.print(f"{who}, in trainings {TRAINING}", style="dim")
+    elif where.type == "cpu":
         console.print(f"threads: {threads}, in trainings {TRAINING}", style="dim")
     most = math.inf if max_cost is None else max_cost
     pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate, max_cost=most)
     try:
         pipeline.try_services(tasks)
         with Screen(console, len(tasks)) as screen:
-            outcome = run_tasks(tasks, store, pipeline, shard_size, batch_size, screen, examples, share)
+            outcome = run_tasks(
+                tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout
+            )
     except Stopped as stop:
         why, how = (f": {stop}", "a larger --max-cost") if isinstance(stop, Spent) else ("", "the same command")
         say_stopped(f"stopped{why}; finished shards are kept in {out}, {how} resumes")

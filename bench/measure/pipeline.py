@@ -64,7 +64,7 @@ class Pipeline:
         max_cost: float = math.inf,
     ) -> None:
         self._max_cost = max_cost
-        self.folder, self.device, self.batch_size, self._isolate = folder, device, batch_size, isolate
+        self.folder, self.device, self.batch_size, self.isolate = folder, device, batch_size, isolate
         self._code = f"{code_hash()} torch {torch.__version__} {device.type}"  # what unfinished work must agree with
         self._last: _Network | None = None  # neighbouring cells share their network
         self._released: tuple[str, Split] | None = None  # and their released training images
@@ -99,7 +99,7 @@ class Pipeline:
         if task.service:
             return False
         theirs = any(part.stage == "output" and part.of_a_file for part in task.cell.defense)
-        return (theirs or (self._isolate and task.chain.output is not None)) and task.cell.threat.access != "gradients"
+        return (theirs or (self.isolate and task.chain.output is not None)) and task.cell.threat.access != "gradients"
 
     @contextmanager
     def _defended(self, task: Task, mode: Numerics) -> Iterator[tuple[ServedModel, ServedModel]]:
@@ -321,13 +321,17 @@ class Pipeline:
 
     def has_network(self, task: Task) -> bool:
         """Whether the network of ``task`` has been trained here."""
-        return self._path(recipe_key(task)).is_file()
+        return self.has(recipe_key(task))
+
+    def has(self, key: str) -> bool:
+        """Whether what the recipe ``key`` makes is kept here."""
+        return self._path(key).is_file()
 
     def made_for(self, task: Task) -> list[Path]:
         """The files of the trained network and of the released images of ``task``, as far as they were made here."""
         keys = [recipe_key(task)] if task.trains else []
         keys += [release_key(task.cell)] if task.chain.data else []
-        return [path for key in keys if (path := self._path(key)).is_file()]
+        return [self._path(key) for key in keys if self.has(key)]
 
     def _path(self, key: str) -> Path:
         """Where what the recipe ``key`` made is kept."""

@@ -92,6 +92,7 @@ class Store:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._at_first: _Contents | None = None
+        self._new_homes: dict[str, tuple[Cell, Path]] = {}  # by key, of cells that were not where they are usually
 
     def open(self) -> "Store":
         """Make the folder and try it, before slow work starts."""
@@ -109,12 +110,20 @@ class Store:
         Raises:
             StoreError: the disk is full or the folder is gone. What was stored before is untouched.
         """
+        kept = None if examples is None else write_examples(shard.ids, examples)
+        self.keep(shard, records.to_parquet(index=False), kept)
+
+    def keep(self, shard: Shard, table: bytes, examples: bytes | None = None) -> None:
+        """As :meth:`save`, of what are the bytes of files already: ``table`` is Parquet, ``examples`` are as written.
+
+        Raises:
+            StoreError: as :meth:`save`.
+        """
         shard, folder = self._placed(shard)
-        table = records.to_parquet(index=False)
         digest = sha256(table).hexdigest()
         path = folder / shard.file_name
         if examples is not None:
-            keep_file(examples_path(table_path(path, digest)), write_examples(shard.ids, examples))
+            keep_file(examples_path(table_path(path, digest)), examples)
         keep_file(table_path(path, digest), table)
         keep_file(path, write_json(shard, digest))
         (folder / f"{shard.stem}.failed.json").unlink(missing_ok=True)
@@ -188,11 +197,11 @@ class Store:
         """
         if (usual := self.root / place(cell)).is_dir():
             return cell, usual
-        there = self._contents()
-        if homes := there.homes.get(cell.meaning):
-            return homes[0]
-        cell = there.spelling.alike(cell)
-        return cell, self.root / place(cell)
+        if cell.key not in self._new_homes:  # asked for every shard
+            there = self._contents()
+            alike = there.spelling.alike(cell)
+            self._new_homes[cell.key] = there.homes.get(cell.meaning, [(alike, self.root / place(alike))])[0]
+        return self._new_homes[cell.key]
 
     def _placed(self, shard: Shard) -> tuple[Shard, Path]:
         cell, folder = self._home(shard.cell)

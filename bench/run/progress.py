@@ -9,6 +9,7 @@ from bench.plan.tasks import Task
 from bench.report.escape import in_terminal
 from bench.report.leaderboard import summary
 from bench.results.store import Row
+from bench.run.units import Unit
 
 
 class Screen:
@@ -18,8 +19,9 @@ class Screen:
         self.console, self.cells = console, cells
         self._places: dict[str, int] = {}  # of cells, in the order in which they were started first
         self._progress = _progress(console)
-        self._bar: TaskID | None = None
-        self._last = (0, 1, "")
+        self._total: TaskID | None = None
+        self._bars: dict[Unit, TaskID] = {}
+        self._last: dict[Unit, tuple[int, int, str]] = {}
         self._waiting = False
 
     def __enter__(self) -> "Screen":
@@ -31,29 +33,35 @@ class Screen:
         self._progress.stop()
         self.console._file = None  # whatever standard output is by then
 
-    def start(self, task: Task, samples: int) -> None:
-        label = f"{task.cell.defense_name} × {task.cell.attack.spec}, {samples} samples"
-        self._bar = self._progress.add_task(in_terminal(f"{self._place(task)} {label}"), total=None)
+    def plan(self, samples: int) -> None:
+        self._total = self._progress.add_task("all samples", total=samples, unit="samples")
 
-    def work(self, done: int, total: int, unit: str) -> None:
-        assert self._bar is not None
-        if (total, unit) != self._last[1:] or done < self._last[0]:  # another shard, or training gave way to querying
-            self._progress.reset(self._bar)
-        self._last = done, total, unit
-        self._progress.update(self._bar, completed=done, total=total, unit=unit)
+    def start(self, task: Task, unit: Unit) -> None:
+        label = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}"
+        what = "what it needs" if unit.makes else f"samples {unit.start + 1} to {unit.stop} of {len(task.cell.ids)}"
+        self._bars[unit] = self._progress.add_task(in_terminal(f"{label}, {what}"), total=None)
+        self._last[unit] = 0, 1, ""
+
+    def work(self, unit: Unit, done: int, total: int, what: str) -> None:
+        last = self._last[unit]
+        if (total, what) != last[1:] or done < last[0]:  # training gave way to querying
+            self._progress.reset(self._bars[unit])
+        self._last[unit] = done, total, what
+        self._progress.update(self._bars[unit], completed=done, total=total, unit=what)
+
+    def end(self, unit: Unit, samples: int) -> None:
+        if unit in self._bars:  # another run may have done it
+            self._progress.remove_task(self._bars.pop(unit))
+            del self._last[unit]
+        if self._total is not None:
+            self._progress.advance(self._total, samples)
 
     def finish(self, task: Task, row: Row, seconds: float) -> None:
-        assert self._bar is not None
-        self._progress.remove_task(self._bar)
         style = "red" if row.errors else "default"
         told = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
         line = Text(in_terminal(told), style=style)
         line.append(f"  ({duration(seconds)})", style="dim")
         self.console.print(line, soft_wrap=True)
-
-    def leave(self, task: Task) -> None:
-        assert self._bar is not None
-        self._progress.remove_task(self._bar)
 
     def wait(self, cells: int) -> None:
         if not self._waiting:

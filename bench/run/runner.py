@@ -1,50 +1,55 @@
 """Tasks in, shards out: runs what the store does not hold yet."""
 
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
-from typing import Any, Protocol
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
-import torch
-
-from bench.errors import StoreError
 from bench.measure.inspection import Inspector
-from bench.measure.measured import Measured
-from bench.measure.pipeline import Pipeline
+from bench.measure.needs import needs
+from bench.measure.pipeline import Pipeline, recipe_key
 from bench.plan.tasks import Task
 from bench.results.provenance import provenance
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
+from bench.run.executor import Busy, Done, Event, Executor, Local, Lost, Pool, Told
 from bench.run.part import WHOLE, Part
+from bench.run.units import Unit, units_of
+from bench.run.waiting import Waiting
+from bench.run.worker import Finished
 from bench.system.claims import CLAIMS, Held, claim, present
-from bench.system.interrupt import Stopped, stoppable
-from bench.system.process_state import undisturbed
-from bench.system.shared_code import shared_code
-from bench.tracks import Tools, track_of
+from bench.system.interrupt import stoppable
+from bench.tracks import Tools
 
 PAUSE = 1.0  # seconds between two looks at what other runs are at
+TRIES = 3    # workers that a unit may cost
+LINES = 20   # of the output of a lost worker that are kept
+LOCAL = Local()
 
 
 class Reporter(Protocol):
     """Whoever wants to know how a run goes."""
 
-    def start(self, task: Task, samples: int) -> None:
-        """``samples`` of the cell are about to run."""
+    def plan(self, samples: int) -> None:
+        """So many samples are to be measured in all."""
         ...
 
-    def work(self, done: int, total: int, unit: str) -> None:
-        """So much of the cell in work is done: epochs, or queries settled, among them those that a fall has saved."""
+    def start(self, task: Task, unit: Unit) -> None:
+        """A worker begins with a unit of a cell."""
+        ...
+
+    def work(self, unit: Unit, done: int, total: int, what: str) -> None:
+        """So much of ``unit`` is done: epochs, or queries settled, among them those that a fall has saved."""
+        ...
+
+    def end(self, unit: Unit, samples: int) -> None:
+        """``unit`` is at its end, and with it so many of the samples; none where it waits for another try."""
         ...
 
     def finish(self, task: Task, row: Row, seconds: float) -> None:
-        """The cell has ended, well or badly."""
-        ...
-
-    def leave(self, task: Task) -> None:
-        """What is left of the cell is with other runs; it is started again later."""
+        """The cell has ended, well or badly; workers were at it for so long."""
         ...
 
     def wait(self, cells: int) -> None:
@@ -70,15 +75,20 @@ def run(
     reporter: Reporter,
     examples: bool = False,
     part: Part = WHOLE,
+    executor: Executor = LOCAL,
+    unit_timeout: float | None = None,
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
     Of these, only what belongs to ``part``: which units that are does not depend on what is there. The outcome counts
     the cells that have a unit in it.
 
-    An error in a component fails its shard, with the traceback in the store, and the next one goes on; so does any
-    other way out that it takes, such as ``sys.exit``. Work that another run on the folder is at is taken last: done by
-    then, or free because that run has ended. With ``examples`` the final example of each sample is kept, too.
+    The workers of ``executor`` measure, this process alone writes. An error in a component fails its shard, with the
+    traceback in the store, and the next one goes on; so does any other way out that it takes, such as ``sys.exit``.
+    Where what several shards need cannot be made, that is tried once, and all of them fail. A unit is tried again when
+    its worker is lost, and fails with the third, or when it takes longer than ``unit_timeout`` seconds. Work that
+    another run on the folder is at is taken last: done by then, or free because that run has ended. With ``examples``
+    the final example of each sample is kept, too.
 
     Raises:
         StoreError: the store cannot be written or read.
@@ -87,169 +97,206 @@ def run(
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
-        work = _Work(store, Tools(pipeline, Inspector(pipeline.device), batch_size, examples), reporter, check)
-        own = _own(tasks, shard_size, part)
-        cells = [
-            _CellWork(task, _shards(task, sorted(own[task.cell.key].intersection(missing[task.cell.key])), shard_size))
-            for task in tasks if own[task.cell.key]
-        ]  # fmt: skip
-        left = [cell for cell in cells if cell.shards]
-        while left:
-            held = [cell for cell in left if not work.advance(cell)]
-            if len(held) == len(left):  # all that is left is with other runs
-                reporter.wait(len(held))
-                time.sleep(PAUSE)
-                check()
-            left = held
+        units = units_of(tasks, missing, shard_size, part)
+        cells = {task.cell.key: _CellWork(task) for task in tasks if task.cell.key in units}
+        work = _Work(cells, store, pipeline, reporter, unit_timeout)
+        for key, own in units.items():
+            work.plan(cells[key], own)
+        if work.waiting:
+            tools = Tools(pipeline, Inspector(pipeline.device), batch_size, examples)
+            with executor.open([cell.task for cell in cells.values() if cell.left], tools) as pool:
+                work.go(pool, check)
     return Outcome(
-        ran=sum(cell.ours and not cell.failed for cell in cells),
-        kept=sum(not cell.ours and not cell.failed for cell in cells),
-        failed=sum(cell.failed for cell in cells),
+        ran=sum(cell.ours and not cell.failed for cell in cells.values()),
+        kept=sum(not cell.ours and not cell.failed for cell in cells.values()),
+        failed=sum(cell.failed for cell in cells.values()),
     )
-
-
-def _own(tasks: Sequence[Task], shard_size: int, part: Part) -> dict[str, set[int]]:
-    """By the key of each cell, the positions of its samples that belong to ``part``."""
-    units = [(task, shard) for task in tasks for shard in _shards(task, range(len(task.cell.ids)), shard_size)]
-    own: dict[str, set[int]] = {task.cell.key: set() for task in tasks}
-    for number, (task, shard) in enumerate(units):
-        if part.has(number):
-            own[task.cell.key].update(range(shard.start, shard.stop))
-    return own
-
-
-def _shards(task: Task, positions: Sequence[int], size: int) -> list[Shard]:
-    """The stretches of the cell that are stored one by one."""
-    if not positions:
-        return []
-    size = track_of(task.cell).shard_size(task, size)
-    return [Shard(task.cell, start, stop) for start, stop in stretches(positions, size)]
 
 
 @dataclass
 class _CellWork:
-    """What is left of a cell: its unfinished ``shards``; and how it went so far."""
+    """What is ``left`` of a cell; and how it went so far."""
 
     task: Task
-    shards: list[Shard]
+    left: set[Unit] = field(default_factory=set)
     ours: bool = False     # whether this run has measured any of it
     failed: bool = False
-    seconds: float = 0.0
-    seen: dict[str, int | None] = field(default_factory=dict)  # when its shards had failed before this run
+    seconds: float = 0.0   # of workers
 
 
-@dataclass(frozen=True)
+class _Running(NamedTuple):
+    """What the worker in a seat is at; ``claims`` are held meanwhile."""
+
+    unit: Unit
+    claims: ExitStack
+    began: float
+
+
 class _Work:
-    """What one run works with."""
+    """One run: which units wait, which are with workers, and what is done with what those say."""
 
-    store: Store
-    tools: Tools
-    reporter: Reporter
-    check: Callable[[], None]
+    def __init__(
+        self, cells: dict[str, _CellWork], store: Store, pipeline: Pipeline, reporter: Reporter, timeout: float | None
+    ) -> None:
+        self.cells, self.store, self.pipeline, self.reporter, self.timeout = cells, store, pipeline, reporter, timeout
+        self.waiting = Waiting()
+        self.running: dict[int, _Running] = {}           # by seat
+        self.held: dict[int, str] = {}                   # by seat, the network that its worker has ready
+        self.failed_before: dict[Unit, int | None] = {}  # when, in ns
+        self.broken: dict[str, str] = {}                 # by key of what cannot be made, why
+        self.lost: Counter[Unit] = Counter()             # workers that a unit has cost
+        self.looked = 0.0                                # when it was last seen what other runs are at
 
-    def advance(self, cell: _CellWork) -> bool:
-        """Run the shards of ``cell`` that no other run is at; whether it is done with, by us or by others."""
-        if not cell.seen:
-            cell.seen = {shard.stem: self.store.settled(shard)[1] for shard in cell.shards}
-        samples = sum(shard.stop - shard.start for shard in cell.shards)
-        began, ended, held = time.perf_counter(), 0, []
-        self.reporter.start(cell.task, samples)
-        for shard in cell.shards:
-            try:
-                with claim(self.store.root / CLAIMS / f"{cell.task.cell.key[:16]}-{shard.stem}.lock"):
-                    self._settle(cell, shard, _Count(self.reporter, _budget(cell.task), ended, samples))
-                ended += shard.stop - shard.start
-            except Held:
-                held.append(shard)
-            self.check()
-        cell.shards = held
-        cell.seconds += time.perf_counter() - began
-        if held:
-            self.reporter.leave(cell.task)
-            return False
-        self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
-        return True
-
-    def _settle(self, cell: _CellWork, shard: Shard, count: "_Count") -> None:
-        """Measure ``shard``, unless another run has done so since, well or badly."""
-        finished, failed = self.store.settled(shard)
-        if finished:
+    def plan(self, cell: _CellWork, units: Sequence[Unit]) -> None:
+        """Let ``units`` of ``cell`` wait, and before them what they need and nobody has made."""
+        if not units:
             return
-        if failed != cell.seen[shard.stem]:
-            cell.failed = True
-            return
-        fine = _run_shard(cell.task, shard, self.store, self.tools, count)
-        cell.ours = True
-        cell.failed |= not fine
+        network, needed = recipe_key(cell.task), [need for need in needs(cell.task) if not self.pipeline.has(need.key)]
+        for need in needed:
+            if not self.waiting.makes(need.key):
+                self.waiting.add(Unit(cell.task.cell.key, 0, 0, need.key), network, need.after)
+        for unit in units:
+            self.waiting.add(unit, network, [need.key for need in needed])
+            self.failed_before[unit] = self.store.settled(self._shard(unit))[1]
+        cell.left.update(units)
 
+    def go(self, pool: Pool, check: Callable[[], None]) -> None:
+        """Hand out units until none is left."""
+        self.reporter.plan(sum(unit.stop - unit.start for cell in self.cells.values() for unit in cell.left))
+        try:
+            while self.waiting or self.running:
+                idle = self._deal(pool)
+                if self.running or not idle:
+                    pool.wait(PAUSE, self._hear)
+                    self._end_late(pool)
+                elif self.waiting:  # all that is left is with other runs
+                    self.reporter.wait(sum(bool(cell.left) for cell in self.cells.values()))
+                    time.sleep(PAUSE)
+                check()
+        finally:
+            for running in self.running.values():
+                running.claims.close()
 
-def _budget(task: Task) -> int:
-    return task.cell.threat.query_budget or 0
-
-
-def stretches(positions: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Ascending ``positions`` as stretches (start, stop) of neighbours, at most ``size`` long."""
-    start = previous = positions[0]
-    for position in positions[1:]:
-        if position != previous + 1 or position - start >= size:
-            yield start, previous + 1
-            start = position
-        previous = position
-    yield start, previous + 1
-
-
-def _run_shard(task: Task, shard: Shard, store: Store, tools: Tools, count: "_Count") -> bool:
-    """Measure one shard and store it; False if it failed.
-
-    Raises:
-        Held: another process makes what it needs.
-    """
-    began, device = time.perf_counter(), tools.pipeline.device
-    try:
-        with (
-            undisturbed(),
-            shared_code() if task.cell.of_files else nullcontext() as code,
-            track_of(task.cell).measure(task, shard.start, shard.stop, tools, count) as measured,
-        ):
-            if code is not None:
-                code.check(str(task.cell))
-            whole = replace(
-                shard, figures=measured.figures, findings=measured.findings, training=measured.training
-            )
-            facts = {"numerics": dict(measured.numerics), "defense": _place(measured)}
-            ended = _ended(whole, began, device, facts)
-            store.save(ended, measured.records, *(() if measured.examples is None else (measured.examples,)))
-    except (Held, Stopped, StoreError):
-        raise
-    except BaseException:  # whatever a component raises becomes a failed row, never a lost grid
-        store.fail(_ended(replace(shard, error=traceback.format_exc()), began, device))
+    def _deal(self, pool: Pool) -> bool:
+        """Give each worker without a unit one; whether there was none for one of them."""
+        for seat in pool.free():
+            taken = self._take(seat)
+            if taken is None:
+                return True
+            unit, claims = taken
+            self.held[seat] = self.waiting.network(unit)
+            self.running[seat] = _Running(unit, claims, time.monotonic())
+            self.reporter.start(self.cells[unit.cell].task, unit)
+            pool.hand(seat, unit)
         return False
-    return True
+
+    def _take(self, seat: int) -> tuple[Unit, ExitStack] | None:
+        """The next unit for the worker in ``seat``, with our claims on it."""
+        others = [network for other, network in self.held.items() if other != seat]
+        while True:
+            unit = self.waiting.take(self.held.get(seat, ""), others)
+            if unit is None:
+                if time.monotonic() - self.looked < PAUSE:
+                    return None
+                self.looked = time.monotonic()
+                self.waiting.back()
+                unit = self.waiting.take(self.held.get(seat, ""), others)
+            if unit is None:
+                return None
+            claims = ExitStack()
+            try:
+                if not unit.makes:  # a worker claims by itself what it makes
+                    claims.enter_context(claim(self.store.root / CLAIMS / f"{unit.cell[:16]}-{unit.stem}.lock"))
+                if self._is_open(unit):
+                    return unit, claims
+            except Held:
+                self.waiting.put_off(unit)
+            claims.close()
+
+    def _is_open(self, unit: Unit) -> bool:
+        """Whether ``unit`` is still to be done: nobody else has since, well or badly, and what it needs is there."""
+        broken = next((self.broken[key] for key in self.waiting.needs(unit) if key in self.broken), None)
+        if broken is not None:
+            self._fail(unit, broken)
+        elif not unit.makes:
+            finished, failed = self.store.settled(self._shard(unit))
+            self.cells[unit.cell].failed |= not finished and failed != self.failed_before[unit]
+            if not finished and failed == self.failed_before[unit]:
+                return True
+        else:
+            return True
+        self._settle(unit)
+        return False
+
+    def _hear(self, seat: int, event: Event) -> None:
+        """What the worker in ``seat`` says of its unit."""
+        unit = self.running[seat].unit
+        match event:
+            case Told():
+                self.reporter.work(unit, *event)
+            case Finished(facts, records, examples) if "error" not in facts:
+                self.store.keep(self._shard(unit, **facts), records, examples)
+                self.cells[unit.cell].ours = True
+            case Finished(facts):
+                self._fail(unit, **facts)
+            case Done():
+                self._release(seat)
+                self._settle(unit)
+            case Busy():
+                self._release(seat)
+                self.reporter.end(unit, 0)
+                self.waiting.put_off(unit)
+            case Lost(how, said):
+                self._release(seat)
+                self._lose(unit, how, said)
+
+    def _lose(self, unit: Unit, how: str, said: str) -> None:
+        self.lost[unit] += 1
+        if self.lost[unit] < TRIES:
+            self.reporter.end(unit, 0)
+            self.waiting.again(unit)
+            return
+        self._fail(unit, f"{TRIES} workers were lost at it, each tried afresh; the last one {how}{_ending(said)}")
+        self._settle(unit)
+
+    def _end_late(self, pool: Pool) -> None:
+        """End the units that take too long."""
+        now = time.monotonic()
+        late = [seat for seat, at in self.running.items() if self.timeout and now - at.began > self.timeout]
+        for seat in late:
+            unit, said = self.running[seat].unit, pool.end(seat)
+            self._release(seat)
+            self._fail(unit, f"it took longer than {self.timeout:g} s, so its worker was ended{_ending(said)}")
+            self._settle(unit)
+
+    def _release(self, seat: int) -> None:
+        unit, claims, began = self.running.pop(seat)
+        claims.close()
+        self.cells[unit.cell].seconds += time.monotonic() - began
+
+    def _fail(self, unit: Unit, error: str, **facts: Any) -> None:
+        """Write down that ``unit`` has failed; of what it makes, for all that need it."""
+        if unit.makes:
+            self.broken[unit.makes] = error
+            return
+        facts = facts or {"provenance": provenance(self.pipeline.device)}
+        self.store.fail(self._shard(unit, error=error, **facts))
+        self.cells[unit.cell].ours = self.cells[unit.cell].failed = True
+
+    def _settle(self, unit: Unit) -> None:
+        """``unit`` is at its end, and its cell perhaps with it."""
+        self.waiting.settle(unit.makes)
+        self.reporter.end(unit, unit.stop - unit.start)
+        cell = self.cells[unit.cell]
+        cell.left.discard(unit)
+        if not cell.left and not unit.makes:
+            self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
+
+    def _shard(self, unit: Unit, **facts: Any) -> Shard:
+        return Shard(self.cells[unit.cell].task.cell, unit.start, unit.stop, **facts)
 
 
-@dataclass(frozen=True)
-class _Count:
-    """Tells a reporter how far a cell is: ``ended`` of its ``samples`` are, the others may still cost ``budget``."""
-
-    reporter: Reporter
-    budget: int
-    ended: int
-    samples: int
-
-    def epochs(self, done: int, total: int) -> None:
-        self.reporter.work(done, total, "epochs")
-
-    def queries(self, first: int, settled: int) -> None:
-        """``settled`` queries of the batch that starts at sample ``first`` of the shard."""
-        done = (self.ended + first) * self.budget + settled
-        self.reporter.work(done, self.samples * self.budget, "queries settled")
-
-
-def _place(measured: Measured) -> str:
-    """Where the output defense acted, in words; "" where there is none."""
-    return {True: "in a process of its own", False: "in the process of the referee", None: ""}[measured.isolated]
-
-
-def _ended(shard: Shard, began: float, device: torch.device, facts: Mapping[str, Any] = MappingProxyType({})) -> Shard:
-    made = {**provenance(device), **{name: fact for name, fact in facts.items() if fact}}
-    return replace(shard, seconds=time.perf_counter() - began, provenance=made)
+def _ending(said: str) -> str:
+    """The last lines of what a worker has printed, for the end of a sentence."""
+    lines = said.strip().splitlines()[-LINES:]
+    return "\n" + "\n".join(["the last of its output:", *lines]) if lines else "; it printed nothing"

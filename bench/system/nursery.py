@@ -27,7 +27,7 @@ from typing import Any
 from bench.errors import RefereeError
 from bench.system.walls import adopt_orphans, children, confine
 
-PRINTED = 10_000  # characters of what a process prints that are kept
+PRINTED = 10_000  # characters of what a process prints that are kept, of the beginning and of the end
 GRACE = 2.0       # seconds for a process that has hung up to be gone
 # What its processes may need and takes seconds to load, where we have loaded it, too.
 SHARED = ("scipy.stats", "sklearn.datasets", "torchvision", "timm")
@@ -42,7 +42,7 @@ class Begun:
 
     def __init__(self, pid: int, channel: socket.socket, output: int, nursery: "_Nursery") -> None:
         self.channel, self.pid, self._nursery = channel, pid, nursery
-        self._output, self._how = bytearray(), ""
+        self._output, self._last, self._fresh, self._how = bytearray(), bytearray(), bytearray(), ""
         self._reader = threading.Thread(target=self._read, args=(output,), daemon=True)
         self._reader.start()
 
@@ -54,20 +54,44 @@ class Begun:
             self._reader.join(GRACE)  # whatever it has left running may hold the pipe open
         return self._how
 
+    def kill(self) -> None:
+        """End it at once, with what it has begun."""
+        if not self._how:
+            _kill(self.pid)
+
     @property
     def printed(self) -> str:
         """The beginning of what it has printed, without what a terminal would obey."""
-        text = bytes(self._output).decode(errors="replace")
-        return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in text)
+        return _plain(self._output)
+
+    @property
+    def last(self) -> str:
+        """The end of what it has printed, likewise."""
+        return _plain(self._last)
+
+    def unseen(self) -> str:
+        """The beginning of what it has printed since this was last asked for, likewise."""
+        fresh = bytes(self._fresh)
+        del self._fresh[: len(fresh)]
+        return _plain(fresh)
 
     def _read(self, output: int) -> None:
         with os.fdopen(output, "rb", buffering=0) as pipe:
             while part := pipe.read(65536):
                 self._output += part[: PRINTED - len(self._output)]
+                self._fresh += part[: PRINTED - len(self._fresh)]
+                self._last = (self._last + part)[-PRINTED:]
 
 
-def begin(entry: str) -> Begun:
+def _plain(text: "bytes | bytearray") -> str:
+    letters = bytes(text).decode(errors="replace")
+    return "".join(letter if letter.isprintable() or letter == "\n" else "�" for letter in letters)
+
+
+def begin(entry: str, *, walled: bool = True) -> Begun:
     """A process that calls ``entry``, which is ``module:function``, with its end of the channel.
+
+    One that is ``walled`` writes no files but temporary ones; see :mod:`bench.system.walls`.
 
     Raises:
         RefereeError: the system gives none.
@@ -77,11 +101,11 @@ def begin(entry: str) -> Begun:
         if _nursery is None or _nursery.owner != os.getpid():  # a fork of ours has none
             _nursery = _Nursery(entry.partition(":")[0])
         try:
-            return _nursery.begin(entry)
+            return _nursery.begin(entry, walled)
         except (OSError, ValueError) as error:  # somebody has ended it
             _nursery = None
             if last:
-                raise RefereeError(f"no process for the defense could be started ({error})") from error
+                raise RefereeError(f"no process could be started ({error})") from error
     raise AssertionError
 
 
@@ -100,11 +124,11 @@ class _Nursery:
         theirs.close()
         atexit.register(self.close)
 
-    def begin(self, entry: str) -> Begun:
+    def begin(self, entry: str, walled: bool) -> Begun:
         ours, theirs = socket.socketpair()
         output, printing = os.pipe()
         try:
-            answer = self._ask({"begin": entry}, (theirs.fileno(), printing))
+            answer = self._ask({"begin": entry, "walled": walled}, (theirs.fileno(), printing))
         except BaseException:
             ours.close()
             os.close(output)
@@ -156,7 +180,7 @@ def nurse(number: int, preload: list[str]) -> None:
                 pid = os.fork()
                 if pid == 0:
                     control.close()
-                    _grow_up(told["begin"], folder, *files)
+                    _grow_up(told["begin"], folder, told["walled"], *files)
                 running[pid] = folder
                 answer: object = pid
                 for file in files:
@@ -175,13 +199,14 @@ def nurse(number: int, preload: list[str]) -> None:
         os._exit(0)
 
 
-def _grow_up(entry: str, folder: str, channel: int, output: int) -> None:
+def _grow_up(entry: str, folder: str, walled: bool, channel: int, output: int) -> None:
     """Become the process that was asked for, whose temporary files lie in ``folder``; never returns."""
     code = 1
     try:
         os.setsid()
         tempfile.tempdir = folder
-        confine(Path(folder))
+        if walled:
+            confine(Path(folder))
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)

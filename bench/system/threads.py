@@ -32,9 +32,20 @@ def use_spare_threads() -> int:
 
     Somebody who sets ``OMP_NUM_THREADS`` is obeyed.
     """
-    if "OMP_NUM_THREADS" not in os.environ:
+    if not asked_threads():
         torch.set_num_threads(spare(processors(), torch.get_num_threads(), os.cpu_count() or 1, _load()))
     return torch.get_num_threads()
+
+
+def asked_threads() -> int:
+    """What somebody has set ``OMP_NUM_THREADS`` to, 0 where nobody has."""
+    return torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 0
+
+
+def idle_processors() -> int:
+    """How many workers with one thread each find a processor; to be asked before threads are set."""
+    machine = os.cpu_count() or 1
+    return spare(processors(), machine if asked_threads() else torch.get_num_threads(), machine, _load())
 
 
 def spare(allowed: float, cores: int, machine: int, load: float) -> int:
