@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.errors import ConfigError
 from bench.losses import LOSSES
-from bench.norms import per_sample, project
+from bench.norms import choose, project
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -79,8 +79,8 @@ class SignHunter:
             candidate = project(torch.where(flipped, base + length, base - length), clean, threat)
             value = loss(oracle.scores(candidate, rows), labels).to(lowest)
             kept = value <= lowest  # a tie keeps the flip, as published; NaN, no answer, never does
-            up = flipped if block is None else torch.where(per_sample(kept), flipped, up)
-            incumbent = torch.where(per_sample(kept), candidate, incumbent)
+            up = flipped if block is None else choose(kept, flipped, up)
+            incumbent = choose(kept, candidate, incumbent)
             lowest = torch.where(kept, value, lowest)
         u[rows] = incumbent
         return u

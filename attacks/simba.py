@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bench.errors import ConfigError
 from bench.losses import LOSSES
-from bench.norms import per_sample, project
+from bench.norms import choose, project
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -89,7 +89,7 @@ class SimBA:
             candidate = _add(incumbent, number, signed, waves)
             value = loss(oracle.scores(project(candidate, clean, threat), rows), labels).to(lowest)
             better = value < lowest  # never for NaN, the answer of a finished sample
-            incumbent = torch.where(per_sample(better), candidate, incumbent)
+            incumbent = choose(better, candidate, incumbent)
             lowest = torch.where(better, value, lowest)
             turn = turn + (better | second)
             second = ~(better | second)

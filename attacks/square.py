@@ -11,7 +11,7 @@ from torch import Tensor
 from attacks.windows import proposals
 from bench.errors import ConfigError
 from bench.losses import WITH_DLR, check_classes, margin
-from bench.norms import per_sample
+from bench.norms import choose
 from bench.oracle import Oracle
 from bench.registry import added, attacks
 from bench.rng import SampleRng
@@ -161,7 +161,7 @@ class Square:
             candidate = search.propose(incumbent, side, here)
             value = values(oracle.scores(candidate, rows), labels)
             taken, known = rule(held, value, known, here)
-            work = torch.where(per_sample(taken), candidate, incumbent), torch.where(taken, value, held), known
+            work = choose(taken, candidate, incumbent), torch.where(taken, value, held), known
         u[rows], best[rows], memory[rows] = work
         return u
 

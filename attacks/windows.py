@@ -10,6 +10,8 @@ from bench.norms import TINY, box, lp_norm, per_sample, project
 from bench.rng import SampleRng
 from bench.threat import Norm, Threat
 
+SMALL = 16  # windows of less than this part of an image are changed cell by cell, larger ones by a mask
+
 
 class Proposals(Protocol):
     """Where a search starts, and where it may go from an incumbent; inside the ball and the box."""
@@ -46,12 +48,16 @@ class Linf:
         """``incumbent`` (n, C, H, W) with one new window each."""
         channels, height, width = incumbent.shape[1:]
         corner = _corners(rng, (height, width), side, self.inset)
-        window = _window(corner, side, (height, width))                             # (n, 1, H, W)
         signs = rng.fork("signs").coins(channels)
         if side == 1:  # one proposal in eight would repeat a three-channel pixel and waste its query
             signs = self._changing(incumbent, corner, signs, rng)
-        target = torch.where(signs[:, :, None, None], self.high, self.low)
-        return torch.where(window, target, incumbent)
+        if SMALL * side * side > height * width:
+            target = torch.where(signs[:, :, None, None], self.high, self.low)
+            return torch.where(_window(corner, side, (height, width)), target, incumbent)
+        cells = _cells(corner, side, incumbent.shape)
+        low, high = (end.flatten(2).gather(2, cells) for end in (self.low, self.high))
+        target = torch.where(signs[:, :, None], high, low)
+        return incumbent.flatten(2).scatter(2, cells, target).view_as(incumbent)
 
     def _changing(self, incumbent: Tensor, corner: Tensor, signs: Tensor, rng: SampleRng) -> Tensor:
         """``signs`` (n, C), or the first of three further draws that changes the pixel at ``corner`` (n, 2)."""
@@ -98,9 +104,7 @@ class L2:
         spare = (self.eps**self.power - lp_norm(delta, self.norm) ** self.power).clamp(min=0) / channels  # (n,)
         room = spare[:, None] + (self._energy(delta) * (into | out_of)).sum(dim=(2, 3))            # (n, C)
 
-        line = torch.arange(side, device=delta.device)
-        cells = (first[:, 0, None, None] + line[:, None]) * width + first[:, 1, None, None] + line  # (n, s, s)
-        cells = cells.flatten(1)[:, None].expand(-1, channels, -1)                                 # (n, C, s * s)
+        cells = _cells(first, side, delta.shape)
         lobes = self._bump(side)
         turned = torch.where(rng.fork("turn").coins(1, 1), lobes.T, lobes)                         # (n, s, s)
         signs = rng.fork("signs").coins(channels).to(delta) * 2 - 1
@@ -185,6 +189,14 @@ def _corners(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Te
     """Top left corners (n, 2) of windows, uniform over the image less ``inset`` rows and columns at its end."""
     rows, columns = (max(length - side + 1 - inset, 1) for length in size)
     return torch.stack((rng.fork("row").integers(rows), rng.fork("column").integers(columns)), dim=1)
+
+
+def _cells(corner: Tensor, side: int, shape: torch.Size) -> Tensor:
+    """Where the pixels of windows at ``corner`` (n, 2) are in flat images of ``shape`` (n, C, H, W): (n, C, side^2)."""
+    _, channels, _, width = shape
+    line = torch.arange(side, device=corner.device)
+    cells = (corner[:, 0, None, None] + line[:, None]) * width + corner[:, 1, None, None] + line  # (n, s, s)
+    return cells.flatten(1)[:, None].expand(-1, channels, -1)
 
 
 def _window(corner: Tensor, side: int, size: tuple[int, int]) -> Tensor:

@@ -26,13 +26,27 @@ def _signed(word: int) -> int:
 
 # SplitMix64: the golden-ratio increment and the two multipliers of its finaliser (Steele et al., OOPSLA 2014).
 _GAMMA, _M1, _M2 = _signed(0x9E3779B97F4A7C15), _signed(0xBF58476D1CE4E5B9), _signed(0x94D049BB133111EB)
+_U1, _U2 = np.uint64(_M1 & (1 << 64) - 1), np.uint64(_M2 & (1 << 64) - 1)
 
 
 def _mix(z: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64; torch shifts arithmetically, so the masks drop the copied sign bits."""
+    if z.device.type == "cpu":
+        return _mix_quickly(z)
     z = (z ^ ((z >> 30) & ((1 << 34) - 1))) * _M1
     z = (z ^ ((z >> 27) & ((1 << 37) - 1))) * _M2
     return z ^ ((z >> 31) & ((1 << 33) - 1))
+
+
+def _mix_quickly(z: Tensor) -> Tensor:
+    """The same by NumPy, which has unsigned integers and needs a fifth of torch's time for them."""
+    words = z.reshape(-1).numpy().view(np.uint64)
+    words = words ^ (words >> np.uint64(30))
+    words *= _U1
+    words ^= words >> np.uint64(27)
+    words *= _U2
+    words ^= words >> np.uint64(31)
+    return torch.from_numpy(words.view(np.int64)).view(z.shape)
 
 
 @lru_cache(maxsize=1024)

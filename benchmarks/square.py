@@ -16,7 +16,6 @@ from tabulate import tabulate
 
 from attacks.square import Square
 from bench import engine, numerics
-from bench.oracle.served import ServedModel
 from bench.threat import Threat
 
 
@@ -30,7 +29,6 @@ def main() -> None:
     square = Square(preset="eccv2020")
     fast = numerics.fast(here.network, here.x)
     by_engine = numerics.fast(here.network, here.x, engine=engine.installed() if options.device == "cpu" else None)
-    plain = ServedModel(here.network)
     clocks = {
         **({} if by_engine.engine.startswith(numerics.TORCH) else {"parry, engine": Clocked(by_engine.module)}),
         "parry, fast": Clocked(fast.module),
@@ -39,7 +37,7 @@ def main() -> None:
         "pyautoattack": Clocked(here.network),
     }
     runs = {
-        "parry, engine": lambda: ours(square, clocks["parry, engine"], here, threat, exact=plain),
+        "parry, engine": lambda: ours(square, clocks["parry, engine"], here, threat, confirmed=True),
         "parry, fast": lambda: ours(square, clocks["parry, fast"], here, threat),
         "parry, plain": lambda: ours(square, clocks["parry, plain"], here, threat),
         "torchattacks": lambda: torchattacks(clocks["torchattacks"], here, threat),
