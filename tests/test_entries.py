@@ -1,6 +1,7 @@
 """Entries: what is submitted is what is validated, and whatever is altered is found, by whoever has not run it."""
 
 import copy
+import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from bench.entries.folder import ENTRY, VERIFIED, contents, hashed
+from bench.entries.pictures import Pictures
 from bench.entries.plan import met, required
 from bench.entries.statement import Entry, read_entry, sealed, statement
 from bench.entries.validate import Report, differences, validate
 from bench.oracle import NEVER
 from bench.plan.tasks import Loader
-from bench.results.examples import SUFFIX, read_examples
+from bench.release.contact_sheet import MARGIN, NAMES
+from bench.results.examples import SUFFIX, read_examples, write_examples
 from bench.results.shards import SHARDS, Stored, read_shard
-from bench.results.store import Store
+from bench.results.store import Row, Store
+from bench.site.boards import PNG, _png
 from tests.test_cli import MODEL, Ended, bench, complaint
 from tests.test_docs import blocks
 
@@ -306,6 +311,50 @@ class TestTampering:
         code.write_text(code.read_text().replace("decimals: int = 1", "decimals: int = 9"))
         forge(entry, lambda *same: same, figures=False)
         assert "my_defense.py:Rounded has hash" in wrong(looked_at(entry))
+
+
+class TestPictures:
+    def test_examples_are_shown_beside_the_images_of_the_data_set_here(self, entry):
+        stored = next(stored for path in entry.rglob(SHARDS) if is_defended(stored := read_shard(path)))
+        row = Row(stored.shard.cell, stored.records, (stored.shard,))
+        shown = PIL.Image.open(io.BytesIO(Pictures([entry], LOADER).of(row)))
+        assert shown.format == "PNG"
+        left, top = MARGIN + NAMES, MARGIN + 36 + 2 * 22 + 34  # below the title, two lines and the heads
+        tile = np.asarray(shown.convert("L").crop((left, top, left + 128, top + 128)))
+        records = stored.records
+        fell = np.flatnonzero((records["final_pred"] != records["y"]) & (records["clean_pred"] == records["y"]))
+        first = records["sample_id"].iloc[fell[0] if len(fell) else 0]
+        _, data = LOADER.dataset("digits")
+        assert (tile[8::16, 8::16] == data.test.images[first][0].numpy()).all()
+
+    def test_without_examples_or_data_there_are_none_and_the_reason_is_told(self, entry):
+        stored = read_shard(next(entry.rglob(SHARDS)))
+        row = Row(stored.shard.cell, stored.records, (stored.shard,))
+        assert Pictures([entry / "code"], LOADER).of(row) is None
+        other = replace(row.cell, dataset=replace(row.cell.dataset, spec="npz(path=/etc/passwd)", title=""))
+        pictures = Pictures([entry], LOADER)
+        pictures._examples = {other.key[:8]: list(entry.rglob(f"*{SUFFIX}"))}
+        assert pictures.of(replace(row, cell=other)) is None
+        assert "names a path" in pictures.missing["npz(path=/etc/passwd)"]
+
+    def test_a_file_that_is_no_proof_of_these_samples_shows_nothing(self, entry, tmp_path):
+        path = next(entry.rglob(SHARDS))
+        stored = read_shard(path)
+        row = Row(stored.shard.cell, stored.records, (stored.shard,))
+        (proof,) = path.parent.glob(f"*{SUFFIX}")
+        proof.write_bytes(write_examples(stored.shard.ids, torch.zeros(12, 1, 9, 9)))
+        assert Pictures([entry], LOADER).of(row) is None
+        (tmp_path / "elsewhere").write_bytes(write_examples(stored.shard.ids, torch.zeros(12, 1, 8, 8)))
+        proof.unlink()
+        proof.symlink_to(tmp_path / "elsewhere")
+        assert Pictures([entry], LOADER).of(row) is None
+
+    def test_a_sheet_that_is_a_link_or_no_picture_is_not_copied_into_a_site(self, tmp_path):
+        (tmp_path / "secret").write_bytes(PNG + b"secret")
+        (tmp_path / "link.png").symlink_to(tmp_path / "secret")
+        (tmp_path / "page.png").write_text("<script>")
+        (tmp_path / "real.png").write_bytes(PNG)
+        assert [_png(tmp_path / f"{name}.png") for name in ("link", "page", "real", "gone")] == [None, None, PNG, None]
 
 
 class TestHostile:

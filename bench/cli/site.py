@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from bench.cli.console import complain, console, path
+from bench.cli.console import DataDir, complain, console, loader, path
+from bench.entries.pictures import Pictures
 from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.standings import tables
@@ -19,6 +20,7 @@ BUDGETS = (100, 1000)
 def site(
     folders: Annotated[list[Path], typer.Argument(parser=path, help="Results folders, or a folder of such.")],
     out: Annotated[Path, typer.Option(parser=path, help="The folder of the site.")],
+    data_dir: DataDir = None,
 ) -> None:
     """Write the results as web pages: boards that sort and filter, a page for each defense, any two compared."""
     rows: list[Row] = []
@@ -31,8 +33,11 @@ def site(
     if not rows:
         raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out first")
     sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]
-    pages = write_site(boards(tables(united(rows), BUDGETS), sheets), out)
+    pictures = Pictures(folders, loader(data_dir, None))
+    pages = write_site(boards(tables(united(rows), BUDGETS), sheets, pictures.of), out)
     console.print(f"{pages} pages; open {out / 'index.html'}", soft_wrap=True)
+    for why in pictures.missing.values():
+        console.print(f"no pictures of examples: {why}", soft_wrap=True)
     for error in damaged:
         complain(error)
     if damaged:

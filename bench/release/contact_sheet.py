@@ -1,4 +1,4 @@
-"""A picture of what a data defense did: originals, what is released, and the difference."""
+"""Pictures of images before and after: what a data defense releases, what an attack has made, and the difference."""
 
 import io
 import math
@@ -29,8 +29,6 @@ PAPER, INK, FAINT, EDGE = (250, 250, 248), (24, 24, 28), (116, 116, 124), (214, 
 def contact_sheet(original: Dataset, released: Split, title: str, lines: Sequence[str]) -> bytes:
     """A PNG: a row for each of some classes, a few images of each as original, protected and their difference.
 
-    The difference is absolute, magnified so that the largest one shown has full brightness; its factor is printed.
-
     Args:
         original: all images in ``train``, uint8 as in ``released``.
         lines: what stands below the title.
@@ -38,39 +36,61 @@ def contact_sheet(original: Dataset, released: Split, title: str, lines: Sequenc
     chosen = _choose(original.train.labels, len(original.classes))
     rows = torch.tensor([row for found in chosen.values() for row in found])
     before, after = original.train.images[rows].float(), released.images[rows].float()
+    names = [(original.classes[label], len(found)) for label, found in chosen.items()]
+    return sheet(names, before, after, ("original", "protected"), title, lines)
+
+
+def sheet(
+    names: Sequence[tuple[str, int]],
+    before: Tensor,
+    after: Tensor,
+    heads: tuple[str, str],
+    title: str,
+    lines: Sequence[str],
+) -> bytes:
+    """A PNG: pairs of images beside each other with their difference.
+
+    The difference is absolute, magnified so that the largest one shown has full brightness; its factor is printed.
+
+    Args:
+        names: of each row, and how many pairs are in it.
+        before, after: the pairs, row by row, (n, C, H, W) float32 on the scale from 0 to 255.
+        heads: what the two are.
+        lines: what stands below the title.
+    """
     delta = (after - before).abs()
     largest = float(delta.max())
     factor = max(1, math.floor(255 / largest)) if largest else 1
-    tiles = [[_tile(part[place], pool) for place in range(len(rows))] for part, pool in (
+    tiles = [[_tile(part[place], pool) for place in range(len(before))] for part, pool in (
         (before, avg_pool2d), (after, avg_pool2d), ((delta * factor).clamp(max=255), max_pool2d),
     )]  # fmt: skip
     width, height = tiles[0][0].size
     step = 3 * width + 2 * GAP + GROUP
-    examples = max(len(found) for found in chosen.values())
+    pairs = max(count for _, count in names)
     top = MARGIN + 36 + len(lines) * LINE + 34
-    size = MARGIN + NAMES + examples * step - GROUP + MARGIN, top + len(chosen) * (height + GAP) - GAP + MARGIN
-    sheet = Image.new("RGB", size, PAPER)
-    draw = ImageDraw.Draw(sheet)
+    size = MARGIN + NAMES + pairs * step - GROUP + MARGIN, top + len(names) * (height + GAP) - GAP + MARGIN
+    paper = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(paper)
     room = size[0] - 2 * MARGIN
     _write(draw, (MARGIN, MARGIN), title, 24, INK, room)
     for number, line in enumerate(lines):
         _write(draw, (MARGIN, MARGIN + 36 + number * LINE), line, 15, FAINT, room)
-    for example in range(examples):
-        for place, heading in enumerate(("original", "protected", f"difference, {factor}x")):
-            left = MARGIN + NAMES + example * step + place * (width + GAP)
+    for pair in range(pairs):
+        for place, heading in enumerate((*heads, f"difference, {factor}x")):
+            left = MARGIN + NAMES + pair * step + place * (width + GAP)
             _write(draw, (left, top - 22), heading, 14, FAINT, width)
     number = 0
-    for line_number, (label, found) in enumerate(chosen.items()):
+    for line_number, (name, count) in enumerate(names):
         y = top + line_number * (height + GAP)
-        _write(draw, (MARGIN, y + height // 2 - 9), original.classes[label], 16, INK, NAMES - 12)
-        for example in range(len(found)):
+        _write(draw, (MARGIN, y + height // 2 - 9), name, 16, INK, NAMES - 12)
+        for pair in range(count):
             for place in range(3):
-                x = MARGIN + NAMES + example * step + place * (width + GAP)
+                x = MARGIN + NAMES + pair * step + place * (width + GAP)
                 draw.rectangle((x - 1, y - 1, x + width, y + height), outline=EDGE)
-                sheet.paste(tiles[place][number], (x, y))
+                paper.paste(tiles[place][number], (x, y))
             number += 1
     file = io.BytesIO()
-    sheet.save(file, "PNG")
+    paper.save(file, "PNG")
     return file.getvalue()
 
 

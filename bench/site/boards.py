@@ -1,12 +1,13 @@
 """What the site shows: a board for each table of the standings, an entry for each defense on it."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+from bench.errors import StoreError
 from bench.plan.cell import Cell
 from bench.report.curves import Training, trainings
 from bench.report.figures import BY_NAME, placed
@@ -16,9 +17,15 @@ from bench.report.marks import UNRANKED
 from bench.report.outcomes import Share
 from bench.report.portrait import Portrait, portrait
 from bench.report.standings import Table
+from bench.results.shards import content_of
 from bench.results.store import Row
 from bench.system.files import slug
 from bench.tracks import Track, track_of
+
+RELEASED = "Images as their owner has them, as they are released, and the magnified difference"
+ATTACKED = "Clean images, final examples of the strongest attack, and the magnified difference"
+PNG, LARGEST_PICTURE = b"\x89PNG\r\n\x1a\n", 32 << 20  # how each begins, and bytes of the largest that is shown
+Pictured = Callable[[Row], bytes | None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,19 @@ class Name:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """A PNG and what it shows."""
+
+    content: bytes
+    about: str
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"{sha256(self.content).hexdigest()[:16]}.png"
+
+
+@dataclass(frozen=True)
 class Entry:
     """One defense on one board."""
 
@@ -50,7 +70,7 @@ class Entry:
     rows: list[Row]
     flags: list[Flag]
     board: str  # the title of its board
-    pictures: list[Path]
+    pictures: list[Picture]
 
     @property
     def id(self) -> str:
@@ -198,18 +218,19 @@ class Board:
         return self.marks & UNRANKED
 
 
-def boards(tables: Sequence[Table], sheets: Iterable[Path] = ()) -> list[Board]:
+def boards(tables: Sequence[Table], sheets: Iterable[Path] = (), pictured: Pictured = lambda row: None) -> list[Board]:
     """A board for each table that has rows, with what stands there of each defense, the best first.
 
     Args:
         tables: what :func:`bench.report.standings.tables` made.
         sheets: pictures of released data, as ``bench run`` writes them.
+        pictured: a PNG of the final examples of a row, or of what was released for it, where there are any.
     """
     sheets = sorted(sheets)
-    return [_board(table, sheets) for table in tables if table.rows]
+    return [_board(table, sheets, pictured) for table in tables if table.rows]
 
 
-def _board(table: Table, sheets: Sequence[Path]) -> Board:
+def _board(table: Table, sheets: Sequence[Path], pictured: Pictured) -> Board:
     lines: dict[str, list[Line]] = {}
     rows: dict[str, list[Row]] = {}
     flags: dict[str, list[Flag]] = {}
@@ -220,17 +241,36 @@ def _board(table: Table, sheets: Sequence[Path]) -> Board:
     for flag in table.flags:
         flags.setdefault(flag.defense, []).append(flag)
     entries = [
-        Entry(label, lines[label], rows[label], flags.get(label, []), table.title, _pictures(rows[label], sheets))
+        Entry(label, lines[label], rows[label], flags.get(label, []), table.title,
+              _pictures(rows[label], lines[label], sheets, pictured))
         for label in lines if label in rows
     ]  # fmt: skip
     return Board(table, entries)
 
 
-def _pictures(rows: Sequence[Row], sheets: Sequence[Path]) -> list[Path]:
-    """The sheets of what the data defense of ``rows`` has released."""
+def _pictures(
+    rows: Sequence[Row], lines: Sequence[Line], sheets: Sequence[Path], pictured: Pictured
+) -> list[Picture]:
+    """What the data defense of ``rows`` has released, or final examples of the attack that left the least of them."""
     stems = {slug(row.cell.dataset.spec, part.spec) for row in rows for part in row.cell.defense
              if part.stage == "data"}  # fmt: skip
-    return [path for path in sheets if path.stem[:-9] in stems]
+    found = [content for path in sheets if path.stem[:-9] in stems and (content := _png(path))]
+    about = RELEASED
+    if not found:
+        line = hardest(lines) or next((line for line in lines if line.row), None)
+        content = pictured(line.row) if line and line.row else None
+        found = [content] if content else []
+        about = ATTACKED if rows[0].cell.threat.asks else RELEASED
+    return [Picture(content, about) for content in found]
+
+
+def _png(path: Path) -> bytes | None:
+    """The picture at ``path``; nothing of what is none, or lies elsewhere."""
+    try:
+        content = b"" if path.is_symlink() else content_of(path, LARGEST_PICTURE)
+    except StoreError:
+        return None
+    return content if content.startswith(PNG) else None
 
 
 def _file_name(text: str, whole: str) -> str:

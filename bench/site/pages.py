@@ -57,7 +57,7 @@ def write_site(boards: Sequence[Board], out: Path) -> int:
 
 def _write_entry(page: jinja2.Template, board: Board, entry: Entry, out: Path) -> None:
     for picture in entry.pictures:
-        (out / "pictures" / f"{slug(picture.stem)}.png").write_bytes(picture.read_bytes())
+        (out / "pictures" / picture.file).write_bytes(picture.content)
     (out / "entry" / f"{entry.id}.html").write_text(page.render(root="../", board=board, entry=entry), encoding="utf-8")
     script = f"parry.entry({_json(entry.id)}, {_json(outcomes(entry.rows))});\n"
     (out / "data" / f"{entry.id}.js").write_text(script, encoding="ascii")

@@ -15,8 +15,13 @@ parry.draw = (place, figure) => {
     xaxis: axis(figure.layout.xaxis), yaxis: axis(figure.layout.yaxis),
   };
   if (small && layout.yaxis.type === "category") layout.yaxis.tickfont = { size: 10 };
-  layout.legend = small ? { orientation: "h", yref: "container", y: 0, yanchor: "bottom", font: { size: 11 } } : { y: 1, x: 1.02 };
-  if (small && !figure.layout.height) layout.height = 380 + 12 * figure.data.filter((trace) => trace.name).length;
+  layout.legend = { y: 1, x: 1.02 };
+  if (small && !figure.layout.height) {  // a line of the legend for each name, below the axis and its title
+    const lines = 19 * figure.data.filter((trace) => trace.name).length;
+    layout.legend = { yref: "container", y: 0, yanchor: "bottom", x: 0, tracegroupgap: 0, font: { size: 11 } };
+    layout.height = 340 + lines;
+    layout.margin.b = 60 + lines;
+  }
   for (const trace of figure.data) if (trace.error_x) trace.error_x.color = ink;
   return Plotly.react(place, figure.data, layout, { responsive: true, displayModeBar: false });
 };
