@@ -180,7 +180,7 @@ class Architecture(Protocol):
 class ServiceModel(Architecture, Protocol):
     """A model that is only asked: it comes "trained", and what it builds has neither weights nor gradients.
 
-    ``random = True`` and ``stateful = True`` say for tables what its service declares.
+    ``random = True``, ``stateful = True`` and ``batch_dependent = True`` say for tables what its service declares.
     """
 
     @property

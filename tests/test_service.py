@@ -67,6 +67,14 @@ def undeclared_random(images):
 def falsely_deterministic(images):
     return logits(images) + 0.01 * np.random.default_rng().normal(size=(len(images), 10))
 
+@service(answers="logits")
+def coupled(images):
+    return logits(images) - logits(images).mean(axis=0)
+
+@service(answers="logits", batch_dependent=True)
+def declared_coupled(images):
+    return coupled(images)
+
 @service(answers="logits", decimals=1)
 def rounded(images):
     return logits(images).round(1)
@@ -203,6 +211,14 @@ class TestRandomness:
     def test_undeclared(self, victim, tmp_path, name):
         (row,) = measured(plan(f"{victim}:{name}", "noise", n=20, queries=1), tmp_path)
         assert "undeclared-random" in fired(row)
+
+
+def test_answers_that_depend_on_the_call_are_declared_or_a_flag(victim, tmp_path):
+    said, unsaid = (measured(plan(f"{victim}:{name}", "noise", n=20, queries=1), tmp_path / name)[0]
+                    for name in ("declared_coupled", "coupled"))  # fmt: skip
+    assert "undeclared-batch-dependent" in fired(unsaid)
+    assert "undeclared-batch-dependent" not in fired(said)
+    assert "batch-dependent" in tables([said])[0].lines[0].marks
 
 
 class TestThePlanRefuses:

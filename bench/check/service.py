@@ -60,10 +60,10 @@ def repeats(subject: Subject) -> str:
 def sees_no_batch(subject: Subject) -> str:
     """An answer does not depend on the rest of its batch."""
     ask, x, service = _tried(subject)
-    if service.random or service.stateful:
+    if service.random or service.stateful or service.batch_dependent:
         return Remark("nobody can tell: it declares that its answers differ anyway")
     gap = float(difference(ask(x), torch.cat([ask(image) for image in x.split(1)])).max())
-    require(gap <= ROUNDED, f"alone, answers differ by {gap:.2g} of their size", "look at each image by itself")
+    require(gap <= ROUNDED, f"alone, answers differ by {gap:.2g} of their size", "declare batch_dependent=True")
     return "images are answered alone as in a batch"
 
 

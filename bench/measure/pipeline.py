@@ -176,6 +176,7 @@ class Pipeline:
             desk.journal.refresh()
             with desk.asking(scope):
                 yield
+            desk.journal.forget(scope)
 
     def released(self, task: Task, progress: Progress) -> Dataset:
         """The data set of ``task`` as its data defense releases it; only the training split can differ."""

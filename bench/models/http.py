@@ -34,6 +34,7 @@ class Http:
         deterministic: it answers an image always alike, so each is asked once and its answer kept.
         random: it answers one image differently each time.
         stateful: its answers depend on what it was asked before.
+        batch_dependent: they depend on the other images of the call.
         batch: images in one call.
         price: of one image, in the currency of ``--max-cost``.
         rate: calls in a second; 0 for no limit.
@@ -54,6 +55,7 @@ class Http:
     deterministic: bool = False
     random: bool = False
     stateful: bool = False
+    batch_dependent: bool = False
     batch: Count = conduct(16)
     price: NonNegative = conduct(0.0)
     rate: NonNegative = conduct(0.0)
@@ -77,8 +79,8 @@ class Http:
     def service(self) -> Service:
         return Service(
             answers=self.answers, images=self.images, top=self.top, decimals=self.decimals,
-            deterministic=self.deterministic, random=self.random, stateful=self.stateful, batch=self.batch,
-            price=self.price,
+            deterministic=self.deterministic, random=self.random, stateful=self.stateful,
+            batch_dependent=self.batch_dependent, batch=self.batch, price=self.price,
         )  # fmt: skip
 
     def line(self) -> Endpoint:

@@ -99,6 +99,10 @@ class FromFunction:
     def stateful(self) -> bool:
         return self.service.stateful
 
+    @property
+    def batch_dependent(self) -> bool:
+        return self.service.batch_dependent
+
     def line(self) -> Called:
         """See :meth:`bench.protocols.ServiceModel.line`."""
         return Called(self._function, self.service, self.spec)

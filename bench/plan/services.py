@@ -23,7 +23,8 @@ def check_service(service: Service, defended: bool, attack: Attack, quantise: bo
         _check_scores(service, attack)
     if service.images == "uint8" and not quantise:
         raise ConfigError("the service takes 8-bit images; add --quantise, so that what is measured is what was asked")
-    if defended and (not service.tells_all or service.decimals is not None or service.random or service.stateful):
+    varies = service.random or service.stateful or service.batch_dependent
+    if defended and (not service.tells_all or service.decimals is not None or varies):
         raise ConfigError(
             "an output defense works on the scores of all classes, not rounded and always the same, which this "
             "service does not give; use none"

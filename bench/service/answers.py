@@ -12,11 +12,12 @@ from bench.service.declared import Service
 FLOOR = 1e-12  # probability that stands for an answer of 0, which has no logarithm
 SUM = 1e-3     # by which the probabilities of all classes may miss 1, beside what their rounding explains
 
-Rows = NDArray[np.float64]  # (n, width): K scores, one label, or k labels and then their k scores
+Rows = NDArray[np.float32]  # (n, width): K scores, one label, or k labels and then their k scores
+Numbers = NDArray[np.float64]
 
 
 def checked(service: Service, answer: object, n: int, classes: int) -> Rows:
-    """The ``answer`` to ``n`` images as plain numbers.
+    """The ``answer`` to ``n`` images as plain numbers, in the precision in which they are kept.
 
     Raises:
         ServiceError: it is not what ``service`` declares, for so many images and classes, in finite numbers.
@@ -33,15 +34,15 @@ def checked(service: Service, answer: object, n: int, classes: int) -> Rows:
             raise ServiceError("the service does not tell the best class first; sort its answers")
         if service.answers == "probabilities":
             _check_probabilities(service, scores, whole=False)
-        return np.concatenate((labels, scores), axis=1)
+        return np.concatenate((labels, scores), axis=1).astype(np.float32)
     if service.answers == "labels":
         labels = _numbers(answer, (n,), "labels")
         _check_labels(labels, classes)
-        return labels[:, None]
+        return labels[:, None].astype(np.float32)
     scores = _numbers(answer, (n, classes), service.answers)
     if service.answers == "probabilities":
         _check_probabilities(service, scores, whole=True)
-    return scores
+    return scores.astype(np.float32)
 
 
 def logits(service: Service, rows: Rows, classes: int) -> NDArray[np.float32]:
@@ -53,7 +54,8 @@ def logits(service: Service, rows: Rows, classes: int) -> NDArray[np.float32]:
     """
     if service.answers == "labels" or service.top == 1:
         return np.asarray(np.eye(classes, dtype=np.float32)[rows[:, 0].astype(int)])
-    scores, floor = rows[:, service.top :], FLOOR if service.decimals is None else 0.5 * 10.0**-service.decimals
+    scores = rows[:, service.top :].astype(np.float64)
+    floor = FLOOR if service.decimals is None else 0.5 * 10.0**-service.decimals
     if service.top:
         labels, shown = rows[:, : service.top].astype(int), scores
         rest = shown[:, -1:]
@@ -67,7 +69,7 @@ def logits(service: Service, rows: Rows, classes: int) -> NDArray[np.float32]:
     return np.asarray(scores, dtype=np.float32)
 
 
-def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Rows:
+def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Numbers:
     try:
         array = np.asarray(answer)
         numbers = array.astype(np.float64)
@@ -82,13 +84,13 @@ def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Rows:
     return numbers
 
 
-def _check_labels(labels: Rows, classes: int) -> None:
+def _check_labels(labels: Numbers, classes: int) -> None:
     if (labels != np.rint(labels)).any() or labels.min(initial=0) < 0 or labels.max(initial=0) >= classes:
         wrong = labels[(labels != np.rint(labels)) | (labels < 0) | (labels >= classes)].flat[0]
         raise ServiceError(f"the service answers with the label {wrong:g}; labels are integers from 0 to {classes - 1}")
 
 
-def _check_probabilities(service: Service, scores: Rows, whole: bool) -> None:
+def _check_probabilities(service: Service, scores: Numbers, whole: bool) -> None:
     unit = 0.0 if service.decimals is None else 0.5 * 10.0**-service.decimals
     slack = SUM + unit * scores.shape[1]
     total = scores.sum(axis=1)

@@ -26,6 +26,7 @@ class Service:
         deterministic: it answers an image always alike, so each is asked once and its answer kept.
         random: it answers one image differently each time; it is judged by a majority.
         stateful: its answers depend on what it was asked before.
+        batch_dependent: they depend on the other images of the call.
         batch: images in one call.
         price: of one question, in whatever currency ``--max-cost`` counts.
     """
@@ -37,6 +38,7 @@ class Service:
     deterministic: bool = False
     random: bool = False
     stateful: bool = False
+    batch_dependent: bool = False
     batch: int = 64
     price: float = 0.0
 
@@ -44,8 +46,10 @@ class Service:
         for name, known in (("answers", Answers), ("images", Images)):
             if getattr(self, name) not in known.__args__:  # type: ignore[attr-defined]
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(known.__args__)}")  # type: ignore[attr-defined]
-        if self.deterministic and (self.random or self.stateful):
-            raise ConfigError("a service that is random or stateful is not deterministic; declare one of them")
+        if self.deterministic and (self.random or self.stateful or self.batch_dependent):
+            raise ConfigError(
+                "a service that is random, stateful or batch_dependent is not deterministic; declare one of them"
+            )
         if self.top and self.answers == "labels":
             raise ConfigError(f"top is {self.top}, but the answers are labels; say logits or probabilities")
         if self.top < 0 or self.batch < 1 or not self.price >= 0 or (self.decimals or 0) < 0:

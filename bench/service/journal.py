@@ -1,10 +1,11 @@
 """Every question to a service and its answer, on disk, so that a run that was cut off resumes without asking again.
 
-One file of JSON lines for each service, to which is only added. A question is written down before it is sent, and its
-answer when it has come; so what may have been paid for is known whenever a run ends, and what lies between the two is
-sent again under the same name, by which a service can tell that it is no new one.
+One file of JSON lines for each service, to which is only added; answers are packed as float32. A question is written
+down before it is sent, and its answer when it has come; so what may have been paid for is known whenever a run ends,
+and what lies between the two is sent again under the same name, by which a service can tell that it is no new one.
 """
 
+import base64
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -84,11 +85,17 @@ class Journal:
 
     def answered(self, name: str, rows: Rows, attempts: int) -> None:
         """Write down what the call ``name`` was answered."""
-        self._write({"answered": name, "attempts": attempts, "answers": rows.tolist()})
+        packed = base64.b64encode(rows.astype("<f4").tobytes()).decode()
+        self._write({"answered": name, "attempts": attempts, "answers": packed})
 
     def failed(self, name: str, attempts: int, why: str) -> None:
         """Write down that the call ``name`` had no answer."""
         self._write({"failed": name, "attempts": attempts, "why": why[:500]})
+
+    def forget(self, scope: str) -> None:
+        """Give the memory back that the answers of ``scope`` take, which nobody asks for again; the file has them."""
+        for key in [key for key in self.answers if key.scope == scope]:
+            del self.answers[key]
 
     def refresh(self) -> None:
         """Take in what other processes have written, and mend what one has left half written.
@@ -144,10 +151,11 @@ class Journal:
                 self._asked[str(line["scope"])] += len(keys)
                 self._spent[float(line["price"])] += len(keys)
             case {"answered": str(name)}:
-                rows = np.asarray(line["answers"], dtype=np.float64)
+                keys = self._keys.pop(name)
+                rows = np.frombuffer(base64.b64decode(line["answers"], validate=True), "<f4").reshape(len(keys), -1)
                 self.attempts += int(line["attempts"])
                 self._open.discard(name)
-                self.answers.update(zip(self._keys.pop(name), rows, strict=True))
+                self.answers.update(zip(keys, rows, strict=True))
             case {"failed": str(name)}:
                 self.attempts += int(line["attempts"])
             case {"journal": int(schema)}:
