@@ -10,10 +10,10 @@ from attacks.sourced import Sourced
 from bench.errors import ConfigError
 from bench.norms import project
 from bench.oracle import Oracle, Referee
-from bench.oracle.rules import rules_of
 from bench.protocols import Attack
 from bench.registry import added, attacks
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Access, Norm, Threat
 
 UNKNOWN = 10_000  # queries of the network itself for an attack that does not say how many it needs

@@ -8,6 +8,7 @@ What the author of an attack or a defense imports:
     bench.spec        names of components with arguments, in one string
     bench.threat      norm, radius, access, budget
     bench.oracle      what an attack asks; its views for foreign attacks
+    bench.rules       what it asks the referee to do otherwise
     bench.rng         random numbers that belong to a sample
     bench.norms       distances, projections, steepest directions
     bench.losses      per-sample losses on logits

@@ -8,12 +8,13 @@ import dataclasses
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from bench.errors import nearest
-from bench.oracle.rules import Rules
-from bench.protocols import Stage
+from bench.rules import Rules
 from bench.threat import Access, Norm
+
+Stage = Literal["data", "training", "output"]  # of a pipeline, where a defense acts
 
 
 class Declaration(NamedTuple):

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-Numerics = Literal["plain", "fast"]
+from bench.precision import COARSE
 
 # By default torch rounds what a GPU's convolutions multiply to the 10 bits of TF32; plain is float32 to the last bit.
 torch.backends.cudnn.allow_tf32 = False
@@ -29,7 +29,6 @@ REPEATS = 1e-5  # the largest difference between two plain answers, as a share o
 FLOAT32 = 1e-3  # the largest that another order of float32 sums explains
 ENGINE = 1e-4  # and of an engine, which might round to 10 bits without a word
 BFLOAT16 = 0.1  # the largest that bfloat16 explains
-COARSE = "bfloat16"  # rounds so much that a verdict near a boundary needs another look
 TORCH = "torch"  # what answers where no engine does
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.dataset import Dataset, Split
+from bench.declarations import Stage as Stage
 from bench.rng import SampleRng
 from bench.scratch import Scratch
 from bench.service import Line, Service
@@ -20,8 +21,6 @@ from bench.threat import Access, Norm, Threat
 
 if TYPE_CHECKING:
     from bench.oracle import Oracle
-
-Stage = Literal["data", "training", "output"]
 
 
 @runtime_checkable

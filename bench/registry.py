@@ -13,15 +13,17 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from bench.declarations import Declarations, fault, of_attack, of_defense
 from bench.errors import ConfigError, did_you_mean
-from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 from bench.ranges import LARGEST, convert
 from bench.spec import Spec
 from bench.system import user_code
 from bench.system.interrupt import Stopped
+
+if TYPE_CHECKING:
+    from bench.protocols import Architecture, Attack, DatasetSource, Defense, Learner
 
 GROUP = "bench.plugins"  # of entry points
 
@@ -41,9 +43,14 @@ class Registry(Generic[T]):
     ``norms``, ``stage``, ``version``, ``paper``); its fields are the arguments that users may give.
     """
 
-    def __init__(self, kind: str, declares: Callable[[object], Declarations] = lambda component: {}) -> None:
-        """``kind`` is what errors call a component; ``declares`` tells what one, or its class, has to say of itself."""
-        self.kind, self.declares = kind, declares
+    def __init__(
+        self, kind: str, declares: Callable[[object], Declarations] = lambda component: {}, plugged: bool = False
+    ) -> None:
+        """``kind`` is what errors call a component; ``declares`` tells what one, or its class, has to say of itself.
+
+        ``plugged``: whoever asks for a name has all plug-ins imported first.
+        """
+        self.kind, self.declares, self.plugged = kind, declares, plugged
         self._factories: dict[str, Callable[..., T]] = {}
         self._families: dict[str, Callable[..., T]] = {}
 
@@ -70,6 +77,10 @@ class Registry(Generic[T]):
 
         return add
 
+    def _plug_in(self) -> None:
+        if self.plugged:
+            load_plugins()
+
     def snapshot(self) -> "Names[T]":
         """What is registered now."""
         return dict(self._factories), dict(self._families)
@@ -80,6 +91,7 @@ class Registry(Generic[T]):
 
     def names(self) -> list[str]:
         """The registered names, families last."""
+        self._plug_in()
         return sorted(self._factories) + sorted(self._families)
 
     def factory(self, name: str) -> Callable[..., T]:
@@ -88,6 +100,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: nothing has this name; the nearest one is offered.
         """
+        self._plug_in()
         if name in self._factories:
             return self._factories[name]
         if (named := user_code.named_file(name)) is not None:
@@ -100,28 +113,10 @@ class Registry(Generic[T]):
             return self._families[name]
         raise ConfigError(f"no {self.kind} is named {name!r}; {did_you_mean(name, self.names())}")
 
-    def declared(self, spec: str, attribute: str, default: Value, stored: Value | None = None) -> Value:
-        """What the class that is registered under the name in ``spec`` declares; ``default`` where it does not.
-
-        For readers of results: makes no component, reads no arguments and imports no user's file. What a row has
-        ``stored`` counts only where no class says it, so nobody can say of ours what it is not.
-        """
-        load_plugins()
-        factory = self._factories.get(spec.partition("(")[0])
-        value = stored if factory is None else getattr(factory, attribute, default)
-        value = stored if isinstance(value, property) else value  # which depends on the parameters
-        return value if isinstance(value, type(default)) else default
-
-    def defaults(self, spec: str) -> dict[str, Any]:
-        """The defaults of what is registered under the name in ``spec``, by parameter; read as in :meth:`declared`."""
-        load_plugins()
-        factory = self._factories.get(spec.partition("(")[0])
-        return (parameters(factory) or {}) if factory else {}
-
-    def described(self, spec: str) -> bool:
-        """Whether parameters say all of what is registered under the name in ``spec``; read as in :meth:`declared`."""
-        load_plugins()
-        return dataclasses.is_dataclass(self._factories.get(spec.partition("(")[0]))
+    def registered(self, name: str) -> Callable[..., T] | None:
+        """What is registered as ``name``; nothing of users' files, nothing for what follows a family's colon."""
+        self._plug_in()
+        return self._factories.get(name) or self._families.get(name)
 
     def shortest(self, text: str) -> str:
         """``text`` without arguments that say the default, the others in the order and the types of their fields.
@@ -148,6 +143,7 @@ class Registry(Generic[T]):
         Raises:
             ConfigError: an unknown name, an unknown argument, or a value of the wrong type.
         """
+        self._plug_in()
         spec = Spec.parse(spec) if isinstance(spec, str) else spec
         if spec.name in self._families:
             raise ConfigError(f"{spec.name!r} is a family of {self.kind}s; add the name of one, as in {spec.name}NAME")
@@ -181,10 +177,10 @@ class Registry(Generic[T]):
 
 REQUIRED = "(required)"  # stands for the default of an argument that has none
 
-attacks: Registry[Attack | Learner] = Registry("attack", declares=of_attack)
-defenses: Registry[Defense] = Registry("defense", declares=of_defense)
-models: Registry[Architecture] = Registry("model")
-datasets: Registry[DatasetSource] = Registry("data set")
+attacks: "Registry[Attack | Learner]" = Registry("attack", of_attack, plugged=True)
+defenses: "Registry[Defense]" = Registry("defense", of_defense, plugged=True)
+models: "Registry[Architecture]" = Registry("model", plugged=True)
+datasets: "Registry[DatasetSource]" = Registry("data set", plugged=True)
 
 
 def parameters(factory: Callable[..., Any]) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from setting import Clocked, arguments, machine, measure, ours, setting
 from tabulate import tabulate
 
 from bench import numerics
-from bench.oracle.rules import rules_of
 from bench.registry import attacks, load_plugins
+from bench.rules import rules_of
 from bench.threat import Threat
 
 AIM = 0.1  # of the time outside the network, at most

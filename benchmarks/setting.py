@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from bench.data.cifar import Cifar10
 from bench.models import resolve
 from bench.oracle import NEVER, Referee
-from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.protocols import Attack
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Threat
 
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from bench.models import resolve
 from bench.oracle import NEVER, Referee
-from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses, load_plugins
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Threat
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from bench.losses import margin
 from bench.oracle import Referee, Rules
-from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Access, Norm, Threat
 
 

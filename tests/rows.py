@@ -5,6 +5,7 @@ from typing import Any
 
 import pandas as pd
 
+from bench.catalogue import declared
 from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.registry import defenses
@@ -15,7 +16,7 @@ from bench.threat import Threat
 
 def defends(spec: str) -> Component:
     """A defense as rows hold it; that of a name that is not registered does not say where it acts."""
-    return Component(spec, stage=defenses.declared(spec, "stage", ""))
+    return Component(spec, stage=declared(defenses, spec, "stage", ""))
 
 
 def row(

@@ -31,8 +31,8 @@ from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.losses import margin
 from bench.oracle import NEVER
-from bench.oracle.rules import rules_of
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Threat
 from defenses.aaa import AAALinear, linear_target
 from tests.problems import Linear, Noisy, attack_with, images, referee

@@ -9,6 +9,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import bench
+from bench.catalogue import keep
 
 ROOT = Path(__file__).parents[1]
 MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
@@ -40,11 +41,11 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("errors",),
     ("system",),
     (
-        "dataset", "engine", "losses", "metrics", "norms", "numerics", "ranges", "rng", "scratch", "service", "spec",
-        "threat",
+        "dataset", "engine", "losses", "metrics", "norms", "numerics", "precision", "ranges", "rng", "rules", "scratch",
+        "service", "spec", "threat",
     ),
     ("oracle",),
-    ("ascent", "declarations", "protection", "protocols", "registry", "training"),
+    ("ascent", "catalogue", "declarations", "protection", "protocols", "registry", "training"),
     ("data", "models"),
     ("plan",),
     ("measure",),
@@ -112,3 +113,35 @@ print(sorted(set({SLOW}) & set(sys.modules)))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert run.stdout.strip() == "[]"
+
+
+def test_what_touches_no_network_imports_none():
+    """Help, lists, completion of every command's arguments and the tables of a board; none of it by a clock."""
+    keep()  # as the first command does
+    board = str(ROOT / "leaderboards" / "data-digits")
+    code = f"""
+import os, sys
+from bench.cli import COMMANDS, app
+def bench(*arguments):
+    try:
+        app(list(arguments), prog_name="bench", standalone_mode=False)
+    except SystemExit:
+        pass
+def seen(library):
+    return library in sys.modules
+bench("--help")
+assert not seen("numpy"), "help"
+for kind in ([], ["attacks"], ["attacks", "square"], ["defenses"], ["models"], ["datasets"], ["suites"]):
+    bench("ls", *kind)
+assert not seen("numpy"), "ls"
+for command in COMMANDS:
+    bench(command, "--help")
+os.environ |= {{"_BENCH_COMPLETE": "complete_bash", "COMP_WORDS": "bench run --qu", "COMP_CWORD": "2"}}
+bench()
+del os.environ["_BENCH_COMPLETE"]
+bench("leaderboard", {board!r})
+bench("leaderboard", {board!r}, "--format", "csv")
+print(sorted({{"torch", "pandas", "scipy.stats", "attacks"}} & set(sys.modules)))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert run.stdout.splitlines()[-1] == "[]"

@@ -13,9 +13,10 @@ from torch import nn
 from bench.cli import main
 from bench.errors import StoreError
 from bench.measure.channels import channel_inequality, gini, weight_gradient_norms
-from bench.measure.diagnostics import Watch, collapse, diagnose
+from bench.measure.diagnostics import Watch, diagnose
 from bench.protocols import Job
 from bench.registry import datasets
+from bench.report.collapse import collapse
 from bench.report.curves import Training, plot, render_curves, trainings
 from bench.results.shards import Shard, read_shard
 from bench.results.store import Store

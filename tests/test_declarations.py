@@ -8,8 +8,8 @@ import pytest
 
 from bench.errors import BenchError
 from bench.oracle import Rules
-from bench.oracle.rules import rules_of
 from bench.registry import Registry, attacks, defenses
+from bench.rules import rules_of
 from tests.test_cli import bench
 
 DEFENSE = 'class Mine:\n    stage = "{stage}"\n    {said}\n    def __call__(self, *given): return given[0]\n'

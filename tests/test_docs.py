@@ -114,7 +114,7 @@ def test_commands_have_the_options_that_pages_give_them(line):
     group = typer.main.get_command(app)
     name, *arguments = shlex.split(line, comments=True)[1:]
     context = group.make_context("bench", [], resilient_parsing=True)
-    command = group.get_command(context, name)  # type: ignore[attr-defined]
+    _, command, _ = group.resolve_command(context, [name])  # type: ignore[attr-defined]
     command.make_context(name, arguments, parent=context)  # a usage error names what is wrong
 
 

@@ -245,7 +245,7 @@ class TestTampering:
     def test_a_flipped_bit_of_a_sample_is_caught_whatever_checksums_are_made_anew(self, entry):
         def flip(stored, examples):
             stands = stored.records["first_hit"].where(stored.records["first_hit"] <= 0, NEVER)
-            return stored._replace(records=stored.records.assign(first_hit=stands)), examples
+            return stored._replace(columns=stored.records.assign(first_hit=stands)), examples
 
         forge(entry, flip, figures=False)
         assert "figures[0].@5 is " in wrong(looked_at(entry))
@@ -260,7 +260,7 @@ class TestTampering:
                 values[1] += 1 if values.dtype.kind == "i" else -0.1 if values[1] > 0.5 else 0.1
                 records[column] = values
             hit = np.where(records["clean_pred"] != records["y"], 0, np.maximum(records["first_hit"], 1))
-            return stored._replace(records=records.assign(first_hit=hit)), examples  # which contradict nothing
+            return stored._replace(columns=records.assign(first_hit=hit)), examples  # which contradict nothing
 
         forge(entry, forged, figures=True)
         assert wrong(looked_at(entry)) == "", "what nobody else could know"
@@ -417,7 +417,7 @@ class TestVerify:
         def later(stored, examples):
             hits = stored.records["first_hit"]
             hits = hits.where((hits <= 0) | (not is_defended(stored)), np.minimum(hits + 2, 40))
-            return stored._replace(records=stored.records.assign(first_hit=hits, forwards=40)), examples
+            return stored._replace(columns=stored.records.assign(first_hit=hits, forwards=40)), examples
 
         forge(entry, later, figures=True)
         assert wrong(looked_at(entry, made[0] / "my_defense.py", proof=True)) == ""

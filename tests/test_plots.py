@@ -1,5 +1,7 @@
 """Pictures as files: what is drawn, that the same figures give the same bytes, and that texts stay texts."""
 
+from dataclasses import replace
+
 import pytest
 
 from bench.oracle import NEVER
@@ -20,9 +22,8 @@ def pictures(rows, folder, styles=("svg",), title="rnd"):
 def served():
     hits = [1, 5, 20, 80, NEVER, NEVER]
     rows = [row(hits, "rnd", "square"), row([3, *hits[1:]], "rnd", "rays")]
-    for each in rows:
-        each.records.loc[:, ["clean_pred", "clean_confidence", "final_confidence"]] = [0, 0.9, 0.7]
-    return rows
+    told = {"clean_pred": 0, "clean_confidence": 0.9, "final_confidence": 0.7}
+    return [replace(each, columns=each.records.assign(**told)) for each in rows]
 
 
 def test_every_picture_comes_in_every_format_and_the_same_twice(tmp_path):

@@ -47,7 +47,7 @@ def attacked(defense: str, attack: str, strength: int, evil: str = "", **fields:
     epochs = [{"clean_accuracy": 0.5, "step_accuracy": 0.4, "pgd_accuracy": 0.1 * each} for each in range(3)]
     shard = Shard(row.cell, 0, N, findings=(finding,) * (defense != "none"), provenance=provenance,
                   training=epochs if evil or defense.startswith("pgd-at") else ())  # fmt: skip
-    return replace(row, records=records, shards=(shard,))
+    return replace(row, columns=records, shards=(shard,))
 
 
 def hostile() -> list[Row]:
@@ -231,7 +231,7 @@ def test_every_link_leads_somewhere(site):
 
 def test_a_curve_is_what_the_track_says_at_every_budget():
     members = [attacked("rnd", "square", 30), attacked("rnd", "rays", 40)]
-    members[1] = replace(members[1], records=members[1].records.iloc[::-1])
+    members[1] = replace(members[1], columns=members[1].records.iloc[::-1])
     drawn = curve("worst", members)
     shares = track_of(members[0].cell).shares(members, drawn.queries.tolist())
     assert drawn.share.tolist() == pytest.approx([shares[f"@{queries}"].value for queries in drawn.queries])

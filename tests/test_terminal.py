@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench import registry
+from bench import catalogue, registry
 from bench.cli import main
 from bench.cli.ls import _paragraphs
 from bench.cli.terminal_table import _widths
@@ -198,7 +198,11 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         theirs = [EntryPoint(name, f"plugged_{name}", registry.GROUP) for name in codes]
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.setattr(registry, "plugins", lambda: (*theirs, *ours))
-        load_plugins.cache_clear()
+        forget()
+
+    def forget() -> None:
+        for known in (load_plugins, registry.code_hash, catalogue._remembered):
+            known.cache_clear()
 
     yield plug
     for each, names in zip((attacks, defenses), before, strict=True):
@@ -206,7 +210,7 @@ def plugged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     for name in [name for name in sys.modules if name.startswith("plugged_")]:
         del sys.modules[name]
     monkeypatch.undo()
-    load_plugins.cache_clear()
+    forget()
     load_plugins()
 
 

@@ -52,7 +52,7 @@ def test_no_text_is_a_formula(rows):
 
 def test_rows_of_two_kinds_share_a_table(rows):
     row = rows[0]
-    other = replace(rows[1], records=rows[1].records.drop(columns="best_margin"))
+    other = replace(rows[1], columns=rows[1].records.drop(columns="best_margin"))
     table = tidy_records([row, other])
     assert table["best_margin"].isna().sum() == len(other.records)
 

@@ -173,7 +173,7 @@ def test_the_store_keeps_chosen_samples_as_gaps_that_a_later_run_fills(tmp_path)
     stored(tmp_path, whole, (1, 2), [3, 4])
     (full,), _ = store.rows()
     assert full.complete
-    assert not len(full.partial)
+    assert not full.partial
     assert full.records["first_hit"].tolist() == B
     assert store.missing(whole.cell) == []
 

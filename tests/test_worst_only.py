@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def costing(before: Row, queries: Sequence[int]) -> Row:
-    return replace(before, records=before.records.assign(forwards=list(queries)))
+    return replace(before, columns=before.records.assign(forwards=list(queries)))
 
 
 def priced(before: Row) -> Row:
@@ -64,7 +64,7 @@ def test_the_worst_case_of_every_table_is_that_of_full_runs(seed):
             if defense == "rnd":
                 again = np.where(rng.random(n) < 0.5, 0, made.records["final_pred"])
                 made = replace(made, cell=replace(made.cell, defense=(lucky,)),
-                               records=made.records.assign(final_pred=again))  # fmt: skip
+                               columns=made.records.assign(final_pred=again))  # fmt: skip
             rows.append(priced(made))
     store, found = replay(rows)
     met = [store.row(each.cell) for each in rows]

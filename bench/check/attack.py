@@ -14,9 +14,9 @@ from bench.check.verdict import Broken, Remark, Rules, require
 from bench.norms import lp_norm
 from bench.oracle import NEVER, Referee
 from bench.oracle.ledger import Ledger
-from bench.oracle.rules import rules_of
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.threat import Norm, Threat
 
 BUDGET = 25

@@ -3,16 +3,17 @@
 import json
 from dataclasses import asdict
 from time import perf_counter
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bench.check import Verdict
-from bench.check import check as check_component
 from bench.cli.console import console, say_whose_code
 from bench.cli.terminal_table import columns
 from bench.run.progress import duration
 from bench.spec import Spec
+
+if TYPE_CHECKING:
+    from bench.check import Verdict
 
 STYLES = {"FAIL": "red", "note": "yellow", "pass": "green"}
 
@@ -25,6 +26,8 @@ def check(
 
     It takes seconds and downloads nothing. The exit code is 1 where a rule is broken.
     """
+    from bench.check import check as check_component
+
     spec = Spec.parse(component)
     say_whose_code([spec])
     started = perf_counter()
@@ -38,7 +41,7 @@ def check(
         raise typer.Exit(1)
 
 
-def _print(component: str, verdicts: list[Verdict], seconds: float) -> None:
+def _print(component: str, verdicts: "list[Verdict]", seconds: float) -> None:
     lines = [(verdict.rule, verdict.outcome, verdict.saw + (f"; fix: {verdict.fix}" if verdict.fix else ""))
              for verdict in verdicts]  # fmt: skip
     table = columns(("rule", "", "what was seen"), lines, console.width)

@@ -3,16 +3,19 @@
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 
 from bench.cli.terminal import Terminal
 from bench.errors import BenchError, ConfigError
 from bench.plan.pin import code_files
-from bench.plan.tasks import Loader
 from bench.spec import Spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.plan.tasks import Loader
 
 console = Terminal()
 errors = Terminal(stderr=True)
@@ -49,8 +52,10 @@ ModelDir = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU where there is one.")]
 
 
-def loader(data_dir: Path | None, model_dir: Path | None) -> Loader:
+def loader(data_dir: Path | None, model_dir: Path | None) -> "Loader":
     """What makes components of the data and weights in these folders."""
+    from bench.plan.tasks import Loader  # not before it is needed, as torch in the others
+
     if model_dir is None and data_dir is not None:
         model_dir = data_dir.resolve().parent / "models"
     return Loader(*(path and path.resolve() for path in (data_dir, model_dir)))  # wherever a component goes
@@ -62,12 +67,14 @@ def say_whose_code(specs: Iterable[Spec]) -> None:
         errors.print(f"running code from {file}", style="yellow", soft_wrap=True)
 
 
-def device(name: str | None) -> torch.device:
+def device(name: str | None) -> "torch.device":
     """The device of this name; without one, a GPU where there is one.
 
     Raises:
         ConfigError: it is not there.
     """
+    import torch
+
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -78,7 +85,7 @@ def device(name: str | None) -> torch.device:
     return device
 
 
-def devices(names: str | None) -> list[torch.device]:
+def devices(names: str | None) -> "list[torch.device]":
     """The devices that are named, with commas between them; as :func:`device`.
 
     Raises:

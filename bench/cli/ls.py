@@ -1,9 +1,7 @@
 """``bench ls``: what can be named in a suite."""
 
-import inspect
 import json
 import re
-from collections.abc import Callable
 from importlib import resources
 from typing import Annotated, Any, Literal, get_args
 
@@ -11,11 +9,12 @@ import typer
 from rich.padding import Padding
 from rich.text import Text
 
+from bench.catalogue import Facts, facts_of, listed
 from bench.cli.console import console
 from bench.cli.terminal_table import columns, fit
 from bench.errors import ConfigError
 from bench.plan.suite import suite_names
-from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, models, parameters
+from bench.registry import REQUIRED, Registry, attacks, datasets, defenses, models
 from bench.report.escape import in_terminal
 
 Kind = Literal["attacks", "defenses", "models", "datasets", "suites"]
@@ -36,20 +35,22 @@ def ls(
         _tell(str(kind), name, as_json)
         return
     if kind is None:
-        listed = [{"kind": each, "names": len(names := _names(each)), "such as": names[0]} for each in get_args(Kind)]
+        entries = [{"kind": each, "names": len(names := _names(each)), "such as": names[0]} for each in get_args(Kind)]
     elif kind == "suites":
-        listed = [{"name": name, "title": title} for name, title in suite_names().items()]
+        entries = [{"name": name, "title": title} for name, title in suite_names().items()]
     else:
-        registry = REGISTRIES[kind]
-        listed = [entry for name in _names(kind) for entry in (_entry(registry, name), *_members(registry, name))]
+        entries = [
+            entry for name, facts in listed(REGISTRIES[kind]).items()
+            for entry in (_entry(kind, name, facts), *_members(name, facts))
+        ]  # fmt: skip
     if as_json:
-        print(json.dumps(listed, indent=1))
+        print(json.dumps(entries, indent=1))
         return
-    names = list(listed[0])
-    told_apart = "parameters" in names and not fit(names, _lines(listed, names), console.width)
+    names = list(entries[0])
+    told_apart = "parameters" in names and not fit(names, _lines(entries, names), console.width)
     if told_apart:
         names.remove("parameters")
-    console.print(columns(names, _lines(listed, names), console.width))
+    console.print(columns(names, _lines(entries, names), console.width))
     if told_apart:
         console.print()
         console.print(f"bench ls {kind} NAME tells the parameters of one", style="dim")
@@ -58,12 +59,12 @@ def ls(
         console.print("bench ls KIND lists them, bench ls KIND NAME tells of one", style="dim")
 
 
-def _lines(listed: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
-    return [[_cell(entry[name]) for name in names] for entry in listed]
+def _lines(entries: list[dict[str, Any]], names: list[str]) -> list[list[str]]:
+    return [[_cell(entry[name]) for name in names] for entry in entries]
 
 
 def _names(kind: str) -> list[str]:
-    return list(suite_names()) if kind == "suites" else REGISTRIES[kind].names()
+    return list(suite_names() if kind == "suites" else listed(REGISTRIES[kind]))
 
 
 def _tell(kind: str, name: str, as_json: bool) -> None:
@@ -73,14 +74,14 @@ def _tell(kind: str, name: str, as_json: bool) -> None:
             raise ConfigError(f"no suite is named {name!r}; suites: {', '.join(suite_names())}")
         print((resources.files("bench") / "suites" / f"{name}.toml").read_text(encoding="utf-8"), end="")
         return
-    registry = REGISTRIES[kind]
-    entry, about, example = _entry(registry, name), _about(registry.factory(name)), _example(kind, registry, name)
+    facts = listed(REGISTRIES[kind]).get(name) or facts_of(REGISTRIES[kind].factory(name))  # of a file, or a mistake
+    entry, about, example = _entry(kind, name, facts), _unmarked(facts.about), _example(kind, name, facts)
     if as_json:
         print(json.dumps({**entry, "about": about, "example": example}, indent=1))
         return
     console.print(Text(in_terminal(name), style="bold"))
-    facts = {key: value for key, value in entry.items() if key not in ("name", "parameters") and value not in ("", [])}
-    for key, value in facts.items():
+    told = {key: value for key, value in entry.items() if key not in ("name", "parameters") and value not in ("", [])}
+    for key, value in told.items():
         console.print(f"{key}: {_cell(value)}", soft_wrap=True)
     if about:
         console.print()
@@ -96,14 +97,6 @@ def _tell(kind: str, name: str, as_json: bool) -> None:
         console.print(table)
     console.print()
     console.print(example, soft_wrap=True, style="cyan")
-
-
-def _about(factory: Callable[..., Any]) -> str:
-    """The docstring, without the marks of its markup; nothing where the class has none of its own."""
-    text = inspect.getdoc(factory) or ""
-    if text.startswith(f"{getattr(factory, '__name__', '')}("):  # what dataclasses write for one that has none
-        return ""
-    return _unmarked(text)
 
 
 def _unmarked(text: str) -> str:
@@ -124,11 +117,10 @@ def _paragraphs(about: str) -> list[tuple[int, str]]:
     return found
 
 
-def _example(kind: str, registry: Registry[Any], name: str) -> str:
+def _example(kind: str, name: str, facts: Facts) -> str:
     """A command that uses ``name``, with its first parameter written out."""
-    factory = registry.factory(name)
-    takes = {} if name.endswith(":") else parameters(factory) or {}
-    required = [f"{key}=..." for key, default in takes.items() if default is REQUIRED]
+    takes = {} if name.endswith(":") else facts.parameters or {}
+    required = [f"{key}=..." for key, default in takes.items() if default == REQUIRED]
     optional = [f"{key}={_written(value)}" for key, value in takes.items() if isinstance(value, int | float | str)]
     inside = ", ".join(required or [each for each in optional if not each.endswith(f"={REQUIRED}")][:1])
     spec = f"{name}NAME" if name.endswith(":") else f"{name}({inside})" if inside else name
@@ -138,43 +130,39 @@ def _example(kind: str, registry: Registry[Any], name: str) -> str:
     if kind == "models":
         return f"bench run --dataset cifar10 --data-dir DATA --n 200 {option} --attack square"
     if kind == "defenses":
-        attack = "standard" if getattr(factory, "stage", "") == "data" else "square"
+        attack = "standard" if facts.declared.get("stage") == "data" else "square"
         return f"bench run --dataset digits --n 200 --model cnn {option} --attack {attack}"
-    norms = _norms(factory)
+    norms = _norms(facts)
     threat = "" if "linf" in norms or not norms else f" --norm {norms[0]} --eps 0.5"
     return f"bench run --dataset digits --n 200 --model cnn {option}{threat}"
 
 
-def _entry(registry: Registry[Any], name: str) -> dict[str, Any]:
+def _entry(kind: str, name: str, facts: Facts) -> dict[str, Any]:
     """What a component says of itself."""
-    factory = registry.factory(name)
     family = name.endswith(":")
-    takes = list((parameters(factory) or {}).items())[family:]  # a family's first argument follows the colon
+    takes = list((facts.parameters or {}).items())[family:]  # a family's first argument follows the colon
     entry: dict[str, Any] = {"name": name}
-    if registry is defenses:
-        entry |= {"stage": _declared(getattr(factory, "stage", "")), "random": getattr(factory, "random", False)}
-    if registry is attacks:
-        access = "depends" if family else _declared(getattr(factory, "access", None))
-        entry |= {"access": access, "norms": _norms(factory)}
-    about = _about(factory).partition("\n")[0] if family and not hasattr(factory, "paper") else ""
-    return {**entry, "parameters": dict(takes), "paper": about or _declared(getattr(factory, "paper", ""))}
+    if kind == "defenses":
+        entry |= {"stage": _declared(facts, "stage"), "random": facts.declared.get("random", False)}
+    if kind == "attacks":
+        entry |= {"access": "depends" if family else _declared(facts, "access"), "norms": _norms(facts)}
+    about = _unmarked(facts.about).partition("\n")[0] if family and "paper" not in facts.declared else ""
+    return {**entry, "parameters": dict(takes), "paper": about or _declared(facts, "paper")}
 
 
-def _norms(factory: Any) -> list[str]:
+def _norms(facts: Facts) -> list[str]:
     """The norms that an attack declares; none where only the attack itself can tell."""
-    norms = getattr(factory, "norms", ())
-    return sorted(map(str, norms)) if isinstance(norms, frozenset | set | tuple | list) else []
+    return list(facts.declared.get("norms") or ())
 
 
-def _members(registry: Registry[Any], name: str) -> list[dict[str, Any]]:
+def _members(name: str, facts: Facts) -> list[dict[str, Any]]:
     """What a family says of those whom it names, usable or not."""
-    members: dict[str, dict[str, Any]] = getattr(registry.factory(name), "members", {}) if name.endswith(":") else {}
-    return [{"name": name + member, **says} for member, says in sorted(members.items())]
+    return [{"name": name + member, **says} for member, says in sorted(facts.members.items())]
 
 
-def _declared(value: Any) -> str:
+def _declared(facts: Facts, attribute: str) -> str:
     """A class attribute; families decide only once they are named in full."""
-    return "depends" if isinstance(value, property) else value or ""
+    return "depends" if facts.declared.get(attribute, "") is None else facts.declared.get(attribute, "")
 
 
 def _written(value: Any) -> str:
@@ -186,7 +174,7 @@ def _written(value: Any) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(key if item is REQUIRED else f"{key}={_cell(item)}" for key, item in value.items())
+        return ", ".join(key if item == REQUIRED else f"{key}={_cell(item)}" for key, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, bool):

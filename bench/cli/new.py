@@ -11,9 +11,10 @@ from typing import Annotated, Literal, get_args
 
 import typer
 
+from bench.catalogue import listed
 from bench.cli.console import console, path
+from bench.declarations import Stage
 from bench.errors import ConfigError
-from bench.protocols import Stage
 from bench.registry import Registry, attacks, defenses, models
 from bench.spec import Spec
 
@@ -87,7 +88,7 @@ def _names(kind: str, name: str) -> tuple[str, str]:
     """
     if not NAME.fullmatch(name):
         raise ConfigError(f"name is {name!r}; use letters, digits and single hyphens, as in my-{kind}")
-    if name in REGISTRIES[kind].names():
+    if name in listed(REGISTRIES[kind]):
         raise ConfigError(f"a {kind} is named {name!r} already; choose another name, as in my-{name}")
     module = name.lower().replace("-", "_")
     title = "".join(word[0].upper() + word[1:] for word in re.split("[-_]", name))

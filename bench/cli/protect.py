@@ -8,10 +8,7 @@ import typer
 
 from bench.cli.console import console, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
-from bench.data.images import Crop, Frame
 from bench.errors import ConfigError
-from bench.release.protect import protect as protect_images
-from bench.release.protect import report
 from bench.run.progress import Steps, duration
 from bench.spec import parse_chain
 from bench.system.interrupt import Stopped
@@ -40,6 +37,10 @@ def protect(
 
     The same command again resumes where it was stopped.
     """
+    from bench.data.images import Crop, Frame
+    from bench.release.protect import protect as protect_images
+    from bench.release.protect import report
+
     if size is None and (crop != "centre" or enlarge):
         raise ConfigError("--crop and --enlarge say how images become --size pixels wide and high; give --size, too")
     frame = None if size is None else Frame(size, crop=cast(Crop, crop), enlarge=enlarge)

@@ -28,10 +28,10 @@ def records(
     if style == "parquet" and out is None:
         raise ConfigError("Parquet is not printed; add --out records.parquet")
     rows, damaged = Store(folder).rows()
-    partial = sum(len(row.partial) > 0 for row in rows)
+    partial = sum(bool(row.partial) for row in rows)
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    rows = [row for row in rows if len(row.records)]
+    rows = [row for row in rows if row.n]
     table = tidy_records(rows)
     if out is None:
         sys.stdout.write(as_csv(table))

@@ -2,9 +2,8 @@
 
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.text import Text
 
@@ -13,24 +12,20 @@ from bench.cli.console import devices as find_devices
 from bench.cli.terminal_table import columns
 from bench.entries.statement import entered_track
 from bench.errors import ConfigError
-from bench.measure.pipeline import Pipeline
 from bench.plan.suite import load_suite
-from bench.plan.tasks import expand
-from bench.release.contact_sheet import write_sheets
 from bench.report.flags import write_flags
 from bench.report.leaderboard import render
 from bench.report.standings import tables
 from bench.results.store import Store
-from bench.run.choice import choose
-from bench.run.estimate import Estimate, estimate
-from bench.run.executor import Local
 from bench.run.part import WHOLE, Part
 from bench.run.progress import Screen, duration
-from bench.run.runner import run as run_tasks
-from bench.service import Spent
 from bench.spec import Spec, parse_chain
 from bench.system.interrupt import Stopped
-from bench.system.threads import TRAINING, use_spare_threads
+
+if TYPE_CHECKING:
+    import torch
+
+    from bench.run.estimate import Estimate
 
 CHOICE = "may be repeated. What the suite has is picked by its name; anything else takes the place of what it has."
 
@@ -88,6 +83,16 @@ def run(
 
     The same command again runs only what is missing or has failed.
     """
+    from bench.measure.pipeline import Pipeline
+    from bench.plan.tasks import expand
+    from bench.release.contact_sheet import write_sheets
+    from bench.run.choice import choose
+    from bench.run.estimate import estimate
+    from bench.run.executor import Local
+    from bench.run.runner import run as run_tasks
+    from bench.service import Spent
+    from bench.system.threads import TRAINING, use_spare_threads
+
     overrides = {
         "dataset": dataset, "n": n, "model": model, "defense": defense, "attack": attack, "norm": norm, "eps": eps,
         "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
@@ -147,7 +152,7 @@ def run(
         raise typer.Exit(1)
 
 
-def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
+def _print_plan(name: str, plans: "list[Estimate]", device: "torch.device") -> None:
     for setting in dict.fromkeys(plan.task.cell.setting for plan in plans):
         lines = [
             (
@@ -176,7 +181,7 @@ def _print_plan(name: str, plans: list[Estimate], device: torch.device) -> None:
         )
 
 
-def _times(plan: Estimate) -> tuple[str, str]:
+def _times(plan: "Estimate") -> tuple[str, str]:
     """Of the training that the cell is the first to need, and of its queries."""
     training = "not timed" if plan.training is None else duration(plan.training) if plan.training else ""
     if not plan.samples:

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from bench.cli.console import DataDir, complain, console, loader, path
-from bench.entries.pictures import Pictures
 from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.standings import tables
@@ -23,6 +22,8 @@ def site(
     data_dir: DataDir = None,
 ) -> None:
     """Write the results as web pages: boards that sort and filter, a page for each defense, any two compared."""
+    from bench.entries.pictures import Pictures  # which takes a library for images
+
     rows: list[Row] = []
     damaged: list[StoreError] = []
     for folder in folders:

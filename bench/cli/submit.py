@@ -6,25 +6,19 @@ from typing import Annotated
 
 import typer
 
-from bench.check import check
 from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_stopped, say_whose_code
 from bench.cli.console import device as find_device
 from bench.entries.about import read_about
-from bench.entries.assemble import assemble, check_place, default_place
 from bench.entries.folder import ENTRY, contents
 from bench.entries.plan import DEFAULTS, entry_suite
 from bench.entries.statement import entered_track
 from bench.errors import ConfigError, did_you_mean
-from bench.measure.pipeline import Pipeline
-from bench.plan.tasks import expand
 from bench.report.standings import tables
 from bench.results.examples import SUFFIX
 from bench.results.store import Store
 from bench.run.progress import Screen
-from bench.run.runner import run as run_tasks
 from bench.spec import Spec, parse_chain
 from bench.system.interrupt import Stopped
-from bench.system.threads import use_spare_threads
 from bench.system.user_code import named_file
 
 NEXT = """
@@ -76,6 +70,12 @@ def submit(
 
     The same command again goes on where it was stopped. Only code that you name runs.
     """
+    from bench.entries.assemble import assemble, check_place, default_place
+    from bench.measure.pipeline import Pipeline
+    from bench.plan.tasks import expand
+    from bench.run.runner import run as run_tasks
+    from bench.system.threads import use_spare_threads
+
     flags = {"name": name, "authors": authors, "paper": paper, "link": link, "summary": summary}
     told = read_about(about, flags)
     if track not in DEFAULTS:
@@ -121,6 +121,8 @@ def submit(
 
 def _check(chain: Iterable[Spec]) -> None:
     """Try what is the user's own in ``chain`` before anything slow; rules that are broken end the command."""
+    from bench.check import check
+
     own = [spec for spec in chain if named_file(spec.name)]
     broken = [(spec, verdict) for spec in own for verdict in check(spec, processes=False) if verdict.failed]
     for spec, verdict in broken:

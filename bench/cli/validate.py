@@ -1,16 +1,17 @@
 """``bench validate``: whether entries are what they say, without running any code of theirs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, say_whose_code
 from bench.cli.console import device as find_device
-from bench.entries.validate import Report
-from bench.entries.validate import validate as look_at
 from bench.errors import ConfigError
 from bench.spec import Spec
+
+if TYPE_CHECKING:
+    from bench.entries.validate import Report
 
 STYLES = {"WRONG": "red", "note": "yellow"}
 Code = Annotated[
@@ -30,6 +31,8 @@ def validate(
 
     No attack is run, and no code of an entry. The exit code is 1 where something is wrong.
     """
+    from bench.entries.validate import validate as look_at
+
     given = named(code)
     reports = []
     for folder in entries:
@@ -55,7 +58,7 @@ def named(code: Path | None) -> Path | None:
     return file.resolve()
 
 
-def show(report: Report) -> None:
+def show(report: "Report") -> None:
     """What was looked at in an entry, a line each."""
     console.print(f"{report.folder}", style="bold", soft_wrap=True)
     for check in report.checks:

@@ -11,14 +11,9 @@ from bench.cli.console import DataDir, Device, ModelDir, console, loader, path
 from bench.cli.console import device as find_device
 from bench.cli.validate import Code, named, show
 from bench.entries.folder import VERIFIED
-from bench.entries.validate import validate as look_at
-from bench.entries.verify import outcome, write_verification
-from bench.entries.verify import verify as run_again
 from bench.errors import ConfigError
-from bench.measure.pipeline import Pipeline
 from bench.results.store import Store
 from bench.run.progress import Screen
-from bench.system.threads import use_spare_threads
 
 
 def verify(
@@ -39,6 +34,12 @@ def verify(
     Code of the entry never runs: name your own copy of it with --code, once you have read it. The exit code is 1 where
     rounding and chance do not explain a difference.
     """
+    from bench.entries.validate import validate as look_at
+    from bench.entries.verify import outcome, write_verification
+    from bench.entries.verify import verify as run_again
+    from bench.measure.pipeline import Pipeline
+    from bench.system.threads import use_spare_threads
+
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction:g}; it is above 0 and at most 1, which runs everything again")
     given = named(code)

@@ -21,8 +21,8 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, DataError, StoreError
 from bench.registry import added, datasets
 from bench.system.extras import library
-from bench.system.files import slug
-from bench.system.sealed import cache_folder, keep_tensors, kept_tensors
+from bench.system.files import cache_folder, slug
+from bench.system.sealed import keep_tensors, kept_tensors
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 # fmt: off

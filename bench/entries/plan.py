@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from bench.catalogue import declared
 from bench.errors import ConfigError
 from bench.plan.cell import Cell
 from bench.plan.suite import Suite, load_suite, suite_names
@@ -78,5 +79,5 @@ def met(cell: Cell) -> Met:
 
 def _comparable(stated: Met) -> Met:
     """A learner has no ball and no queries of its own."""
-    learns = attacks.declared(stated.attack, "access", "") == "training-data"
+    learns = declared(attacks, stated.attack, "access", "") == "training-data"
     return stated._replace(norm="", eps=0.0, queries=0) if learns else stated

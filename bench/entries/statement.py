@@ -146,7 +146,7 @@ def statement(rows: Sequence[Row], about: About, suite: str, board: str, budgets
         "flags": [asdict(flag) for table in shown for flag in table.flags],
         "cost": {
             "seconds": round(sum(shard.seconds for row in rows for shard in row.shards), 3),
-            **{name: sum(int(row.records[name].sum()) for row in rows if name in row.records)
+            **{name: sum(int(row.columns[name].sum()) for row in rows if name in row.columns)
                for name in ("forwards", "backwards")},
         },
         "seeds": sorted({cell.seed for cell in cells}),

@@ -18,6 +18,7 @@ from bench.errors import BenchError, StoreError
 from bench.plan.cell import Component
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader
+from bench.results.records import length
 from bench.results.shards import SHARDS, read_shard
 from bench.results.store import Row, Store
 from bench.spec import Spec
@@ -128,7 +129,7 @@ def _complete(entry: Entry, rows: list[Row]) -> Iterator[str]:
         if row.errors:
             yield f"{row.cell} has failed"
         elif not row.complete:
-            yield f"{row.cell} has {len(row.measured)} of {len(row.cell.ids)} samples"
+            yield f"{row.cell} has {length(row.measured)} of {len(row.cell.ids)} samples"
     try:
         wanted = required(entry.suite, entry.defense, entry.models)
     except BenchError as error:

@@ -15,12 +15,12 @@ from bench.measure.measured import records_of
 from bench.models.lent import own
 from bench.norms import lp_norm
 from bench.oracle import Referee
-from bench.oracle.rules import rules_of
 from bench.oracle.served import Target
 from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
 from bench.protocols import Attack
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.scratch import Scratch
 
 

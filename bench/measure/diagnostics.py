@@ -1,8 +1,7 @@
 """What a training shows epoch by epoch: whether single-step training has learnt to fool its own attack."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,6 @@ WEIGHED = 16  # of them whose weight gradients are measured
 LEAST, MOST, PART = 32, 256, 32  # images looked at: a PART-th of those trained on, within these limits
 STEPS, REL_STEP = 10, 0.25  # of the attack that is believed
 SINGLE = 1.25  # step of the attack that is not, from a random start: Fast-AT's
-LOST, FALL, GAP = 0.1, 0.2, 0.2
 
 Curve = Mapping[str, float]  # one epoch: see :func:`diagnose`
 
@@ -100,26 +98,3 @@ def _told(look: Callable[[], Tensor | float]) -> float:
         return float(look())
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError):
         return math.nan
-
-
-class Collapse(NamedTuple):
-    """An epoch, counted from 1, and what was left after it."""
-
-    epoch: int
-    pgd_accuracy: float
-    step_accuracy: float
-
-
-def collapse(epochs: Sequence[Curve]) -> Collapse | None:
-    """The first epoch after which the network only withstands a single step: catastrophic overfitting.
-
-    PGD leaves less than a tenth, or takes twenty points more than after the epoch before, while a single step leaves at
-    least twenty points more than PGD.
-    """
-    before = 0.0
-    for number, line in enumerate(epochs, start=1):
-        robust, step = line["pgd_accuracy"], line["step_accuracy"]
-        if (robust < LOST or robust < before - FALL) and step > robust + GAP:
-            return Collapse(number, robust, step)
-        before = robust
-    return None

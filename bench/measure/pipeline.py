@@ -22,10 +22,10 @@ from bench.measure.isolated import Deployment, in_own_process
 from bench.measure.search import in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
-from bench.numerics import Numerics
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Task, weights_hash
+from bench.precision import Numerics
 from bench.protection import check_release, declared_threat
 from bench.protocols import Job, ServiceModel
 from bench.registry import attacks, code_hash

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from bench import engine, numerics
-from bench.numerics import TORCH, Converted, Numerics
-from bench.oracle.rules import rules_of
+from bench.numerics import TORCH, Converted
 from bench.plan.tasks import Task
+from bench.precision import Numerics
+from bench.rules import rules_of
 
 WORTH = 20_000  # queries of a cell, below which converting its network takes longer than an engine saves
 

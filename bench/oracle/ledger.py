@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEVER = -1  # first hit of a sample that no query beat
+from bench.rules import NEVER
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from bench.errors import AccessError, RefereeError, ThreatViolation
 from bench.losses import margin
 from bench.norms import lp_norm, per_sample
 from bench.oracle.balls import TOLERANCE, limit
-from bench.oracle.ledger import NEVER, Ledger
+from bench.oracle.ledger import Ledger
 from bench.oracle.oracle import Oracle
 from bench.oracle.quantise import check_levels, eight_bit
 from bench.oracle.repeats import repeats
-from bench.oracle.rules import COMMON, Rules
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
+from bench.rules import COMMON, NEVER, Rules
 from bench.scratch import Scratch
 from bench.threat import Threat
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from bench.errors import RefereeError
-from bench.numerics import COARSE, TORCH
+from bench.numerics import TORCH
+from bench.precision import COARSE
 from bench.rng import SampleRng
 from bench.service import Desk
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
-from bench.numerics import Numerics
-from bench.oracle.rules import COMMON, Rules
+from bench.catalogue import declared, defaults, described
+from bench.precision import Numerics
 from bench.registry import Registry, attacks, datasets, defenses, models
 from bench.threat import Threat
 
@@ -57,7 +57,7 @@ class Component:
 
     def meaning(self, registry: Registry[Any]) -> tuple[str, ...]:
         """What all its spellings have in common: the parameters, where its class in ``registry`` tells all by them."""
-        told = self.params and registry.described(self.spec)
+        told = self.params and described(registry, self.spec)
         params = json.dumps(self.params, sort_keys=True, default=str)
         return self.name if told else self.spec, str(self.version), params, *self.traits
 
@@ -189,18 +189,18 @@ class Cell:
         for name in ("dataset", "model"):
             fields[name] = Component.from_json(fields[name])
         attack = fields["attack"]
-        told = Rules(surrogate=bool(attack.get("control")))
         fields["sources"] = tuple(
             Source(Component.from_json(source["model"]), source["weights_hash"]) for source in fields.get("sources", ())
         )
         if replays := fields.get("replays"):
             fields["replays"] = Component.from_json(replays)
-        control = attacks.declared(attack["spec"], "rules", COMMON, told).control and not fields["sources"]
+        control = declared(attacks, attack["spec"], "control", False, bool(attack.get("control")))
+        control &= not fields["sources"]
         fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
         fields["defense"] = tuple(
             Component.from_json({**part, "stage": stage, "title": _title(defenses, part)})
             for part in fields["defense"]
-            for stage in [defenses.declared(part["spec"], "stage", "", part.get("stage"))]
+            for stage in [declared(defenses, part["spec"], "stage", "", part.get("stage"))]
         )
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])
@@ -214,7 +214,7 @@ def _digest(fields: Mapping[str, Any]) -> str:
 def _title(registry: Registry[Any], part: Mapping[str, Any]) -> str:
     """What to write today for the parameters of a stored component; empty where ``spec`` still means them."""
     spec, stored = str(part["spec"]), dict(part.get("params") or {})
-    today = registry.defaults(spec)
+    today = defaults(registry, spec)
     changed = [
         f"{name}={value}"
         for name, value in stored.items()

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from bench.errors import ConfigError
-from bench.oracle.rules import rules_of
 from bench.plan.cell import Component
 from bench.registry import describe
+from bench.rules import rules_of
 from bench.spec import Spec
 from bench.system.user_code import joint_hash, named_file
 

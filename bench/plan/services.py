@@ -1,8 +1,8 @@
 """What can be asked of a service, decided before anything is."""
 
 from bench.errors import ConfigError
-from bench.oracle.rules import rules_of
 from bench.protocols import Attack
+from bench.rules import rules_of
 from bench.service import Service
 
 

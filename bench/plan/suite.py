@@ -10,7 +10,7 @@ import pydantic
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from bench.errors import ConfigError, did_you_mean
-from bench.numerics import Numerics
+from bench.precision import Numerics
 from bench.ranges import Count, Whole
 from bench.spec import LONGEST, parse_chain
 from bench.threat import Norm, parse_eps

@@ -7,16 +7,16 @@ from itertools import chain, groupby
 from typing import Any
 
 from bench.metrics import query_statistics
-from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.report.compare import Style
-from bench.report.escape import in_markdown, markdown_table, text_frame, tidy
+from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, clean, column, query_budget, robust, tested
 from bench.report.published import Figure, Published
 from bench.report.versions import by_version
 from bench.results.store import Row
+from bench.rules import NEVER
 from bench.spec import Spec, parse_chain
 from bench.threat import format_eps
 
@@ -73,8 +73,8 @@ def match(published: Published, rows: Iterable[Row]) -> Matches:
     model, number of samples, budget and copy of the data. What is measured on clean images needs no attack and comes
     once a model and defense, from the largest row.
     """
-    newest = [row for row in by_version(rows).newest if len(row.records)]
-    rows = sorted(newest, key=lambda row: (-len(row.records), str(row.cell)))
+    newest = [row for row in by_version(rows).newest if row.n]
+    rows = sorted(newest, key=lambda row: (-row.n, str(row.cell)))
     # A network that is a defense by itself compares with figures of that network alone.
     hardened = {str(Spec.parse(figure.spec.model or "")) for figure in published.figures if _is_defense(figure)}
     marks = {row.cell.key: marks_of(row) for row in rows}
@@ -151,7 +151,7 @@ def _beside(figure: Figure, row: Row, marks: frozenset[str], copies: Mapping[str
         return None
     value, interval = measured
     differences = _differences(figure, row, budget, marks, copies)
-    return Match(figure, row.cell, len(row.records), value, interval, tuple(differences))
+    return Match(figure, row.cell, row.n, value, interval, tuple(differences))
 
 
 def _measured(figure: Figure, row: Row, budget: int) -> tuple[float, tuple[float, float] | None] | None:
@@ -186,7 +186,7 @@ def _measured(figure: Figure, row: Row, budget: int) -> tuple[float, tuple[float
 def _differences(
     figure: Figure, row: Row, budget: int, marks: frozenset[str], copies: Mapping[str, str]
 ) -> Iterable[Difference]:
-    cell, n = row.cell, len(row.records)
+    cell, n = row.cell, row.n
     if not _same_model(figure, cell):
         yield Difference("model", figure.model, cell.model.spec)
     if cell.data_hash:
@@ -262,7 +262,7 @@ def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str,
     for difference in chain.from_iterable(each.differences for each in matches):
         by_kind.setdefault((difference.what, difference.ours), {})[difference.published] = None
     notes = [in_markdown(f"{what}: {' or '.join(there)} ≠ {ours}") for (what, ours), there in by_kind.items()]
-    return "\n\n".join(filter(None, (head, setting, markdown_table(text_frame(cells)), "  \n".join(notes))))
+    return "\n\n".join(filter(None, (head, setting, markdown_table(cells), "  \n".join(notes))))
 
 
 def _missing_section(missing: Sequence[Figure]) -> str:

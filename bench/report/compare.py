@@ -6,9 +6,9 @@ from typing import Any, Literal, NamedTuple
 
 from bench.errors import ConfigError, did_you_mean
 from bench.plan.pin import placeless
-from bench.report.escape import in_markdown, markdown_table, text_frame, tidy
+from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.marks import legend, marks_of, signs
-from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, within
+from bench.report.outcomes import Share, column, failure, is_control, network, query_budget, restricted, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
 from bench.report.stats import mcnemar, paired_bootstrap
@@ -115,7 +115,7 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
         )
         head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
         setting = f"{in_markdown(duel.setting)} · {duel.n} samples in common"
-        parts.append("\n\n".join((head, setting, markdown_table(text_frame(cells)), "  \n".join(notes))))
+        parts.append("\n\n".join((head, setting, markdown_table(cells), "  \n".join(notes))))
     return "\n\n".join(parts)
 
 
@@ -153,7 +153,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
             f"{b} {_listed(names_b)}; run both under one"
         )
     pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
-    ids = set.intersection(*(set(row.records["sample_id"]) for pair in pairs for row in pair))
+    ids = set.intersection(*(set(column(row, "sample_id").tolist()) for pair in pairs for row in pair))
     if not ids:
         raise ConfigError(f"{a} and {b} have no samples in common on {setting}; run both with the same n")
     shown = _budgets([pair.queries for pair in pairs], budgets, setting)
@@ -219,8 +219,8 @@ def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
 
 def _met(rows: Iterable[Row]) -> dict[Encounter, Row]:
     """Rows with records by attack and seed; of several, that with the most queries and samples."""
-    ordered = sorted(rows, key=lambda row: (query_budget(row), len(row.records)))
-    return {encounter(row): row for row in ordered if len(row.records)}
+    ordered = sorted(rows, key=lambda row: (query_budget(row), row.n))
+    return {encounter(row): row for row in ordered if row.n}
 
 
 def _name(spec: str, seed: int) -> str:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from bench.measure.diagnostics import collapse
-from bench.report.escape import in_terminal, markdown_table, text_frame, tidy
+from bench.report.collapse import collapse
+from bench.report.escape import in_terminal, markdown_table, tidy
 from bench.results.store import Row
 
 Style = Literal["md", "csv", "json"]
@@ -71,7 +71,7 @@ def render_curves(found: Sequence[Training], style: Style) -> str:
             ],
             style,
         )  # fmt: skip
-    return f"{markdown_table(text_frame([_line(one) for one in found]))}\n\n{LEGEND}\n"
+    return f"{markdown_table([_line(one) for one in found])}\n\n{LEGEND}\n"
 
 
 def _line(one: Training) -> dict[str, str]:

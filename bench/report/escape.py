@@ -1,13 +1,17 @@
 """Text of others on its way out: names, evidence and errors, which may be anything, made harmless for each format."""
 
+import csv
+import io
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-import pandas as pd
+from tabulate import tabulate
 
 Tidy = Literal["csv", "json"]
+Lines = Sequence[Mapping[str, str]]  # of a table: cells by the names of their columns; one that is missing is empty
 
 _CONSTRUCTS = re.compile(
     r"""[`*|$]                                    # code, emphasis, cells, mathematics
@@ -53,38 +57,44 @@ def in_csv(text: str) -> str:
     return "'" + in_terminal(text) if _FORMULA.match(text) else in_terminal(text)
 
 
-def text_frame(lines: list[dict[str, str]]) -> pd.DataFrame:
-    """Lines of text, which may be any; a missing value is an empty cell."""
-    return pd.DataFrame(lines, dtype=object).fillna("")  # Arrow's strings, the default, hold UTF-8 alone
-
-
-def markdown_table(lines: pd.DataFrame) -> str:
+def markdown_table(lines: Lines) -> str:
     """Lines of text as a Markdown table for people."""
-    frame = _each(lines, _in_cell)
-    return str(frame.to_markdown(index=False, disable_numparse=True))
+    names = columns(lines)
+    cells = [[_in_cell(line.get(name, "")) for name in names] for line in lines]
+    return tabulate(cells, [*map(_in_cell, names)], tablefmt="pipe", disable_numparse=True) if names else ""
 
 
-def latex_table(lines: pd.DataFrame, caption: str) -> str:
+def latex_table(lines: Lines, caption: str) -> str:
     """Lines of text as a floating LaTeX table (booktabs)."""
-    frame = _each(lines, in_latex)
+    import pandas as pd  # which is slow to come, and which other tables need not
+
+    names = columns(lines)
+    cells = [[in_latex(line.get(name, "")) for name in names] for line in lines]
+    frame = pd.DataFrame(cells, columns=[*map(in_latex, names)], dtype=object)
     return str(frame.to_latex(index=False, escape=False, caption=in_latex(caption), position="ht"))
 
 
-def tidy(records: list[dict[str, Any]], style: Tidy) -> str:
+def columns(lines: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The names of all cells in the order in which they come first; the names may be texts of others, too."""
+    return list(dict.fromkeys(name for line in lines for name in line))
+
+
+def tidy(records: Sequence[Mapping[str, Any]], style: Tidy) -> str:
     """Records for programs, who meet numbers as numbers and columns under our own names for them."""
     if style == "json":
         return json.dumps(records, indent=1)
-    escaped = [
-        {name: in_csv(value) if isinstance(value, str) else value for name, value in record.items()}
-        for record in records
-    ]
-    return str(pd.DataFrame(escaped).to_csv(index=False))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns(records), restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _csv_cell(value) for name, value in record.items()} for record in records)
+    return out.getvalue()
 
 
-def _each(lines: pd.DataFrame, escape: Callable[[str], str]) -> pd.DataFrame:
-    """``lines`` with every text escaped; the names of columns may be texts of others, too."""
-    escaped = lines.map(lambda text: escape(str(text)))
-    return escaped.set_axis([escape(str(name)) for name in lines.columns], axis=1)
+def _csv_cell(value: Any) -> Any:
+    """Texts harmless, floats as Python writes them, nothing for what is no number."""
+    if isinstance(value, str):
+        return in_csv(value)
+    return ("" if math.isnan(value) else float(value)) if isinstance(value, float) else value
 
 
 def _in_cell(text: str) -> str:

@@ -21,9 +21,9 @@ from bench.metrics import (
     query_curve_area,
     query_statistics,
 )
-from bench.oracle import NEVER
 from bench.report.outcomes import column, query_budget
 from bench.results.store import Row
+from bench.rules import NEVER
 
 Place = Literal["defense", "attack", "learner", ""]
 HITS = ("first_hit",)

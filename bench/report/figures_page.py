@@ -3,7 +3,7 @@
 Written by ``python -m bench.report.figures_page > docs/figures.md``.
 """
 
-from bench.report.escape import markdown_table, text_frame
+from bench.report.escape import markdown_table
 from bench.report.figures import FIGURES, Figure
 from bench.report.marks import MARKS
 
@@ -32,12 +32,12 @@ def as_markdown() -> str:
     parts = [HEAD]
     for place, title in SECTIONS.items():
         shown = [figure for figure in FIGURES if figure.place == place]
-        parts += [f"## {title}", markdown_table(text_frame([_line(figure) for figure in shown]))]
+        parts += [f"## {title}", markdown_table([_line(figure) for figure in shown])]
     signs = [
         {"sign": mark.sign, "name": mark.name, "meaning": mark.sentence, "ranked": "never" if mark.bars else ""}
         for mark in MARKS
     ]
-    parts += ["## Signs", markdown_table(text_frame(signs))]
+    parts += ["## Signs", markdown_table(signs)]
     return "\n\n".join(parts) + "\n"
 
 

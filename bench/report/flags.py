@@ -10,19 +10,18 @@ docs/red-flags.md. Where several rows fire a flag, the widest effect is the evid
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
-from scipy import stats
 
-from bench.oracle import NEVER
 from bench.plan.cell import Cell
 from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust, seen
-from bench.report.stats import mcnemar
+from bench.report.stats import binomial_above, fisher_below, mcnemar
 from bench.results.store import Row
+from bench.rules import NEVER
 from bench.system.files import keep_file
 
 SIGNIFICANT = 0.01
@@ -111,7 +110,7 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
 
 def _compared(rows: Sequence[Row]) -> list[Row]:
     """The rows that attacks are compared by: what others had left to an attack says nothing of either."""
-    return [row for row in rows if not len(row.partial)]
+    return [row for row in rows if not row.partial]
 
 
 def _undefended(cell: Cell) -> str:
@@ -150,14 +149,14 @@ def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:
     A model whose images are normalised twice, or not at all, looks like that, and nothing can be said of its
     robustness. Measured by Cohen's kappa, which is 0 for chance and for a constant answer, and 1 for the truth.
     """
-    row = max(rows, key=lambda row: len(row.records))
+    row = max(rows, key=lambda row: row.n)
     predicted, true = column(row, "clean_pred"), column(row, "y")
     if len(predicted) < LEAST:
         return None
     classes = np.union1d(predicted, true)
     shares = [np.array([(labels == each).mean() for each in classes]) for labels in (predicted, true)]
     chance, right = float(shares[0] @ shares[1]), int((predicted == true).sum())
-    above = stats.binomtest(right, len(true), min(chance, 1.0), alternative="greater").pvalue < SIGNIFICANT
+    above = binomial_above(right, len(true), min(chance, 1.0)) < SIGNIFICANT
     if above and right / len(true) - chance > THRESHOLDS["explained-by-chance"] * (1 - chance):
         return None
     return Sign(
@@ -169,7 +168,7 @@ def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:
 
 def _invalid_answers(rows: Sequence[Row]) -> Sign | None:
     """RF-10: NaN or infinite scores."""
-    hurt = [row.records.loc[row.records["invalid"], "sample_id"] for row in rows if "invalid" in row.records]
+    hurt = [column(row, "sample_id")[column(row, "invalid")] for row in rows if "invalid" in row.columns]
     count = len(set().union(*hurt))
     return Sign("invalid-answers", f"{count} attacked samples got NaN or infinite scores") if count else None
 
@@ -248,10 +247,10 @@ def _square_beats_gradients(rows: Sequence[Row]) -> Sign | None:
     found = []
     for row in rows:
         taken = int((column(row, "fell_to") == "square").sum())
-        if taken > THRESHOLDS["square-beats-gradients"] * len(row.records):
-            beaten = f"{taken} of {len(row.records)} samples"
+        if taken > THRESHOLDS["square-beats-gradients"] * row.n:
+            beaten = f"{taken} of {row.n} samples"
             evidence = f"{row.cell.attack.spec}: Square beat {beaten} that attacks with gradients left"
-            found.append((taken / len(row.records), Sign("square-beats-gradients", evidence)))
+            found.append((taken / row.n, Sign("square-beats-gradients", evidence)))
     return _widest(found)
 
 
@@ -274,9 +273,9 @@ def _survives_any_radius(rows: Sequence[Row]) -> Sign | None:
     threat, attacked = rows[0].cell.threat, [row for row in rows if not _learns_nothing(row)]
     if threat.norm != "linf" or threat.eps < HALF_THE_RANGE or not attacked:
         return None
-    left = _standing(attacked, max(query_budget(row) for row in attacked)).to_numpy()
+    left = _standing(attacked, max(query_budget(row) for row in attacked)).by_sample
     most = THRESHOLDS["survives-any-radius"]
-    if not len(left) or stats.binomtest(int(left.sum()), len(left), most, alternative="greater").pvalue >= SIGNIFICANT:
+    if not len(left) or binomial_above(int(left.sum()), len(left), most) >= SIGNIFICANT:
         return None
     names = ", ".join(row.cell.attack.spec for row in attacked)
     return Sign("survives-any-radius", f"{names} at {threat}: {_percent(left)} stand (n={len(left)})")
@@ -307,7 +306,7 @@ def _budget_does_not_help(pairs: Pairs) -> Sign | None:
         if fell * twin_stood > THRESHOLDS["budget-does-not-help"] * twin_fell * stood:
             continue
         table = np.array([[fell, stood - fell], [twin_fell, twin_stood - twin_fell]])
-        if stats.fisher_exact(table, alternative="less").pvalue < SIGNIFICANT:
+        if fisher_below(table) < SIGNIFICANT:
             evidence = (
                 f"{row.cell.attack.spec}: queries {late:,} to {full:,} took {fell} of {stood} samples that still "
                 f"stood, {twin_fell} of {twin_stood} without the defense"
@@ -352,7 +351,7 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
     ]
     for pair, gained in scored:
         for other, gained_there in labelled:
-            gains = pd.concat([gained, gained_there], axis=1, join="inner").to_numpy()
+            gains = _in_common(gained, gained_there)                                    # (n, 2)
             if not len(gains):
                 continue
             gain, idle = gains.sum(axis=0) / len(gains)
@@ -409,19 +408,35 @@ class _Comparison(NamedTuple):
 
 
 def _compare(ours: Sequence[Row], theirs: Sequence[Row], queries: int) -> _Comparison:
-    both = pd.concat([_standing(ours, queries), _standing(theirs, queries)], axis=1, join="inner").to_numpy()
+    both = _in_common(_standing(ours, queries), _standing(theirs, queries))
     return _Comparison(both[:, 0], both[:, 1])
 
 
-def _standing(rows: Sequence[Row], queries: int) -> "pd.Series[bool]":
-    """By sample id, for the samples that all rows have met: whether none of them beat it in so many queries.
+class _Samples(NamedTuple):
+    """A value for each of some samples."""
+
+    ids: NDArray[Any]
+    by_sample: NDArray[Any]
+
+
+def _in_common(*parts: _Samples) -> NDArray[Any]:
+    """(n, parts) the values of the samples that all parts have."""
+    ids = _common_ids(parts)
+    return np.stack([part.by_sample[np.argsort(part.ids)[np.isin(np.sort(part.ids), ids)]] for part in parts], axis=1)
+
+
+def _common_ids(parts: Sequence[_Samples]) -> NDArray[Any]:
+    """The samples that all parts have, in the order of their numbers."""
+    return reduce(np.intersect1d, (part.ids for part in parts), parts[0].ids)
+
+
+def _standing(rows: Sequence[Row], queries: int) -> _Samples:
+    """For the samples that all rows have met: whether none of them beat it in so many queries.
 
     A row with a smaller budget counts with what it had.
     """
-    parts = [
-        pd.Series(robust(row, min(queries, query_budget(row))).right, index=column(row, "sample_id")) for row in rows
-    ]
-    return pd.concat(parts, axis=1, join="inner").all(axis=1)
+    parts = [_Samples(column(row, "sample_id"), robust(row, min(queries, query_budget(row))).right) for row in rows]
+    return _Samples(_common_ids(parts), np.all(_in_common(*parts), axis=1))
 
 
 def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> Sign | None:
@@ -453,18 +468,18 @@ def _late(row: Row, other: Row, late: int, full: int) -> tuple[int, int]:
 
 def _widest_gap(row: Row, other: Row, queries: int) -> float:
     """By how much less ``row`` leaves than ``other``, at the number of queries up to ``queries`` where that is most."""
-    hits = [pd.Series(column(each, "first_hit"), index=column(each, "sample_id")) for each in (row, other)]
-    both = pd.concat(hits, axis=1, join="inner").to_numpy()                             # (n, 2)
+    both = _in_common(*(_Samples(column(each, "sample_id"), column(each, "first_hit")) for each in (row, other)))
     moments = np.unique(both[(both != NEVER) & (both <= queries)])
     fallen = [np.searchsorted(np.sort(hit[hit != NEVER]), moments, side="right") for hit in both.T]
     return float((fallen[0] - fallen[1]).max(initial=0)) / max(len(both), 1)
 
 
-def _gain(row: Row, twin: Row) -> "pd.Series[int]":
-    """By sample id: 1 where it stands with the defense only, -1 where without it only, else 0."""
+def _gain(row: Row, twin: Row) -> _Samples:
+    """1 where it stands with the defense only, -1 where without it only, else 0."""
     queries = _common_budget(row, twin)
-    both = pd.concat([_standing([row], queries), _standing([twin], queries)], axis=1, join="inner").astype(int)
-    return both[0] - both[1]
+    with_it, without = _standing([row], queries), _standing([twin], queries)
+    both = _in_common(with_it, without).astype(int)
+    return _Samples(_common_ids([with_it, without]), both[:, 0] - both[:, 1])
 
 
 def _taken(row: Row) -> float:

@@ -4,15 +4,14 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-import pandas as pd
-
-from bench.report.escape import in_markdown, latex_table, markdown_table, text_frame, tidy
+from bench.report.escape import Lines, columns, in_markdown, latex_table, markdown_table, tidy
 from bench.report.figures import BY_NAME, Place, legend, placed
 from bench.report.line import Line, hardest
 from bench.report.marks import PARTIAL, signs
 from bench.report.marks import legend as marks_legend
 from bench.report.outcomes import failure
 from bench.report.standings import Table
+from bench.results.records import length
 from bench.results.store import Row
 from bench.tracks import track_of
 
@@ -40,7 +39,7 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
 
 
 def _markdown(table: Table, details: bool) -> str:
-    frames = [f"{title}\n\n{markdown_table(frame)}" for title, frame in _frames(table, details)]
+    frames = [f"{title}\n\n{markdown_table(lines)}" for title, lines in _frames(table, details)]
     parts = [f"### {in_markdown(table.title)}", *frames]
     notes = [in_markdown(note) for note in (*table.notes, table.origin)]
     parts.insert(2, "  \n".join(filter(None, (_legend(table), *notes))))
@@ -58,9 +57,9 @@ def _markdown(table: Table, details: bool) -> str:
 
 def _latex(table: Table, details: bool) -> str:
     parts = []
-    for title, frame in _frames(table, details):
+    for title, lines in _frames(table, details):
         notes = (_legend(table, latex=True), *(f"{note}." for note in table.notes), table.origin) if not title else ()
-        parts.append(latex_table(frame, " ".join((f"{table.title}.", title, *notes))))
+        parts.append(latex_table(lines, " ".join((f"{table.title}.", title, *notes))))
     return "\n".join(parts)
 
 
@@ -68,37 +67,30 @@ def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
         return f"failed: {failure(row)}"
-    if len(row.partial):
-        return f"on {len(row.partial)} of {len(row.cell.ids)} samples, which other attacks had left"
+    if row.partial:
+        return f"on {length(row.partial)} of {len(row.cell.ids)} samples, which other attacks had left"
     return track_of(row.cell).summary(row)
 
 
-def _frames(table: Table, details: bool) -> list[tuple[str, pd.DataFrame]]:
+def _frames(table: Table, details: bool) -> list[tuple[str, Lines]]:
     """The table as people read it: accuracies; what the defenses do to their scores; what the queries achieved."""
-    parts = [("", _accuracies(table))]
+    parts: list[tuple[str, Lines]] = [("", _accuracies(table))]
     if details:
         parts += [(GLANCE, _glance(table)), (LASTING, _lasting(table))]
         parts += [_explained(SCORES, "defense", _scores(table)), _explained(QUERIES, "attack", _queries(table))]
-    return [(title, frame) for title, frame in parts if len(frame) or not title]
+    return [(title, lines) for title, lines in parts if lines or not title]
 
 
-def _accuracies(table: Table) -> pd.DataFrame:
+def _accuracies(table: Table) -> Lines:
+    ranked = any(line.rank for line in table.lines)
     lines = []
     for line in table.lines:
+        rank = {"rank": "" if line.rank is None else str(line.rank)} if ranked else {}
         shares = {name: str(share) for name, share in line.shares.items()}
         extra = {name: _extra(name, value) for name, value in line.extra.items()}
-        lines.append(
-            {
-                "rank": "" if line.rank is None else str(line.rank),
-                "defense": line.defense,
-                "attack": f"{line.attack} {signs(line.marks)}".strip(),
-                **shares,
-                **extra,
-                "n": line.samples,
-            }
-        )
-    frame = _once(lines)
-    return frame if any(line.rank for line in table.lines) else frame.drop(columns="rank")
+        attack = f"{line.attack} {signs(line.marks)}".strip()
+        lines.append({**rank, "defense": line.defense, "attack": attack, **shares, **extra, "n": line.samples})
+    return _once(lines)
 
 
 def _extra(name: str, value: float) -> str:
@@ -106,30 +98,31 @@ def _extra(name: str, value: float) -> str:
     return BY_NAME[name].text(value) if name in BY_NAME else f"{100 * value:.1f}"
 
 
-def _explained(title: str, place: Place, frame: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+def _explained(title: str, place: Place, lines: Lines) -> tuple[str, Lines]:
     """A table of figures without the columns that no line fills, and what the others hold."""
-    kept = frame[[name for name in frame if (frame[name] != "").any()]]
-    return f"{title} {legend(figure for figure in placed(place) if figure.label in kept)}.", kept
+    filled = {name for line in lines for name, text in line.items() if text}
+    kept = [{name: text for name, text in line.items() if name in filled} for line in lines]
+    return f"{title} {legend(figure for figure in placed(place) if figure.label in filled)}.", kept
 
 
-def _glance(table: Table) -> pd.DataFrame:
+def _glance(table: Table) -> Lines:
     """Defenses against attacks, the more numerous as lines; nothing where one attack is all there is."""
-    lines: dict[str, dict[str, str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for line in table.lines:
-        shown = lines.setdefault(line.defense, {"defense": line.defense})
+        shown = found.setdefault(line.defense, {})
         if line.left:
             column, share = line.left
             name = line.attack.partition(" of ")[0] + (f" {column}" if column.startswith("@") else "")
             shown[name] = f"{100 * share.value:.1f} {signs(line.marks & PARTIAL)}".strip()
-    if all(len(shown) <= 2 for shown in lines.values()):
-        return pd.DataFrame()
-    frame = text_frame(list(lines.values()))
-    if len(frame.columns) - 1 > len(frame):
-        frame = frame.set_index("defense").T.reset_index(names="attack").rename_axis(columns=None)
-    return frame
+    if all(len(shown) <= 1 for shown in found.values()):
+        return []
+    attacks = columns(found.values())
+    if len(attacks) > len(found):
+        return [{"attack": each, **{name: shown.get(each, "") for name, shown in found.items()}} for each in attacks]
+    return [{"defense": name, **shown} for name, shown in found.items()]
 
 
-def _lasting(table: Table) -> pd.DataFrame:
+def _lasting(table: Table) -> Lines:
     """The accuracies of random defenses with hits re-evaluated."""
     lines = [
         {"defense": line.defense, "attack": line.attack}
@@ -141,17 +134,17 @@ def _lasting(table: Table) -> pd.DataFrame:
     return _once(lines)
 
 
-def _scores(table: Table) -> pd.DataFrame:
+def _scores(table: Table) -> Lines:
     """One line for each defense, the scores under attack those under the attack that left it the least."""
     lines = []
     for defense in dict.fromkeys(line.defense for line in table.lines):
         own = (line for line in table.lines if line.defense == defense and "ece" in line.figures)
         if line := hardest(own):
             lines.append({"defense": defense, **_columns(line, "defense"), "under": line.attack})
-    return text_frame(lines)
+    return lines
 
 
-def _queries(table: Table) -> pd.DataFrame:
+def _queries(table: Table) -> Lines:
     lines = [line for line in table.lines if "auc" in line.figures]
     return _once([{"defense": line.defense, "attack": line.attack, **_columns(line, "attack")} for line in lines])
 
@@ -165,12 +158,11 @@ def _columns(line: Line, place: Place) -> dict[str, str]:
     return shown
 
 
-def _once(lines: list[dict[str, str]]) -> pd.DataFrame:
+def _once(lines: list[dict[str, str]]) -> Lines:
     """The lines, each defense named in its first one alone."""
-    frame = text_frame(lines)
-    if len(frame):
-        frame["defense"] = frame["defense"].where(frame["defense"] != frame["defense"].shift(), "")
-    return frame
+    before = ["", *(line["defense"] for line in lines)]
+    return [line | {"defense": "" if line["defense"] == last else line["defense"]}
+            for line, last in zip(lines, before, strict=False)]  # fmt: skip
 
 
 def _legend(table: Table, latex: bool = False) -> str:

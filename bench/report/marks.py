@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from bench.numerics import COARSE
+from bench.precision import COARSE
 from bench.report.outcomes import column, is_control, query_budget, seen
 from bench.results.store import Row
 
@@ -94,8 +94,8 @@ def marks_of(row: Row) -> frozenset[str]:
     """What a reader of the figures of ``row`` must know, as names in :data:`MARKS`."""
     found = {
         "limited": row.cell.limited,
-        "incomplete": not row.complete and not len(row.partial),
-        "worst-only": bool(len(row.partial)),
+        "incomplete": not row.complete and not row.partial,
+        "worst-only": bool(row.partial),
         "failed": bool(row.errors),
         "invalid": bool(column(seen(row), "invalid").any()),
         "curtailed": query_budget(row) < row.cell.attack.asks,

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
-from bench.oracle import NEVER
 from bench.report.stats import wilson
+from bench.results.records import Columns, joined, length
 from bench.results.store import Row
+from bench.rules import NEVER
 
 _FRAME = re.compile(r'^ +File "(.+)", line (\d+)', re.MULTILINE)  # of a traceback
 _OUR_ERROR = re.compile(r"^bench\.errors\.\w+: ")  # whose message says it all
@@ -125,33 +125,44 @@ def is_control(row: Row) -> bool:
 
 def seen(row: Row) -> Row:
     """``row`` with all that it has measured as its records: for what is said of single samples, never for a share."""
-    return Row(row.cell, row.measured, row.shards) if len(row.partial) else row
+    return Row(row.cell, row.measured, row.shards) if row.partial else row
 
 
 def restricted(row: Row, ids: Collection[int]) -> Row:
     """``row`` with the records of the samples ``ids`` alone, in the order of their numbers."""
     kept = list(ids)
-    return replace(row, records=_of_samples(row.records, kept), partial=_of_samples(row.partial, kept))
+    return replace(row, columns=_of_samples(row.columns, kept), partial=_of_samples(row.partial, kept))
 
 
-def _of_samples(records: pd.DataFrame, ids: list[int]) -> pd.DataFrame:
-    if not len(records):
-        return records
-    return records[np.isin(records["sample_id"], ids)].sort_values("sample_id", ignore_index=True)
+def _of_samples(records: Columns, ids: list[int]) -> Columns:
+    if not length(records):
+        return {}
+    samples = records["sample_id"]
+    kept = np.flatnonzero(np.isin(samples, ids))
+    kept = kept[np.argsort(samples[kept], kind="stable")]
+    return {name: values[kept] for name, values in records.items()}
+
+
+def aligned(values: NDArray[Any], samples: NDArray[Any], wanted: Sequence[int], missing: Any) -> NDArray[Any]:
+    """``values`` of ``samples`` for those that are ``wanted``, in their order; ``missing`` where there is none."""
+    found = np.full(len(wanted), missing)
+    _, here, there = np.intersect1d(wanted, samples, return_indices=True)
+    found[here] = values[there]
+    return found
 
 
 def within(row: Row, budget: int) -> Row:
     """``row`` as its first ``budget`` queries say; its final examples are still those of all that it had."""
     threat = replace(row.cell.threat, query_budget=budget)
-    records, partial = (_within(table, budget) for table in (row.records, row.partial))
-    return replace(row, cell=replace(row.cell, threat=threat), records=records, partial=partial)
+    columns, partial = (_within(table, budget) for table in (row.columns, row.partial))
+    return replace(row, cell=replace(row.cell, threat=threat), columns=columns, partial=partial)
 
 
-def _within(records: pd.DataFrame, budget: int) -> pd.DataFrame:
-    if not len(records):
-        return records
+def _within(records: Columns, budget: int) -> Columns:
+    if not length(records):
+        return {}
     hits = records["first_hit"]
-    return records.assign(first_hit=np.where(hits > budget, NEVER, hits))
+    return {**records, "first_hit": np.where(hits > budget, NEVER, hits)}
 
 
 def network(row: Row) -> int | None:
@@ -183,11 +194,11 @@ def under_all(networks: list[list[Row]], ids: Sequence[int], right: Callable[[Ro
 
 def _pooled(rows: list[Row], ids: NDArray[Any], right: Callable[[Row], Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """(n,) whether a sample is right under all ``rows`` that met it, and (n,) whether one of them has not."""
-    whole = [right(row) for row in rows if not len(row.partial)]
+    whole = [right(row) for row in rows if not row.partial]
     held = np.logical_and.reduce(whole) if whole else np.ones(len(ids), dtype=bool)
     passed = np.zeros(len(ids), dtype=bool)
     for row in rows:
-        if len(row.partial):
+        if row.partial:
             met = np.isin(ids, row.partial["sample_id"])
             held[met] &= right(seen(row))
             passed |= ~met
@@ -205,18 +216,17 @@ def first_answers(rows: list[Row]) -> list[Row]:
 
 
 def _whole(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if not len(row.partial)]
+    return [row for row in rows if not row.partial]
 
 
 def _together(rows: list[Row]) -> Row:
     """The partial ``rows``, one for all, with each sample once."""
-    every = pd.concat([row.partial for row in rows], ignore_index=True).drop_duplicates("sample_id")
-    return replace(rows[0], partial=every.sort_values("sample_id", ignore_index=True))
+    return replace(rows[0], partial=joined([row.partial for row in rows]))
 
 
 def scope(row: Row) -> set[int]:
     """The samples that a row can speak of beside others: those that it met, or passed by because they had fallen."""
-    return set(row.cell.ids) if len(row.partial) else set(column(row, "sample_id").tolist())
+    return set(row.cell.ids) if row.partial else set(column(row, "sample_id").tolist())
 
 
 def failure(row: Row) -> str:

@@ -8,12 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.metrics import BINS, calibration_bins
-from bench.oracle import NEVER
 from bench.report.line import Line, attack_label, hardest
 from bench.report.outcomes import column, is_control, network, query_budget
 from bench.report.ranking import counted
 from bench.report.stats import wilson_bounds
 from bench.results.store import Row
+from bench.rules import NEVER
 
 WORST, CONTROL = "#d9480f", "#9a9aa2"  # colours, of the worst case and of controls, on light and on dark paper
 PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc4", "#8c6d31", "#4d8076")  # of attacks
@@ -69,8 +69,8 @@ def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
 
     Where attacks met only what others had left, how soon samples fall to the worst of them is not known: no curves.
     """
-    served = [row for row in rows if query_budget(row) and len(row.records)]
-    whole = not any(len(row.partial) for row in rows)
+    served = [row for row in rows if query_budget(row) and row.n]
+    whole = not any(row.partial for row in rows)
     asked = served if whole and any(name.startswith("@") for line in lines for name in line.shares) else []
     return Portrait(_curves(asked, lines), _bars(lines), _reliabilities(lines))
 

@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from bench.report.marks import UNRANKED, marks_of
-from bench.report.outcomes import Share, is_control, network, query_budget, seen, standing, tested
+from bench.report.outcomes import Share, aligned, is_control, network, query_budget, seen, standing, tested
 from bench.report.stats import holm, mcnemar_of
 from bench.results.store import Row
 
@@ -89,12 +88,11 @@ class Terms:
 
     def _paired(self, row: Row, share: Share) -> NDArray[np.bool_]:
         """(n,) of the terms' samples, by their numbers; one that an attack has not met stands."""
-        found = pd.Series(share.right, index=row.measured.get("sample_id", pd.Series(dtype=int)).to_numpy())
-        return np.asarray(found.reindex(list(self.ids), fill_value=True), dtype=bool)
+        return aligned(share.right, row.measured.get("sample_id", np.zeros(0)), self.ids, True)
 
     def _passed(self, row: Row) -> NDArray[np.bool_]:
         """(n,) of the terms' samples: whether they are of the cell of ``row``, and its attack was not run on them."""
-        spared = set(row.cell.ids) - set(row.partial["sample_id"]) if len(row.partial) else set()
+        spared = set(row.cell.ids) - set(row.partial["sample_id"].tolist()) if row.partial else set()
         return np.isin(self.ids, list(spared))
 
 

@@ -50,6 +50,27 @@ def mcnemar_of(more_a: NDArray[Any], more_b: NDArray[Any]) -> NDArray[np.float64
     return np.minimum(2 * tail, 1)
 
 
+def binomial_above(successes: int, n: int, share: float) -> float:
+    """One-sided exact p-value that so many ``successes`` of ``n`` come of a ``share``, and not of a larger one."""
+    return float(special.bdtrc(successes - 1, n, share)) if successes > 0 else 1.0
+
+
+def fisher_below(table: NDArray[Any]) -> float:
+    """One-sided exact p-value that the odds in the first row of ``table`` (2, 2) are those of the second, not smaller.
+
+    Source: Fisher, 1922, JRSS 85(1); the hypergeometric distribution of the upper left given both margins.
+    """
+    (a, b), (c, d) = (int(value) for value in table[0]), (int(value) for value in table[1])
+    upper = np.arange(max(0, a - d), a + 1)  # what may stand in the upper left, up to what does
+
+    def ways(n: int, k: NDArray[Any]) -> NDArray[np.float64]:
+        """The logarithm of n over k."""
+        return np.asarray(-special.betaln(1 + n - k, 1 + k) - np.log(n + 1))
+
+    logs = ways(a + b, upper) + ways(c + d, a + c - upper) - ways(a + b + c + d, np.array(a + c))
+    return min(1.0, float(np.exp(special.logsumexp(logs))))
+
+
 def paired_bootstrap(
     a: NDArray[Any], b: NDArray[Any], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:

@@ -7,15 +7,17 @@ the model can ask it about them again and see the classes that the records hold,
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
-from torch import Tensor
 
 from bench.errors import StoreError
 from bench.results.shards import LARGEST_TABLE, REMEDY, content_of
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SUFFIX = ".examples.parquet"
 
@@ -25,7 +27,7 @@ def examples_path(table: Path) -> Path:
     return table.with_name(table.stem + SUFFIX)
 
 
-def write_examples(ids: Sequence[int], images: Tensor) -> bytes:
+def write_examples(ids: Sequence[int], images: "Tensor") -> bytes:
     """The file of the ``images`` (B, C, H, W) of the samples ``ids``.
 
     Attacks that step by signs leave few different values, which a dictionary holds in a third of the space.
@@ -37,12 +39,14 @@ def write_examples(ids: Sequence[int], images: Tensor) -> bytes:
     return file.getvalue()
 
 
-def read_examples(path: Path, ids: Sequence[int], shape: tuple[int, int, int]) -> Tensor:
+def read_examples(path: Path, ids: Sequence[int], shape: tuple[int, int, int]) -> "Tensor":
     """The images (B, C, H, W) of the samples ``ids`` that :func:`write_examples` wrote as ``path``.
 
     Raises:
         StoreError: the file is missing, too large, damaged, of other samples or of another shape.
     """
+    import torch  # not at the top: tables need where examples lie, and no more
+
     content = content_of(path, LARGEST_TABLE)
     wanted = len(ids) * int(np.prod(shape))
     try:

@@ -1,15 +1,20 @@
 """The records of a shard: what each column of the table holds, and whether a table that was read can be one."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
+from numpy.typing import NDArray
 
-from bench.oracle import NEVER
 from bench.plan.cell import Cell
 
+if TYPE_CHECKING:
+    import pandas as pd
+from bench.rules import NEVER
+
 Kind = Literal["whole", "real", "truth", "text"]
+Columns = Mapping[str, NDArray[Any]]  # of a table of records: an entry of each for each sample
+KINDS = {"whole": "iu", "real": "f", "truth": "b", "text": "OU"}  # as numpy has them
 ROUNDING = 1e-5  # of float32, by which a share or a distance may leave its range
 
 
@@ -49,58 +54,70 @@ KNOWN: Mapping[str, Column] = {
 }
 
 
-def check_records(records: pd.DataFrame, cell: Cell, ids: Sequence[int]) -> None:
+def check_records(records: Columns, cell: Cell, ids: Sequence[int]) -> None:
     """Whether ``records`` can be those of the samples ``ids`` of ``cell``.
 
     Raises:
         ValueError: a column is missing, of another type or out of its range, or the samples, the seed, the version of
             the attack or the queries are not those of the cell. The message names the first of these.
     """
-    if not records.columns.is_unique:
-        raise ValueError("has two columns of one name")
     for name in ATTACKED if cell.threat.asks else LEARNED:
         if name not in records:
             raise ValueError(f"has no column {name}")
-    for name, column in KNOWN.items():
-        if name in records:
-            _check_column(records[name], column)
-    if records["sample_id"].tolist() != list(ids):
+    for name, values in records.items():
+        if name in KNOWN:
+            _check_column(name, values, KNOWN[name])
+    if not np.array_equal(records["sample_id"], ids):
         raise ValueError("holds other samples than its JSON says")
     if "seed" in records and (records["seed"] != cell.seed).any():
         raise ValueError(f"is of another seed than {cell.seed}")
-    if "attack_version" in records and (records["attack_version"] != str(cell.attack.version)).any():
+    if "attack_version" in records and set(records["attack_version"].tolist()) - {str(cell.attack.version)}:
         raise ValueError(f"is of another version of the attack than {cell.attack.version}")
     if cell.threat.asks:
         _check_queries(records, cell.threat.query_budget or 0)
 
 
-def _check_column(values: "pd.Series[int]", column: Column) -> None:
-    if not _is(values, column.kind):
-        raise ValueError(f"has {values.dtype} in {values.name}, where {column.kind} values belong")
+def joined(parts: Sequence[Columns]) -> dict[str, NDArray[Any]]:
+    """The records of ``parts`` as one table in the order of their samples, each sample once, as the first has it.
+
+    Where one of them does not have a column of the others, it holds NaN.
+    """
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    whole = {name: np.concatenate([part.get(name, np.full(length(part), np.nan)) for part in parts]) for name in names}
+    if not length(whole):
+        return {}
+    _, first = np.unique(whole["sample_id"], return_index=True)
+    return {name: values[first] for name, values in whole.items()}
+
+
+def length(records: Columns) -> int:
+    """For how many samples."""
+    return len(next(iter(records.values()), ()))
+
+
+def frame(records: Columns) -> "pd.DataFrame":
+    """The same as pandas has it."""
+    import pandas as pd  # which is slow to come, and which tables need not
+
+    told = {name: values.tolist() if values.dtype.kind in "OU" else values for name, values in records.items()}
+    return pd.DataFrame(told)
+
+
+def _check_column(name: str, values: NDArray[Any], column: Column) -> None:
+    if values.dtype.kind not in KINDS[column.kind]:
+        raise ValueError(f"has {values.dtype} in {name}, where {column.kind} values belong")
+    if values.dtype == object and not set(map(type, values.tolist())) <= {str, type(None)}:
+        raise ValueError(f"has {values.dtype} in {name}, where text values belong")
     if column.kind in ("truth", "text"):
         return
-    if values.hasnans and not column.nan:
-        raise ValueError(f"has no value of {values.name} for some samples")
-    known = values.to_numpy(dtype=float, na_value=np.nan)  # once, since pandas takes longer for a comparison than numpy
-    low, high = np.fmin.reduce(known, initial=np.inf), np.fmax.reduce(known, initial=-np.inf)
+    low, high = np.fmin.reduce(values), np.fmax.reduce(values)  # of what is a number
+    if not column.nan and np.isnan(values).any():
+        raise ValueError(f"has no value of {name} for some samples")
     if low < column.low - ROUNDING or high > column.high + ROUNDING:
-        raise ValueError(f"has {values.name} outside {column.low:g} to {column.high:g}")
+        raise ValueError(f"has {name} outside {column.low:g} to {column.high:g}")
 
 
-def _is(values: "pd.Series[int]", kind: Kind) -> bool:
-    types = pd.api.types
-    match kind:
-        case "whole":
-            return types.is_integer_dtype(values.dtype)
-        case "real":
-            return types.is_float_dtype(values.dtype)
-        case "truth":
-            return types.is_bool_dtype(values.dtype) and not values.isna().any()
-        case "text":
-            return types.is_string_dtype(values)
-
-
-def _check_queries(records: pd.DataFrame, budget: int) -> None:
+def _check_queries(records: Columns, budget: int) -> None:
     hit = records["first_hit"]
     for name in ("first_hit", "forwards"):
         if name in records and (records[name] > budget).any():

@@ -5,7 +5,6 @@ looked at before it is read, its checksum, its types and its ranges before it is
 in whose folder it lies. Whatever is wrong is one :class:`bench.errors.StoreError` that names the file.
 """
 
-import io
 import json
 import math
 import re
@@ -16,15 +15,19 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
-from bench.results.records import check_records
+from bench.results.arrow import as_numpy
+from bench.results.records import Columns, check_records, frame
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 SCHEMAS = 1, 2  # the second of shards of chosen samples, which versions that do not know them refuse
 SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
@@ -76,10 +79,15 @@ class Shard:
 
 
 class Stored(NamedTuple):
-    """A shard and its records, one line for each sample; a failed one has none."""
+    """A shard and the columns of its records, an entry of each for each sample; a failed one has none."""
 
     shard: Shard
-    records: pd.DataFrame
+    columns: Columns
+
+    @property
+    def records(self) -> "pd.DataFrame":
+        """The same as pandas has it."""
+        return frame(self.columns)
 
 
 def write_json(shard: Shard, records_sha256: str | None) -> bytes:
@@ -113,7 +121,7 @@ def read_shard(path: Path) -> Stored:
     shard, records_sha256 = _parse(path, text)
     _check_place(path, shard)
     if records_sha256 is None:
-        return Stored(shard, pd.DataFrame())
+        return Stored(shard, {})
     table = table_path(path, records_sha256)
     content = content_of(table, LARGEST_TABLE)
     if sha256(content).hexdigest() != records_sha256:
@@ -262,19 +270,22 @@ def _check_place(path: Path, shard: Shard) -> None:
         raise StoreError(f"{path} holds what belongs into {shard.file_name}; rename it, or delete it")
 
 
-def _records(table: Path, content: bytes, shard: Shard) -> pd.DataFrame:
+def _records(table: Path, content: bytes, shard: Shard) -> Columns:
     """The records of a shard from the bytes of their file."""
     samples = len(shard.positions)
     try:
-        file = pq.ParquetFile(io.BytesIO(content))
+        file = pq.ParquetFile(pa.BufferReader(content))
         size = sum(file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups))
         fits = file.metadata.num_rows == samples and size <= LARGEST_TABLE
-        records = file.read().to_pandas(ignore_metadata=True) if fits else pd.DataFrame()
+        read = file.read(use_threads=False) if fits else pa.table({})
+        records = {name: as_numpy(values) for name, values in zip(read.column_names, read.columns, strict=True)}
     except Exception as error:  # of a stranger's file, whatever its reader raises
         raise StoreError(f"{table} cannot be read ({type(error).__name__}); {REMEDY}") from None
     if not fits:
         raise StoreError(f"{table} has {file.metadata.num_rows} lines for {samples} samples; {REMEDY}")
     try:
+        if len(records) < read.num_columns:
+            raise ValueError("has two columns of one name")
         check_records(records, shard.cell, shard.ids)
     except ValueError as error:
         raise StoreError(f"{table} {error}; {REMEDY}") from None

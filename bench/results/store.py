@@ -15,51 +15,66 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-import pandas as pd
-from numpy.typing import NDArray
-from torch import Tensor
+import numpy as np
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
 from bench.results.examples import examples_path, write_examples
+from bench.results.records import Columns, frame, joined, length
 from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
 from bench.results.spelling import Spelling
 from bench.system.files import keep_file, replace_file, slug
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Row:
-    """A cell with everything that is stored about it; ``records`` has one line for each finished sample.
+    """A cell with everything that is stored about it.
+
+    ``columns`` are those of its records by name, an entry of each for each finished sample; they are given as arrays or
+    as a table of pandas, and kept as arrays.
 
     An attack that was run only on what others had left has met the hardest samples of its cell, so that no share of
-    them says anything of the cell. Then ``records`` is empty, and what was measured is ``partial``: for whoever takes
+    them says anything of the cell. Then ``columns`` is empty, and what was measured is ``partial``: for whoever takes
     the attacks together, sample by sample, and for nobody who takes this one by itself.
     """
 
     cell: Cell
-    records: pd.DataFrame
+    columns: Columns
     shards: tuple[Shard, ...]
-    partial: pd.DataFrame = field(default_factory=pd.DataFrame)
+    partial: Columns = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field_name in ("columns", "partial"):
+            arrays = {str(name): np.asarray(values) for name, values in getattr(self, field_name).items()}
+            object.__setattr__(self, field_name, arrays if length(arrays) else {})
 
     @classmethod
-    def of(cls, cell: Cell, measured: pd.DataFrame, shards: tuple[Shard, ...]) -> "Row":
-        """The row of all that was ``measured``, one line for each sample."""
+    def of(cls, cell: Cell, measured: Columns, shards: tuple[Shard, ...]) -> "Row":
+        """The row of all that was ``measured``, an entry of each column for each sample."""
         chosen = any(shard.chosen for shard in shards if shard.error is None)
-        if chosen and len(measured) < len(cell.ids):
-            return cls(cell, pd.DataFrame(), shards, measured)
-        return cls(cell, measured, shards)
+        row = cls(cell, measured, shards)
+        return cls(cell, {}, shards, row.columns) if chosen and not row.complete else row
 
     @property
-    def measured(self) -> pd.DataFrame:
-        """A line for each sample that was measured, whichever these are."""
-        return self.partial if len(self.partial) else self.records
+    def measured(self) -> Columns:
+        """The columns of all samples that were measured, whichever these are."""
+        return self.partial or self.columns
+
+    @property
+    def n(self) -> int:
+        """How many samples have a record."""
+        return length(self.columns)
 
     @cached_property
-    def columns(self) -> dict[str, NDArray[Any]]:
-        """The columns of its records by name, one entry for each sample."""
-        return {str(name): values.to_numpy() for name, values in self.records.items()}
+    def records(self) -> "pd.DataFrame":
+        """Its records as pandas has them."""
+        return frame(self.columns)
 
     @property
     def errors(self) -> list[str]:
@@ -69,7 +84,7 @@ class Row:
     @property
     def complete(self) -> bool:
         """Whether every sample of the cell has a record."""
-        return len(self.records) == len(self.cell.ids)
+        return self.n == len(self.cell.ids)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -104,7 +119,7 @@ class Store:
             raise StoreError(f"cannot write to {self.root}: {error.strerror or error}; choose another --out") from None
         return self
 
-    def save(self, shard: Shard, records: pd.DataFrame, examples: Tensor | None = None) -> None:
+    def save(self, shard: Shard, records: "pd.DataFrame", examples: "Tensor | None" = None) -> None:
         """Keep a finished shard, and its final ``examples`` (B, C, H, W); a failure of the same stretch is forgotten.
 
         Raises:
@@ -280,25 +295,21 @@ def contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
     ]
 
 
-def _differing(a: pd.DataFrame, b: pd.DataFrame) -> int:
+def _differing(a: Columns, b: Columns) -> int:
     """How many samples that both have fell at other queries, or ended as another class."""
-    if not len(a) or not len(b):
+    if not length(a) or not length(b):
         return 0
+    _, of_a, of_b = np.intersect1d(a["sample_id"], b["sample_id"], return_indices=True)
     results = [name for name in ("first_hit", "final_pred") if name in a]
-    both = a[["sample_id", *results]].merge(b[["sample_id", *results]], on="sample_id")
-    differ = [both[f"{name}_x"] != both[f"{name}_y"] for name in results]
-    return int(sum(differ[1:], differ[0]).astype(bool).sum())
+    return int(np.any([a[name][of_a] != b[name][of_b] for name in results], axis=0).sum())
 
 
 def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
-    tables = [row.measured for row in rows if len(row.measured)]
-    records = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-    if len(records):
-        records = records.drop_duplicates("sample_id").sort_values("sample_id", ignore_index=True)
+    columns = joined([row.measured for row in rows if row.measured])
     shards = [shard for row in rows for shard in row.shards]
     done = _positions(shard for shard in shards if shard.error is None)
     # A failure is over once other shards, perhaps of another size, have covered its samples.
-    return Row.of(cell, records, tuple(x for x in shards if x.error is None or not done.issuperset(x.positions)))
+    return Row.of(cell, columns, tuple(x for x in shards if x.error is None or not done.issuperset(x.positions)))
 
 
 def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
@@ -306,11 +317,11 @@ def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
     whole, damaged = [], []
     for path in sorted(folder.glob(SHARDS)):
         try:
-            shard, records = read_shard(path)
+            shard, columns = read_shard(path)
         except StoreError as error:
             damaged.append(error)
         else:
-            whole.append(Row.of(shard.cell, records, (shard,)))
+            whole.append(Row.of(shard.cell, columns, (shard,)))
     return whole, damaged
 
 

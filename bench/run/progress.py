@@ -1,15 +1,19 @@
 """What a run shows while it runs: one line for each finished cell, and a bar with rate and time left."""
 
+from typing import TYPE_CHECKING
+
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.progress import Task as Bar
 from rich.text import Text
 
-from bench.plan.tasks import Task
 from bench.report.escape import in_terminal
 from bench.report.leaderboard import summary
 from bench.results.store import Row
-from bench.run.units import Unit
+
+if TYPE_CHECKING:
+    from bench.plan.tasks import Task
+    from bench.run.units import Unit
 
 
 class Screen:
@@ -36,27 +40,27 @@ class Screen:
     def plan(self, samples: int) -> None:
         self._total = self._progress.add_task("all samples", total=samples, unit="samples")
 
-    def start(self, task: Task, unit: Unit) -> None:
+    def start(self, task: "Task", unit: "Unit") -> None:
         label = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}"
         what = "what it needs" if unit.makes else f"samples {unit.start + 1} to {unit.stop} of {len(task.cell.ids)}"
         self._bars[unit] = self._progress.add_task(in_terminal(f"{label}, {what}"), total=None)
         self._last[unit] = 0, 1, ""
 
-    def work(self, unit: Unit, done: int, total: int, what: str) -> None:
+    def work(self, unit: "Unit", done: int, total: int, what: str) -> None:
         last = self._last[unit]
         if (total, what) != last[1:] or done < last[0]:  # training gave way to querying
             self._progress.reset(self._bars[unit])
         self._last[unit] = done, total, what
         self._progress.update(self._bars[unit], completed=done, total=total, unit=what)
 
-    def end(self, unit: Unit, samples: int) -> None:
+    def end(self, unit: "Unit", samples: int) -> None:
         if unit in self._bars:  # another run may have done it
             self._progress.remove_task(self._bars.pop(unit))
             del self._last[unit]
         if self._total is not None:
             self._progress.advance(self._total, samples)
 
-    def finish(self, task: Task, row: Row, seconds: float) -> None:
+    def finish(self, task: "Task", row: Row, seconds: float) -> None:
         style = "red" if row.errors else "default"
         told = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
         line = Text(in_terminal(told), style=style)
@@ -68,7 +72,7 @@ class Screen:
             self.console.print(f"waiting for {cells} of {self.cells} cells that other runs are at", style="dim")
         self._waiting = True
 
-    def _place(self, task: Task) -> str:
+    def _place(self, task: "Task") -> str:
         return f"[{self._places.setdefault(task.cell.key, len(self._places) + 1)}/{self.cells}]"
 
 

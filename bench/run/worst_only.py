@@ -8,8 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-import pandas as pd
-
 from bench.plan.cell import Cell
 from bench.report.line import by_defense
 from bench.report.outcomes import column, final, is_control, network, query_budget, robust, seen
@@ -102,12 +100,12 @@ class WorstOnly:
         again = {position for shard in row.shards if shard.error is not None for position in shard.positions}
         wanted = set().union(*(pool.ids - pool.fallen for pool in pools))
         positions = [at for at in missing if at == 0 or at in again or cell.ids[at] in wanted]
-        return Turn(key, positions, chosen=len(positions) < len(missing) or len(row.partial) > 0)
+        return Turn(key, positions, chosen=len(positions) < len(missing) or bool(row.partial))
 
     def _note(self, row: Row) -> None:
         """Keep in mind what a row has shown."""
         met, key = seen(row), row.cell.key
-        if not (row.cell.threat.asks and len(met.records)):
+        if not (row.cell.threat.asks and met.n):
             return
         fallen = ~(robust(met, query_budget(met)).right | final(met).right)
         ids = column(met, "sample_id")
@@ -171,7 +169,7 @@ def _queues(cells: Sequence[Cell]) -> list[_Queue]:
 
 def _tables(cells: Iterable[Cell]) -> list[list[Row]]:
     """The cells that stand in one table each, as rows that nobody has run."""
-    return list(by_setting(Row(cell, pd.DataFrame(), ()) for cell in cells).values())
+    return list(by_setting(Row(cell, {}, ()) for cell in cells).values())
 
 
 def _attack(cell: Cell) -> tuple[str, ...]:

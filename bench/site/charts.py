@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from bench.measure.diagnostics import collapse
+from bench.report.collapse import collapse
 from bench.report.curves import LINES, Training
 from bench.report.escape import in_terminal
 from bench.report.portrait import CONTROL, PALETTE, WORST, Bar, Curve, Reliability

@@ -12,11 +12,11 @@ import numpy as np
 from markupsafe import Markup
 
 from bench.errors import StoreError
-from bench.oracle import NEVER
 from bench.report.escape import in_terminal
 from bench.report.marks import legend, signs
 from bench.report.outcomes import column, is_control, network, query_budget
 from bench.results.store import Row
+from bench.rules import NEVER
 from bench.site import charts
 from bench.site.boards import Board, Entry, Name
 from bench.site.columns import columns
@@ -83,7 +83,7 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
     ids: dict[tuple[int, ...], int] = {}
     found = []
     for row in rows:
-        if not len(row.records):
+        if not row.n:
             continue
         samples = tuple(column(row, "sample_id").tolist())
         hits = column(row, "first_hit")

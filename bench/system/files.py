@@ -24,6 +24,13 @@ def reachable(path: Path, check: Callable[[Path], bool] = Path.exists) -> bool:
         return False
 
 
+def cache_folder() -> Path:
+    """Where what is costly to make of files is kept: ``BENCH_CACHE_DIR``, or else ``parry`` in the user's cache."""
+    if own := os.environ.get("BENCH_CACHE_DIR"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "parry")  # noqa: PTH111 never raises
+
+
 def keep_file(path: Path, content: bytes | Callable[[Path], object]) -> None:
     """Write ``content``, or what it writes to the path it is called with, as ``path``: whole, or not at all.
 

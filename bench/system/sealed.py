@@ -4,7 +4,6 @@ A file holds its tensors and a seal: a hash of them and of the recipe that made 
 work that was altered, cut short or put there under another's name must never pass for what the recipe makes.
 """
 
-import os
 from collections.abc import Mapping
 from hashlib import sha256
 from pathlib import Path
@@ -58,13 +57,6 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
         digest.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
         digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def cache_folder() -> Path:
-    """Where what is costly to make of files is kept: ``BENCH_CACHE_DIR``, or else ``parry`` in the user's cache."""
-    if own := os.environ.get("BENCH_CACHE_DIR"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "parry")  # noqa: PTH111 never raises
 
 
 def _seal(tensors: Mapping[str, Tensor], recipe: str) -> str:

@@ -22,7 +22,6 @@ from typing import Any
 
 from bench.errors import ConfigError, RefereeError
 from bench.system.interrupt import Stopped
-from bench.system.shared_code import shared_code
 
 PREFIX = "bench_user_"  # of the packages that stand for users' folders
 DIGITS = 12  # of a hash
@@ -60,6 +59,8 @@ def load(file: Path) -> ModuleType:
     Raises:
         ConfigError: it does not import, or replaces code that all cells share.
     """
+    from bench.system.shared_code import shared_code  # only here: who names no file needs no torch
+
     where = sha256(f"{_placed(file)} {local_hash(file)}".encode()).hexdigest()[:DIGITS]
     package = f"{PREFIX}{where}"
     name = f"{package}.{file.stem.replace('.', '_')}"

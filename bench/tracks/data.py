@@ -1,24 +1,25 @@
 """The data track: learners that train on released data, and what they know of clean images afterwards."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bench.measure.learned import learn_released
-from bench.measure.measured import Measured
 from bench.plan.cell import Cell
-from bench.plan.tasks import Task
 from bench.report.figures import figures, placed
 from bench.report.line import Line, attack_label, by_defense, with_rank
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, failure, restricted, scope, tested, under_all
 from bench.report.ranking import Terms, ranks
 from bench.results.store import Row
-from bench.system.process_state import seed_globals
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools
+
+if TYPE_CHECKING:
+    from bench.measure.measured import Measured
+    from bench.plan.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,17 @@ class Data:
         "for their owner."
     )
 
-    def shard_size(self, task: Task, size: int) -> int:
+    def shard_size(self, task: "Task", size: int) -> int:
         return len(task.cell.ids)
 
-    @contextmanager
-    def measure(self, task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
-        released = tools.pipeline.released(task, progress.epochs)
-        seed_globals(task.cell.seed)
-        with tools.pipeline.learning(task, progress.epochs) as job:
-            measured = learn_released(task, released, list(task.cell.ids[start:stop]), job, task.build)
-            tools.pipeline.check_data(task)
-            yield measured  # unfinished work is kept until this is stored
+    def measure(
+        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+    ) -> "AbstractContextManager[Measured]":
+        from bench.tracks.learning import measure  # only here: who reads results needs no torch
 
-    def queries(self, task: Task, samples: int) -> int | None:
+        return measure(task, start, stop, tools, progress)
+
+    def queries(self, task: "Task", samples: int) -> int | None:
         return None
 
     def title(self, cell: Cell) -> str:
@@ -105,7 +104,7 @@ class Data:
 def _line(row: Row) -> Line:
     found = figures(row)
     extra = {figure.name: found[figure.name] for figure in placed("learner") if figure.name in found}
-    shares, n = {"test": tested(row)}, len(row.records)
+    shares, n = {"test": tested(row)}, row.n
     return Line(row.cell.defense_label, attack_label(row), shares, n, marks_of(row), extra=extra, error=failure(row))
 
 
@@ -120,7 +119,7 @@ def _over_networks(share: Share) -> dict[str, float]:
 
 def learned(rows: Sequence[Row]) -> Share:
     """The test accuracy of a learner, of each network that it has trained, on the samples that all have met."""
-    met = [row for row in rows if len(row.records)]
+    met = [row for row in rows if row.n]
     if not met:
         return Share(np.zeros(0, dtype=bool))
     common = sorted(set.intersection(*(scope(row) for row in met)))

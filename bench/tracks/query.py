@@ -1,24 +1,15 @@
 """The query track: attacks that ask a served model, and how many of its answers each sample cost."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from bench.measure.attacked import attack_served
-from bench.measure.isolated import untouched
-from bench.measure.measured import Measured
-from bench.measure.witness import FINAL, Witness
-from bench.oracle.served import Target
 from bench.plan.cell import Cell
-from bench.plan.tasks import Task
 from bench.report.figures import figures
 from bench.report.line import Line, attack_label, by_defense, with_rank
 from bench.report.marks import POOLED, UNRANKED, marks_of
@@ -37,11 +28,14 @@ from bench.report.outcomes import (
     under_all,
 )
 from bench.report.ranking import Terms, counted, ranks
+from bench.results.records import length
 from bench.results.store import Row
-from bench.scratch import Scratch
-from bench.system.process_state import seed_globals
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools
+
+if TYPE_CHECKING:
+    from bench.measure.measured import Measured
+    from bench.plan.tasks import Task
 
 RANKS = (
     "Ranks: an image stands where no query beat it and the final example is right when re-evaluated in float32; "
@@ -69,48 +63,17 @@ class Query:
         "the defense."
     )
 
-    def shard_size(self, task: Task, size: int) -> int:
+    def shard_size(self, task: "Task", size: int) -> int:
         return size
 
-    @contextmanager
-    def measure(self, task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
-        ids = list(task.cell.ids[start:stop])
-        for needed in (*task.sources, task):
-            tools.pipeline.train(needed, progress.epochs)
-        seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
-        with tools.pipeline.attacking(task, start) as kept, tools.pipeline.asking(task, start) as asked:
-            measured = self._measured(task, start, ids, tools, progress, kept)
-            yield measured._replace(figures={**measured.figures, **asked()})
+    def measure(
+        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+    ) -> "AbstractContextManager[Measured]":
+        from bench.tracks.asking import measure  # only here: who reads results needs no torch
 
-    def _measured(
-        self, task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
-    ) -> Measured:
-        tables: list[pd.DataFrame] = []
-        finals: list[Tensor] = []
+        return measure(task, start, stop, tools, progress)
 
-        def keep_final(images: Tensor) -> None:
-            if tools.examples:
-                finals.append(images.cpu())
-
-        figures: dict[str, float] = {}
-        findings: list[dict[str, Any]] = []
-        with tools.pipeline.serving(task) as target, ExitStack() as held:
-            deployed = target if start else _unasked(target, held)
-            witnesses = () if start else _witnesses(task, target)
-            for first in range(0, len(ids), tools.batch_size):
-                part = ids[first : first + tools.batch_size]
-                met = target if first or not witnesses else _watched(target, *witnesses)
-                told = partial(progress.queries, first)
-                tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
-            if not start:
-                figures, findings = tools.inspect(task, deployed)
-                findings = [*findings, *_testimony(witnesses)]  # after all have been asked
-        training = () if start else tools.pipeline.curves(task)
-        isolated = None if task.chain.output is None else target.isolated
-        records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
-        return Measured(records, figures, findings, target.numbers, training, isolated, examples)
-
-    def queries(self, task: Task, samples: int) -> int | None:
+    def queries(self, task: "Task", samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0
         return samples * min(budget, getattr(task.attack, "most_queries", budget))
 
@@ -179,8 +142,8 @@ def _line(row: Row, columns: Mapping[str, Measure]) -> Line:
     random = "random" in marks
     again = {name: share(row, again=True, pooled=False) for name, share in columns.items()} if random else {}
     return Line(
-        row.cell.defense_label, attack_label(row), shares, len(row.measured), marks,
-        row=row, figures=figures(row), lasting=again, error=failure(row), of=len(row.cell.ids) * bool(len(row.partial)),
+        row.cell.defense_label, attack_label(row), shares, length(row.measured), marks,
+        row=row, figures=figures(row), lasting=again, error=failure(row), of=len(row.cell.ids) * bool(row.partial),
     )  # fmt: skip
 
 
@@ -192,7 +155,7 @@ def worst_case(rows: Sequence[Row], columns: Mapping[str, Measure]) -> Line:
     """
     if len(rows) == 1:
         return _line(rows[0], columns)
-    met = [row for row in rows if len(row.measured)] or rows[:1]
+    met = [row for row in rows if row.measured] or rows[:1]
     common = sorted(set.intersection(*map(scope, met)))
     by_network: dict[int | None, list[Row]] = {}
     for row in met:
@@ -224,30 +187,3 @@ def shown(rows: Sequence[Row], budgets: Sequence[int]) -> list[int]:
     """The budgets asked for that rows reach, and those that they ran with."""
     largest = max(query_budget(row) for row in rows)
     return sorted({budget for budget in budgets if budget < largest} | {query_budget(row) for row in rows})
-
-
-def _unasked(target: Target, held: ExitStack) -> Target:
-    """``target`` with a copy of its plain model that the attack cannot ask, to be probed; itself if there is none."""
-    with suppress(Exception):  # copying runs the model's own code
-        return replace(target, plain=replace(target.plain, module=held.enter_context(untouched(target.plain.module))))
-    return target
-
-
-def _witnesses(task: Task, target: Target) -> tuple[Witness, ...]:
-    """Who watches the attack, and the judgement of its examples; nobody where answers are said to depend on earlier
-    queries, or cannot be had twice, as those of a service."""
-    if task.service or any("stateful" in defense.traits for defense in task.cell.defense):
-        return ()
-    with suppress(Exception):  # copying runs the model's own code
-        return Witness(target.searched), Witness(target.plain, FINAL, "judgements of final examples")
-    return ()
-
-
-def _watched(target: Target, attack: Witness, judgement: Witness) -> Target:
-    return replace(target, searched=attack.watch(target.searched), plain=judgement.watch(target.plain))
-
-
-def _testimony(witnesses: Sequence[Witness]) -> list[dict[str, Any]]:
-    """What the witness has seen who has seen most."""
-    found = [witness.finding() for witness in witnesses]
-    return [asdict(max(found, key=lambda finding: finding.statistic))] if found else []

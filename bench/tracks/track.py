@@ -3,17 +3,19 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from bench.measure.inspection import Inspector
-from bench.measure.measured import Measured
-from bench.measure.pipeline import Pipeline
 from bench.plan.cell import Cell
-from bench.plan.tasks import Task
 from bench.report.line import Line
 from bench.report.outcomes import Share
 from bench.results.store import Row
 from bench.threat import Access
+
+if TYPE_CHECKING:
+    from bench.measure.inspection import Inspector
+    from bench.measure.measured import Measured
+    from bench.measure.pipeline import Pipeline
+    from bench.plan.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class Tools:
     ``examples`` asks for the final examples of attacks, too, which are large.
     """
 
-    pipeline: Pipeline
-    inspect: Inspector
+    pipeline: "Pipeline"
+    inspect: "Inspector"
     batch_size: int
     examples: bool = False
 
@@ -64,17 +66,17 @@ class Track(Protocol):
         """What a reader has to know of the worst case: what it is, and which way is good."""
         ...
 
-    def shard_size(self, task: Task, size: int) -> int:
+    def shard_size(self, task: "Task", size: int) -> int:
         """How many samples are measured and stored at once, where ``size`` are wanted."""
         ...
 
     def measure(
-        self, task: Task, start: int, stop: int, tools: Tools, progress: Progress
-    ) -> AbstractContextManager[Measured]:
+        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+    ) -> "AbstractContextManager[Measured]":
         """Measure the samples ``start:stop`` of a cell; what came of it is stored before the context ends."""
         ...
 
-    def queries(self, task: Task, samples: int) -> int | None:
+    def queries(self, task: "Task", samples: int) -> int | None:
         """The most queries that ``samples`` can cost; ``None`` where the cost is all training, which is not timed."""
         ...
 

@@ -1,6 +1,8 @@
-"""What an attack asks the referee to do otherwise, and what that makes of it."""
+"""What an attack asks the referee to do otherwise, and what that makes of it; how hits are written down."""
 
 from dataclasses import dataclass
+
+NEVER = -1  # first hit of a sample that no query beat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,89 @@
+"""Shards of cells whose attack asks a served model, measured."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from bench.measure.attacked import attack_served
+from bench.measure.isolated import untouched
+from bench.measure.measured import Measured
+from bench.measure.witness import FINAL, Witness
+from bench.oracle.served import Target
+from bench.plan.tasks import Task
+from bench.scratch import Scratch
+from bench.system.process_state import seed_globals
+from bench.tracks.track import Progress, Tools
+
+
+@contextmanager
+def measure(task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
+    """The samples ``start:stop`` of a cell whose attack asks a served model; see :class:`bench.tracks.track.Track`."""
+    ids = list(task.cell.ids[start:stop])
+    for needed in (*task.sources, task):
+        tools.pipeline.train(needed, progress.epochs)
+    seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
+    with tools.pipeline.attacking(task, start) as kept, tools.pipeline.asking(task, start) as asked:
+        measured = _measured(task, start, ids, tools, progress, kept)
+        yield measured._replace(figures={**measured.figures, **asked()})
+
+
+def _measured(
+    task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
+) -> Measured:
+    tables: list[pd.DataFrame] = []
+    finals: list[Tensor] = []
+
+    def keep_final(images: Tensor) -> None:
+        if tools.examples:
+            finals.append(images.cpu())
+
+    figures: dict[str, float] = {}
+    findings: list[dict[str, Any]] = []
+    with tools.pipeline.serving(task) as target, ExitStack() as held:
+        deployed = target if start else _unasked(target, held)
+        witnesses = () if start else _witnesses(task, target)
+        for first in range(0, len(ids), tools.batch_size):
+            part = ids[first : first + tools.batch_size]
+            met = target if first or not witnesses else _watched(target, *witnesses)
+            told = partial(progress.queries, first)
+            tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
+        if not start:
+            figures, findings = tools.inspect(task, deployed)
+            findings = [*findings, *_testimony(witnesses)]  # after all have been asked
+    training = () if start else tools.pipeline.curves(task)
+    isolated = None if task.chain.output is None else target.isolated
+    records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
+    return Measured(records, figures, findings, target.numbers, training, isolated, examples)
+
+
+def _unasked(target: Target, held: ExitStack) -> Target:
+    """``target`` with a copy of its plain model that the attack cannot ask, to be probed; itself if there is none."""
+    with suppress(Exception):  # copying runs the model's own code
+        return replace(target, plain=replace(target.plain, module=held.enter_context(untouched(target.plain.module))))
+    return target
+
+
+def _witnesses(task: Task, target: Target) -> tuple[Witness, ...]:
+    """Who watches the attack, and the judgement of its examples; nobody where answers are said to depend on earlier
+    queries, or cannot be had twice, as those of a service."""
+    if task.service or any("stateful" in defense.traits for defense in task.cell.defense):
+        return ()
+    with suppress(Exception):  # copying runs the model's own code
+        return Witness(target.searched), Witness(target.plain, FINAL, "judgements of final examples")
+    return ()
+
+
+def _watched(target: Target, attack: Witness, judgement: Witness) -> Target:
+    return replace(target, searched=attack.watch(target.searched), plain=judgement.watch(target.plain))
+
+
+def _testimony(witnesses: Sequence[Witness]) -> list[dict[str, Any]]:
+    """What the witness has seen who has seen most."""
+    found = [witness.finding() for witness in witnesses]
+    return [asdict(max(found, key=lambda finding: finding.statistic))] if found else []
