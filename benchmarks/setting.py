@@ -39,9 +39,9 @@ class Clocked(nn.Module):
 
     def timed(self, network: nn.Module, x: Tensor) -> Tensor:
         """The logits of ``network``, whose seconds count, and its images do not: a confirmation is no query."""
-        began = _now(x.device)
+        began = now(x.device)
         logits: Tensor = network(x)
-        self.seconds += _now(x.device) - began
+        self.seconds += now(x.device) - began
         return logits
 
 
@@ -102,9 +102,9 @@ def measure(run: Callable[[], float], clock: Clocked) -> tuple[float, float, flo
     Seconds of a CPU are those of computing, of all threads together, so that other work on the machine does not count.
     """
     clock.reset()
-    began = _now(clock.device)
+    began = now(clock.device)
     robust = run()
-    seconds = _now(clock.device) - began
+    seconds = now(clock.device) - began
     return robust, clock.images / seconds, 1 - clock.seconds / seconds
 
 
@@ -129,7 +129,7 @@ def machine(device: str) -> str:
     return f"{facts['hardware']}, {facts['threads']} threads, torch {torch.__version__}, {device}"
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
     if device.type != "cuda":
         return time.process_time()
     torch.cuda.synchronize(device)

@@ -184,6 +184,43 @@ def test_a_hit_of_an_engine_is_one_of_plain_float32(tasks, tmp_path, pretended, 
     assert (records["final_pred"] != records["y"])[fallen].all()
 
 
+DEFENSE = """
+from torch import nn
+
+from bench.registry import defenses
+
+
+class Halved(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x) / 2
+
+
+class Halves:
+    stage, random, outside, version, paper = "output", False, True, 1, ""
+
+    def __call__(self, model, calibration, seed):
+        return Halved(model).eval()
+"""
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_openvino_answers_for_a_defense_in_a_process_of_its_own(tasks, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "WORTH", 1)
+    (tmp_path / "halves.py").write_text(DEFENSE)
+    (task,) = tasks(defense=[f"{tmp_path / 'halves.py'}:Halves"], n=20, queries=20)
+    records, told = attacked(task, tmp_path)
+    assert told["engine"] == INSTALLED.name
+    monkeypatch.setattr(engine, "installed", lambda: None)
+    own, _ = attacked(task, tmp_path)
+    assert records["first_hit"].equals(own["first_hit"])
+    assert not records["unconfirmed"].any()
+
+
 class Peeks(nn.Module):
     def __init__(self, model):
         super().__init__()
