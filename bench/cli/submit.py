@@ -107,13 +107,15 @@ def submit(
         )
         raise typer.Exit(1)
     rows = assemble(tasks, store, pipeline, out, told, plan, specs)
-    fired = [flag for table in tables(rows, plan.budgets) for flag in table.flags if flag.defense != "none"]
+    boards = tables(rows, plan.budgets)
+    fired = [(table.title, flag) for table in boards for flag in table.flags if flag.defense != "none"]
     sizes = contents(out)
     proof = sum(size for name, size in sizes.items() if name.endswith(SUFFIX))
     console.print(f"{out / ENTRY} is written: {len(rows)} cells, {sum(sizes.values()) / 1e6:.2f} MB, of which "
                   f"{proof / 1e6:.2f} MB are final examples", soft_wrap=True)  # fmt: skip
-    for flag in fired:
-        console.print(f"red flag {flag.flag}: {flag.evidence}", style="yellow", soft_wrap=True)
+    for title, flag in fired:
+        on = f" ({title})" if len(boards) > 1 else ""
+        console.print(f"red flag {flag.flag}{on}: {flag.evidence}", style="yellow", soft_wrap=True)
     console.print(f"red flags: {len(fired)}; each is a reason to look, none a verdict", soft_wrap=True)
     for line in NEXT.format(out=out, name=out.name).splitlines():
         console.print(line, soft_wrap=True)
