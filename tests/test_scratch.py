@@ -145,7 +145,7 @@ class KilledOnce(Silent):
     def __init__(self, limit):
         self.progress = kill_at(limit)
 
-    def work(self, done, total, unit):
+    def work(self, unit, done, total, what):
         self.progress(done, total)
 
 

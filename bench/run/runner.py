@@ -256,7 +256,7 @@ class _Work:
             self.reporter.end(unit, 0)
             self.waiting.again(unit)
             return
-        self._fail(unit, f"{TRIES} workers were lost at it, each tried afresh; the last one {how}{_ending(said)}")
+        self._fail(unit, f"{_last_of(said)}{TRIES} workers were lost at it, one after the other; the last one {how}")
         self._settle(unit)
 
     def _end_late(self, pool: Pool) -> None:
@@ -266,7 +266,7 @@ class _Work:
         for seat in late:
             unit, said = self.running[seat].unit, pool.end(seat)
             self._release(seat)
-            self._fail(unit, f"it took longer than {self.timeout:g} s, so its worker was ended{_ending(said)}")
+            self._fail(unit, f"{_last_of(said)}it took longer than {self.timeout:g} s, so its worker was ended")
             self._settle(unit)
 
     def _release(self, seat: int) -> None:
@@ -296,7 +296,7 @@ class _Work:
         return Shard(self.cells[unit.cell].task.cell, unit.start, unit.stop, **facts)
 
 
-def _ending(said: str) -> str:
-    """The last lines of what a worker has printed, for the end of a sentence."""
+def _last_of(said: str) -> str:
+    """The last lines of what a worker has printed, before the reason that tables show, which is the last line."""
     lines = said.strip().splitlines()[-LINES:]
-    return "\n" + "\n".join(["the last of its output:", *lines]) if lines else "; it printed nothing"
+    return "\n".join(["the last of its output:", *lines, ""]) if lines else ""
