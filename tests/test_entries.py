@@ -22,10 +22,12 @@ from bench.entries.validate import Report, differences, validate
 from bench.oracle import NEVER
 from bench.plan.tasks import Loader
 from bench.release.contact_sheet import MARGIN, NAMES
+from bench.report.standings import tables
 from bench.results.examples import SUFFIX, read_examples, write_examples
 from bench.results.shards import SHARDS, Stored, read_shard
 from bench.results.store import Row, Store
-from bench.site.boards import PNG, _png
+from bench.site.boards import PNG, _png, boards
+from tests.rows import learner, row
 from tests.test_cli import MODEL, Ended, bench, complaint
 from tests.test_docs import blocks
 
@@ -348,6 +350,12 @@ class TestPictures:
         proof.unlink()
         proof.symlink_to(tmp_path / "elsewhere")
         assert Pictures([entry], LOADER).of(row) is None
+
+    def test_entries_of_every_track_have_theirs(self):
+        rows = [learner(wrong, 60, defense) for defense, wrong in (("none", 6), ("ops", 40))]
+        for found in (rows, [row([-1, 5, 9], "rnd"), row([-1, -1, 9], "unig")]):
+            (board,) = boards(tables(found), pictured=lambda row: PNG)
+            assert [[picture.content for picture in entry.pictures] for entry in board.entries] == [[PNG]] * 2
 
     def test_a_sheet_that_is_a_link_or_no_picture_is_not_copied_into_a_site(self, tmp_path):
         (tmp_path / "secret").write_bytes(PNG + b"secret")

@@ -257,8 +257,8 @@ def _pictures(
     found = [content for path in sheets if path.stem[:-9] in stems and (content := _png(path))]
     about = RELEASED
     if not found:
-        line = hardest(lines) or next((line for line in lines if line.row), None)
-        content = pictured(line.row) if line and line.row else None
+        line = hardest(lines)
+        content = pictured(line.row if line and line.row else rows[0])
         found = [content] if content else []
         about = ATTACKED if rows[0].cell.threat.asks else RELEASED
     return [Picture(content, about) for content in found]
