@@ -100,7 +100,7 @@ def test_markdown_fits_its_numbers_into_one_line_each():
     text = render_duels([only([row(A, "a"), row(B, "b")], [60])], "md")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     (line,) = [line for line in lines if line[1] == "@60"]
-    assert line == ["", "@60", "75.0 [41, 93]", "25.0 [7, 59]", "+50.0 [+12, +88]", "0.1250"]
+    assert line == ["", "@60", "75.0 [41, 93]", "25.0 [7, 59]", "+50.0 [+12, +88]", "4", "0", "0.1250", "0.3750"]
     assert "8 samples in common" in text
 
 
@@ -111,7 +111,9 @@ def test_csv_and_json_hold_the_same_records():
     assert [record["at"] for record in from_json] == [record["at"] for record in from_csv] == ["clean", "@60", "final"]
     assert from_json[1]["difference"] == 0.5
     assert float(from_csv[1]["difference"]) == 0.5
-    assert from_json[1]["p"] == 0.125
+    assert (from_json[1]["a alone"], from_json[1]["b alone"], from_json[1]["p"]) == (4, 0, 0.125)
+    clean, at_60, final = (record["p holm"] for record in from_json)
+    assert (at_60, final, clean) == (3 * 0.125, 3 * 0.125, 1.0), "three tests, of which the first differs nowhere"
 
 
 def test_both_count_with_the_queries_that_both_had():

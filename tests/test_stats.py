@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from bench.report.stats import holm, mcnemar, paired_bootstrap, wilson
+from bench.report.stats import binomial_above, fisher_below, holm, mcnemar, paired_bootstrap, wilson
 
 
 @pytest.mark.parametrize(
@@ -98,3 +99,19 @@ def test_holm_multiplies_the_smallest_most_and_never_turns_the_order():
     assert holm(np.array([0.01, 0.04, 0.03, 0.005])) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm(np.array([0.9, 0.8])) == pytest.approx([1.0, 1.0])
     assert holm(np.array([0.02])) == pytest.approx([0.02])
+
+
+def test_intervals_and_tests_are_those_of_scipy_on_random_tables():
+    rng = np.random.default_rng(0)
+    for n in rng.integers(1, 2000, 60).tolist():
+        table = rng.multinomial(n, rng.dirichlet(np.ones(4))).reshape(2, 2)
+        hits, share = int(rng.integers(0, n + 1)), float(rng.random())
+        found = stats.binomtest(hits, n)
+        assert wilson(hits, n) == pytest.approx(found.proportion_ci(method="wilson"), abs=1e-9)
+        above = stats.binomtest(hits, n, share, alternative="greater").pvalue
+        assert binomial_above(hits, n, share) == pytest.approx(above, abs=1e-9)
+        assert fisher_below(table) == pytest.approx(stats.fisher_exact(table, alternative="less").pvalue, abs=1e-9)
+        right = np.repeat([[True, True], [True, False], [False, True], [False, False]], table.ravel(), axis=0)
+        b, c = int(table[0, 1]), int(table[1, 0])
+        exact = stats.binomtest(b, b + c).pvalue if b + c else 1.0
+        assert mcnemar(right[:, 0], right[:, 1]) == pytest.approx(exact, abs=1e-9)

@@ -4,6 +4,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from bench.errors import ConfigError, did_you_mean
 from bench.plan.pin import placeless
 from bench.report.escape import in_markdown, markdown_table, tidy
@@ -11,7 +13,7 @@ from bench.report.marks import legend, marks_of, signs
 from bench.report.outcomes import Share, column, failure, is_control, network, query_budget, restricted, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
-from bench.report.stats import mcnemar, paired_bootstrap
+from bench.report.stats import holm, mcnemar, paired_bootstrap
 from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.spec import parse_chain
@@ -40,6 +42,12 @@ class Versus:
         """Exact McNemar, two-sided."""
         return mcnemar(self.a.by_sample, self.b.by_sample)
 
+    @property
+    def discordant(self) -> tuple[int, int]:
+        """How many samples stand with the first alone, and how many with the second."""
+        a, b = self.a.by_sample, self.b.by_sample
+        return int((a > b).sum()), int((a < b).sum())
+
 
 @dataclass(frozen=True)
 class Duel:
@@ -52,6 +60,11 @@ class Duel:
     lines: list[Versus]
     unshared: dict[str, list[str]]  # attacks that only one of them has met, by defense
     failed: list[str] = field(default_factory=list)  # rows with errors, and the last line of each
+
+    @property
+    def adjusted(self) -> list[float]:
+        """The p-value of each line, adjusted for all lines together (Holm)."""
+        return list(map(float, holm(np.array([line.p_value for line in self.lines]))))
 
 
 def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = None) -> list[Duel]:
@@ -86,12 +99,15 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
 def render_duels(duels: Sequence[Duel], style: Style) -> str:
     """The comparisons as Markdown, a table for each setting; or as CSV or JSON, a record for each line."""
     if style != "md":
-        return tidy([_versus_record(duel, line) for duel in duels for line in duel.lines], style)
+        return tidy([
+            _versus_record(duel, line, p) for duel in duels
+            for line, p in zip(duel.lines, duel.adjusted, strict=True)
+        ], style)  # fmt: skip
     parts = []
     for duel in duels:
         cells = []
         previous = None
-        for line in duel.lines:
+        for line, adjusted in zip(duel.lines, duel.adjusted, strict=True):
             low, high = (100 * end for end in line.interval)
             digits = 0 if duel.n < 1000 else 1
             cells.append(
@@ -101,7 +117,10 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
                     "A": str(line.a),
                     "B": str(line.b),
                     "A − B": f"{100 * (line.a.value - line.b.value):+.1f} [{low:+.{digits}f}, {high:+.{digits}f}]",
-                    "p": "<0.0001" if line.p_value < 1e-4 else f"{line.p_value:.4f}",
+                    "A alone": str(line.discordant[0]),
+                    "B alone": str(line.discordant[1]),
+                    "p": _p(line.p_value),
+                    "p, Holm": _p(adjusted),
                 }
             )
             previous = line.attack
@@ -111,7 +130,8 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
         ]
         notes += [in_markdown(failed) for failed in duel.failed]
         notes.append(
-            "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; p: exact McNemar, each line by itself."
+            "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; alone: samples that stand with one and fall "
+            "with the other; p: exact McNemar, each line by itself, and by Holm for all lines of the table."
         )
         head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
         setting = f"{in_markdown(duel.setting)} · {duel.n} samples in common"
@@ -238,14 +258,19 @@ def _budgets(largest: Sequence[int], asked: Sequence[int] | None, setting: str) 
     return sorted(set(asked))
 
 
-def _versus_record(duel: Duel, line: Versus) -> dict[str, Any]:
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _versus_record(duel: Duel, line: Versus, adjusted: float) -> dict[str, Any]:
     low, high = line.interval
     record: dict[str, Any] = {"setting": duel.setting, "n": duel.n, "attack": line.attack, "at": line.at}
     for side, name, share in (("a", duel.a, line.a), ("b", duel.b, line.b)):
         record |= {side: name, f"{side} accuracy": share.value}
         record |= dict(zip((f"{side} low", f"{side} high"), share.interval, strict=True))
     record |= {"difference": line.a.value - line.b.value, "difference low": low, "difference high": high}
-    return record | {"p": line.p_value, "marks": " ".join(sorted(line.marks))}
+    record |= dict(zip(("a alone", "b alone"), line.discordant, strict=True))
+    return record | {"p": line.p_value, "p holm": adjusted, "marks": " ".join(sorted(line.marks))}
 
 
 def _listed(names: Iterable[str]) -> str:
