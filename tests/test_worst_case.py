@@ -11,6 +11,7 @@ import pytest
 from bench.cli.records import records as bench_records
 from bench.oracle import NEVER
 from bench.plan.cell import Component
+from bench.report.compare import duels, render_duels
 from bench.report.flags import flags
 from bench.report.leaderboard import records, render, summary
 from bench.report.line import Line
@@ -18,6 +19,7 @@ from bench.report.standings import tables
 from bench.results.shards import Shard, read_shard
 from bench.results.store import Row, Store
 from bench.site.boards import boards
+from bench.threat import Threat
 from bench.tracks import track_of
 from tests.rows import row
 from tests.test_shards import sign
@@ -138,6 +140,24 @@ def test_no_reader_of_rows_finds_a_figure_in_what_others_have_left():
     assert not any(share.n for share in shares.values())
 
 
+def test_two_worst_cases_are_compared_and_no_attack_by_itself_that_met_what_others_left():
+    whole = [fixed(A, "none"), fixed(B, "none", "simba"), fixed(B, "rnd"), fixed(A, "rnd", "simba")]
+    thin = [whole[0], chosen(whole[1], [2, 3, 5]), whole[2], chosen(whole[3], [0, 3, 5])]
+    (full,), (cut,) = (duels(rows, "none", "rnd", [10, 100]) for rows in (whole, thin))
+    assert {(line.attack, line.at) for line in cut.lines if "worst" in line.attack} == {
+        ("worst of 2", "clean"), ("worst of 2", "@100"), ("worst of 2", "final")
+    }  # fmt: skip
+    assert {line.attack for line in cut.lines} == {"worst of 2", "square"}
+    of_full = {(line.attack, line.at): line for line in full.lines}
+    for line in cut.lines:
+        same = of_full[line.attack, line.at]
+        assert line.p_value == same.p_value
+        assert (line.a.right == same.a.right).all()
+    assert "÷ run only on" in render_duels([cut], "md")
+    alone = duels([chosen(whole[1], [2, 3]), chosen(whole[3], [0, 3])], "none", "rnd", [100])
+    assert not any("simba" in line.attack for duel in alone for line in duel.lines)
+
+
 def test_facts_of_single_samples_are_flagged_all_the_same():
     invalid = chosen(fixed(B, "rnd", "simba", invalid=True), [2, 3, 5])
     finding = {"flag": "answers-differently", "fired": True, "evidence": "seen"}
@@ -146,6 +166,19 @@ def test_facts_of_single_samples_are_flagged_all_the_same():
     assert {flag.flag for flag in flags([told])} == {"invalid-answers", "answers-differently"}
     head, *_ = lines([fixed(A, "rnd"), told])
     assert "invalid" in head.marks
+
+
+def test_no_flag_speaks_of_all_attacks_where_some_met_what_others_left():
+    stands = fixed([NEVER] * 40, "rnd", "square")
+    transfer = fixed([1] * 40, "rnd", "transfer")
+    more = fixed([50] * 38 + [NEVER] * 2, "rnd", "simba")
+    assert "transfer-beats-queries" in {flag.flag for flag in flags([stands, transfer])}
+    part = chosen(more, list(range(39)))
+    assert "transfer-beats-queries" not in {flag.flag for flag in flags([stands, transfer, part])}
+    survives = Threat("linf", 0.5, "scores", 100)
+    rows = [fixed([NEVER] * 40, "rnd", attack, threat=survives) for attack in ("square", "simba")]
+    assert "survives-any-radius" in {flag.flag for flag in flags(rows)}
+    assert flags([rows[0], chosen(rows[1], list(range(39)))]) == []
 
 
 def stored(folder, whole: Row, *stretches) -> Store:

@@ -1,22 +1,30 @@
 """Whose turn it is where only the worst case is asked for: nobody is passed by that a figure of it needs."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from bench.measure.pipeline import Pipeline
 from bench.oracle import NEVER
 from bench.plan.cell import Component
 from bench.report.settings import by_setting
 from bench.report.versions import by_version
+from bench.results.records import length
 from bench.results.store import Row, Store
+from bench.run.runner import run
 from bench.run.worst_only import WorstOnly, is_entangled
 from bench.threat import Threat
 from bench.tracks import track_of
 from benchmarks.worst_only import Replay, of_suite, replay, total
 from tests.rows import row
+from tests.runs import Quiet
+from tests.test_cli import MODEL, bench
+from tests.test_runner import grid, run_in
 from tests.test_standings import fixed
 
 ROOT = Path(__file__).parents[1]
@@ -144,11 +152,64 @@ def test_a_memory_of_each_sample_by_itself_entangles_nobody():
 
 @pytest.mark.slow  # reads all of the committed rows
 def test_the_query_suite_costs_less_than_half_of_its_queries():
-    """As the committed rows say."""
+    """The figure of docs/run.md."""
     rows, _ = Store(ROOT / "leaderboards" / "query-cifar10").rows()
     suite = of_suite(by_version(rows).newest, "query-cifar10")
     store, found = replay(suite)
     spent = total(found)
     assert spent.saved > 0.5
+    assert f"{100 * spent.saved:.0f} % fewer queries" in (ROOT / "docs" / "run.md").read_text()
     met = [store.row(each.cell) for each in suite]
     assert worst(met) == worst(suite)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Full and worst-only runs of the same cells on digits, and what these are."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "means.py").write_text(MODEL)
+    tasks = grid(
+        model=[f"{folder / 'means.py'}:Means"], attack=["square", "sign-hunter", "transfer"],
+        defense=["rnd(sigma=0.1)"], n=40, queries=40, eps=0.3, numerics="plain",
+    )  # fmt: skip
+    store = Store(folder / "worst").open()
+    pipeline = Pipeline(folder / "networks", torch.device("cpu"), 256)
+    ended = run(tasks, store, pipeline, 25, 256, Quiet(), worst_only=True)
+    _, full = run_in(folder / "full", tasks, networks=folder / "networks")
+    return tasks, full, store, ended
+
+
+def test_a_run_on_digits_gives_the_worst_case_of_the_full_grid(digits):
+    tasks, full, store, ended = digits
+    assert (ended.ran, ended.failed) == (len(tasks), 0)
+    rows = [store.row(task.cell) for task in tasks]
+    assert worst(rows) == worst([full.row(task.cell) for task in tasks])
+    asked, thin = (sum(length(made.row(task.cell).measured) for task in tasks) for made in (full, store))
+    assert thin < asked
+    assert sum(bool(each.partial) for each in rows) == 1
+    for each in rows:
+        assert any(shard.findings for shard in each.shards)  # every attack has met the first sample
+        if each.cell.attack.control:
+            assert each.complete
+
+
+def test_the_same_again_runs_nothing_and_a_full_run_fills_the_gaps(digits, tmp_path):
+    tasks, full, store, _ = digits
+    shutil.copytree(store.root, tmp_path / "again")
+    again = Store(tmp_path / "again")
+    pipeline = Pipeline(tmp_path / "networks", torch.device("cpu"), 256)
+    ended = run(tasks, again, pipeline, 25, 256, Quiet(), worst_only=True)
+    assert (ended.ran, ended.kept) == (0, len(tasks))
+    some = [task for task in tasks if not task.cell.attack.control]
+    run_in(tmp_path / "again", some, networks=full.root / ".." / "networks")
+    for task in some:
+        filled, whole = again.row(task.cell), full.row(task.cell)
+        assert filled.complete
+        assert (filled.records["first_hit"] == whole.records["first_hit"]).mean() >= 0.98  # kernels round by batch size
+        assert len(filled.shards) <= 6  # gaps are filled together
+
+
+def test_part_of_a_run_in_turns_is_refused():
+    ended = bench("run", "quick", "--worst-only", "--part", "1/2")
+    assert ended.code == 2
+    assert "wait for each other" in ended.err

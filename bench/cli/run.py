@@ -77,6 +77,9 @@ def run(
     part: Annotated[
         str | None, typer.Option(help="K/N: only the K-th of N parts, for job arrays; bench merge joins folders.")
     ] = None,
+    worst_only: Annotated[
+        bool, typer.Option("--worst-only", help="Run an attack only on what those before it have left, as ranks need.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -98,6 +101,8 @@ def run(
         "queries": queries, "seed": seed, "numerics": numerics, "quantise": quantise,
     }  # fmt: skip
     plan, share = load_suite(suite, overrides), Part.parse(part) if part else WHOLE
+    if worst_only and part:
+        raise ConfigError("--part with --worst-only; the attacks on a network wait for each other, so leave one out")
     devices = find_devices(device)
     where = devices[0]
     who = choose(executor, devices, workers, unit_timeout)
@@ -125,7 +130,7 @@ def run(
         pipeline.try_services(tasks)
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(
-                tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout
+                tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout, worst_only
             )
     except Stopped as stop:
         why, how = (f": {stop}", "a larger --max-cost") if isinstance(stop, Spent) else ("", "the same command")

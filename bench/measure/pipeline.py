@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -219,26 +219,26 @@ class Pipeline:
         return self._job(task, _learner_key(task), progress)
 
     @contextmanager
-    def attacking(self, task: Task, start: int) -> Iterator[Scratch]:
-        """What is kept while the shard of ``task`` that begins at ``start`` is attacked; dropped when it ends well.
+    def attacking(self, task: Task, positions: Sequence[int]) -> Iterator[Scratch]:
+        """What is kept while the samples of ``task`` at ``positions`` are attacked; dropped when it ends well.
 
         Nothing for a model whose answers depend on what it was asked before.
         """
         if any("stateful" in part.traits for part in (task.cell.model, *task.cell.defense)):
             yield Scratch()
             return
-        with scratch(self.folder / "unfinished" / f"{_learner_key(task)}-{start:06d}", self._code) as kept:
+        with scratch(self.folder / "unfinished" / f"{_learner_key(task)}-{_piece(positions)}", self._code) as kept:
             yield kept
             kept.clear()
 
     @contextmanager
-    def asking(self, task: Task, start: int) -> Iterator[Callable[[], Mapping[str, float]]]:
-        """Ask what the shard of ``task`` that begins at ``start`` asks of a service; gives figures of it so far.
+    def asking(self, task: Task, positions: Sequence[int]) -> Iterator[Callable[[], Mapping[str, float]]]:
+        """Ask a service about the samples of ``task`` at ``positions``; gives figures of it so far.
 
         Raises:
             Held: another run asks it.
         """
-        desk, scope = self.desk(task), f"{task.cell.key[:16]}-{start:06d}"
+        desk, scope = self.desk(task), f"{task.cell.key[:16]}-{_piece(positions)}"
         with self._asking(desk, recipe_key(task), scope) if desk else nullcontext():
             yield lambda: {"asked": float(desk.asked(scope))} if desk else {}
 
@@ -448,3 +448,10 @@ def recipe_key(task: Task) -> str:
         "seed": cell.seed if not task.architecture.trained else 0,
     }
     return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _piece(positions: Sequence[int]) -> str:
+    """A name for these samples of a cell, ascending: where they begin, and which they are where some are left out."""
+    whole = positions[-1] - positions[0] + 1 == len(positions)
+    begin = f"{positions[0]:06d}"
+    return begin if whole else f"{begin}-{sha256(repr(list(positions)).encode()).hexdigest()[:8]}"

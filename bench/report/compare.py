@@ -10,7 +10,7 @@ from bench.errors import ConfigError, did_you_mean
 from bench.plan.pin import placeless
 from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.marks import legend, marks_of, signs
-from bench.report.outcomes import Share, column, failure, is_control, network, query_budget, restricted, within
+from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, scope, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
 from bench.report.stats import holm, mcnemar, paired_bootstrap
@@ -173,7 +173,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
             f"{b} {_listed(names_b)}; run both under one"
         )
     pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
-    ids = set.intersection(*(set(column(row, "sample_id").tolist()) for pair in pairs for row in pair))
+    ids = set.intersection(*(scope(row) for pair in pairs for row in pair))
     if not ids:
         raise ConfigError(f"{a} and {b} have no samples in common on {setting}; run both with the same n")
     shown = _budgets([pair.queries for pair in pairs], budgets, setting)
@@ -182,7 +182,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
     attacks = {row.cell.attack.spec for row, _ in counted} if network(pairs[0].a) is not None else counted
     if len(attacks) > 1 and track_of(pairs[0].a.cell).pools:
         lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
-    for name, group in _lines(pairs).items():
+    for name, group in _lines(pair for pair in pairs if pair.whole).items():
         lines += _versus(name, group, ids, shown)
     failed = [f"{row.cell.defense_title} × {_name(*encounter(row))} failed: {failure(row)}"
               for rows in sides for row in rows if row.errors]  # fmt: skip
@@ -200,6 +200,11 @@ class _Pair(NamedTuple):
     def queries(self) -> int:
         """How many queries both had."""
         return min(query_budget(self.a), query_budget(self.b))
+
+    @property
+    def whole(self) -> bool:
+        """Whether both are of all samples, and not of what other attacks had left of them."""
+        return not any(row.partial for row in self)
 
     @property
     def even(self) -> bool:
@@ -240,7 +245,7 @@ def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
 def _met(rows: Iterable[Row]) -> dict[Encounter, Row]:
     """Rows with records by attack and seed; of several, that with the most queries and samples."""
     ordered = sorted(rows, key=lambda row: (query_budget(row), row.n))
-    return {encounter(row): row for row in ordered if row.n}
+    return {encounter(row): row for row in ordered if row.measured}
 
 
 def _name(spec: str, seed: int) -> str:

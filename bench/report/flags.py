@@ -80,7 +80,8 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
         if compared := served[defense, seed]:
             twins = served.get((_undefended(compared[0].cell), seed), [])
             at_other_radii = _compared(others.get((defense, seed), []))
-            signs += [*_alone(compared), *_beside(compared, twins), *_at_radii(compared, at_other_radii)]
+            whole = len(compared) == len(members)
+            signs += [*_alone(compared, whole), *_beside(compared, twins), *_at_radii(compared, at_other_radii)]
         for flag, evidence in signs:
             shown = f"{evidence}, seed {seed}" if seed else evidence
             found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
@@ -133,14 +134,17 @@ def _in_single_samples(rows: Sequence[Row]) -> list[Sign]:
     return [sign for check in (_invalid_answers, _constraint_violation) if (sign := check(met))]
 
 
-def _alone(rows: Sequence[Row]) -> list[Sign]:
-    """Flags of a served model by itself."""
-    checks = (
-        _hits_do_not_hold, _search_is_blind, _labels_beat_scores,
-        _transfer_beats_queries, _queries_beat_gradients, _square_beats_gradients, _noise_beats_attacks,
-        _survives_any_radius, _explained_by_chance,
+def _alone(rows: Sequence[Row], whole: bool) -> list[Sign]:
+    """Flags of a served model by itself; what holds an attack against all others only where these are ``whole``."""
+    of_all = (
+        _labels_beat_scores, _transfer_beats_queries, _queries_beat_gradients, _noise_beats_attacks,
+        _survives_any_radius,
     )  # fmt: skip
-    return [sign for check in checks if (sign := check(rows))]
+    checks = (
+        _hits_do_not_hold, _search_is_blind, _labels_beat_scores, _transfer_beats_queries, _queries_beat_gradients,
+        _square_beats_gradients, _noise_beats_attacks, _survives_any_radius, _explained_by_chance,
+    )  # fmt: skip
+    return [sign for check in checks if (whole or check not in of_all) and (sign := check(rows))]
 
 
 def _explained_by_chance(rows: Sequence[Row]) -> Sign | None:

@@ -131,6 +131,8 @@ def seen(row: Row) -> Row:
 def restricted(row: Row, ids: Collection[int]) -> Row:
     """``row`` with the records of the samples ``ids`` alone, in the order of their numbers."""
     kept = list(ids)
+    if row.partial:
+        row = replace(row, cell=replace(row.cell, ids=tuple(sorted(set(row.cell.ids).intersection(kept)))))
     return replace(row, columns=_of_samples(row.columns, kept), partial=_of_samples(row.partial, kept))
 
 

@@ -68,14 +68,19 @@ class Shard:
 
     @property
     def stem(self) -> str:
-        """The name of its files, without ending; of chosen samples with a hash of which they are."""
-        stretch = f"{self.start:06d}-{self.stop:06d}"
-        return f"{stretch}-{_digest({'chosen': self.chosen})[:KEY_DIGITS[0]]}" if self.chosen else stretch
+        """The name of its files, without ending."""
+        return stem_of(self.start, self.stop, self.chosen)
 
     @property
     def file_name(self) -> str:
         """The name of its JSON."""
         return f"{self.stem}.json" if self.error is None else f"{self.stem}.failed.json"
+
+
+def stem_of(start: int, stop: int, chosen: Sequence[int] = ()) -> str:
+    """The name of the files of a shard, without ending; of chosen samples with a hash of which they are."""
+    stretch = f"{start:06d}-{stop:06d}"
+    return f"{stretch}-{_digest({'chosen': list(chosen)})[: KEY_DIGITS[0]]}" if chosen else stretch
 
 
 class Stored(NamedTuple):

@@ -38,11 +38,14 @@ class Screen:
         self.console._file = None  # whatever standard output is by then
 
     def plan(self, samples: int) -> None:
-        self._total = self._progress.add_task("all samples", total=samples, unit="samples")
+        if self._total is None:
+            self._total = self._progress.add_task("all samples", total=samples, unit="samples")
+        self._progress.update(self._total, total=samples)
 
     def start(self, task: "Task", unit: "Unit") -> None:
         label = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}"
-        what = "what it needs" if unit.makes else f"samples {unit.start + 1} to {unit.stop} of {len(task.cell.ids)}"
+        which = f"{len(unit.chosen)} samples" if unit.chosen else f"samples {unit.start + 1} to {unit.stop}"
+        what = "what it needs" if unit.makes else f"{which} of {len(task.cell.ids)}"
         self._bars[unit] = self._progress.add_task(in_terminal(f"{label}, {what}"), total=None)
         self._last[unit] = 0, 1, ""
 

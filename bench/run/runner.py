@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -16,7 +16,8 @@ from bench.results.shards import Shard
 from bench.results.store import Row, Store
 from bench.run.executor import Busy, Done, Event, Executor, Local, Lost, Pool, Told
 from bench.run.part import WHOLE, Part
-from bench.run.units import Unit, units_of
+from bench.run.turns import AtOnce, Plan, Turns
+from bench.run.units import Unit
 from bench.run.waiting import Waiting
 from bench.run.worker import Finished
 from bench.system.claims import CLAIMS, Held, claim, present
@@ -33,7 +34,7 @@ class Reporter(Protocol):
     """Whoever wants to know how a run goes."""
 
     def plan(self, samples: int) -> None:
-        """So many samples are to be measured in all."""
+        """So many samples are to be measured in all, as far as that is known by now."""
         ...
 
     def start(self, task: Task, unit: Unit) -> None:
@@ -77,6 +78,7 @@ def run(
     part: Part = WHOLE,
     executor: Executor = LOCAL,
     unit_timeout: float | None = None,
+    worst_only: bool = False,
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
@@ -90,6 +92,9 @@ def run(
     another run on the folder is at is taken last: done by then, or free because that run has ended. With ``examples``
     the final example of each sample is kept, too.
 
+    With ``worst_only`` the cells on one network take turns, each on what those before it have left; see
+    :mod:`bench.run.worst_only`.
+
     Raises:
         StoreError: the store cannot be written or read.
         Stopped: the process was asked to end.
@@ -97,14 +102,13 @@ def run(
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
-        units = units_of(tasks, missing, shard_size, part)
-        cells = {task.cell.key: _CellWork(task) for task in tasks if task.cell.key in units}
-        work = _Work(cells, store, pipeline, reporter, unit_timeout)
-        for key, own in units.items():
-            work.plan(cells[key], own)
+        plan = Turns(tasks, store, shard_size) if worst_only else AtOnce(tasks, store, missing, shard_size, part)
+        cells = {task.cell.key: _CellWork(task) for task in tasks if task.cell.key in plan.cells}
+        work = _Work(cells, store, pipeline, reporter, unit_timeout, plan)
+        work.add(plan.first())
         if work.waiting:
             tools = Tools(pipeline, Inspector(pipeline.device), batch_size, examples)
-            with executor.open([cell.task for cell in cells.values() if cell.left], tools) as pool:
+            with executor.open([cell.task for key, cell in cells.items() if missing[key]], tools) as pool:
                 work.go(pool, check)
     return Outcome(
         ran=sum(cell.ours and not cell.failed for cell in cells.values()),
@@ -136,8 +140,10 @@ class _Work:
     """One run: which units wait, which are with workers, and what is done with what those say."""
 
     def __init__(
-        self, cells: dict[str, _CellWork], store: Store, pipeline: Pipeline, reporter: Reporter, timeout: float | None
-    ) -> None:
+        self, cells: dict[str, _CellWork], store: Store, pipeline: Pipeline, reporter: Reporter,
+        timeout: float | None, plan: Plan,
+    ) -> None:  # fmt: skip
+        self.plan, self.samples = plan, 0                # whose turn it is; how many samples are planned by now
         self.cells, self.store, self.pipeline, self.reporter, self.timeout = cells, store, pipeline, reporter, timeout
         self.waiting = Waiting()
         self.running: dict[int, _Running] = {}           # by seat
@@ -147,10 +153,16 @@ class _Work:
         self.lost: Counter[Unit] = Counter()             # workers that a unit has cost
         self.looked = 0.0                                # when it was last seen what other runs are at
 
-    def plan(self, cell: _CellWork, units: Sequence[Unit]) -> None:
+    def add(self, planned: Mapping[str, Sequence[Unit]]) -> None:
+        """Let units of cells, by the keys of these, wait for a worker."""
+        for key, units in planned.items():
+            if units:
+                self._add(self.cells[key], units)
+                self.samples += sum(len(unit.positions) for unit in units)
+                self.reporter.plan(self.samples)
+
+    def _add(self, cell: _CellWork, units: Sequence[Unit]) -> None:
         """Let ``units`` of ``cell`` wait, and before them what they need and nobody has made."""
-        if not units:
-            return
         network, needed = recipe_key(cell.task), [need for need in needs(cell.task) if not self.pipeline.has(need.key)]
         for need in needed:
             if not self.waiting.makes(need.key):
@@ -162,7 +174,6 @@ class _Work:
 
     def go(self, pool: Pool, check: Callable[[], None]) -> None:
         """Hand out units until none is left."""
-        self.reporter.plan(sum(unit.stop - unit.start for cell in self.cells.values() for unit in cell.left))
         try:
             while self.waiting or self.running:
                 idle = self._deal(pool)
@@ -286,14 +297,15 @@ class _Work:
     def _settle(self, unit: Unit) -> None:
         """``unit`` is at its end, and its cell perhaps with it."""
         self.waiting.settle(unit.makes)
-        self.reporter.end(unit, unit.stop - unit.start)
+        self.reporter.end(unit, len(unit.positions))
         cell = self.cells[unit.cell]
         cell.left.discard(unit)
         if not cell.left and not unit.makes:
             self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
+            self.add(self.plan.after(unit.cell))
 
     def _shard(self, unit: Unit, **facts: Any) -> Shard:
-        return Shard(self.cells[unit.cell].task.cell, unit.start, unit.stop, **facts)
+        return Shard(self.cells[unit.cell].task.cell, unit.start, unit.stop, chosen=unit.chosen, **facts)
 
 
 def _last_of(said: str) -> str:

@@ -109,8 +109,8 @@ class Worker:
                     need.make(self._tools.pipeline, partial(_epochs, hear))
                     _check(code, task)
                     return
-                count = _Count(hear, task.cell.threat.query_budget or 0, unit.stop - unit.start)
-                with track_of(task.cell).measure(task, unit.start, unit.stop, self._tools, count) as measured:
+                count = _Count(hear, task.cell.threat.query_budget or 0, len(unit.positions))
+                with track_of(task.cell).measure(task, unit.positions, self._tools, count) as measured:
                     _check(code, task)
                     keep(self._finished(task, unit, measured, began))
         except (Held, Stopped, StoreError):
@@ -119,7 +119,7 @@ class Worker:
             keep(Finished({**self._made(began), "error": traceback.format_exc()}))
 
     def _finished(self, task: Task, unit: Unit, measured: Measured, began: float) -> Finished:
-        ids = task.cell.ids[unit.start : unit.stop]
+        ids = [task.cell.ids[position] for position in unit.positions]
         records = measured.records.to_parquet(index=False)
         examples = None if measured.examples is None else write_examples(ids, measured.examples)
         facts = self._made(began, numerics=dict(measured.numerics), defense=_place(measured))

@@ -22,20 +22,21 @@ from bench.tracks.track import Progress, Tools
 
 
 @contextmanager
-def measure(task: Task, start: int, stop: int, tools: Tools, progress: Progress) -> Iterator[Measured]:
-    """The samples ``start:stop`` of a cell whose attack asks a served model; see :class:`bench.tracks.track.Track`."""
-    ids = list(task.cell.ids[start:stop])
+def measure(task: Task, positions: Sequence[int], tools: Tools, progress: Progress) -> Iterator[Measured]:
+    """The samples of a cell at ``positions``, whose attack asks a served model; see :class:`bench.tracks.track.Track`.
+    """
     for needed in (*task.sources, task):
         tools.pipeline.train(needed, progress.epochs)
     seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
-    with tools.pipeline.attacking(task, start) as kept, tools.pipeline.asking(task, start) as asked:
-        measured = _measured(task, start, ids, tools, progress, kept)
+    with tools.pipeline.attacking(task, positions) as kept, tools.pipeline.asking(task, positions) as asked:
+        measured = _measured(task, positions, tools, progress, kept)
         yield measured._replace(figures={**measured.figures, **asked()})
 
 
 def _measured(
-    task: Task, start: int, ids: list[int], tools: Tools, progress: Progress, kept: Scratch
+    task: Task, positions: Sequence[int], tools: Tools, progress: Progress, kept: Scratch
 ) -> Measured:
+    ids, opens = [task.cell.ids[position] for position in positions], positions[0] == 0
     tables: list[pd.DataFrame] = []
     finals: list[Tensor] = []
 
@@ -46,17 +47,17 @@ def _measured(
     figures: dict[str, float] = {}
     findings: list[dict[str, Any]] = []
     with tools.pipeline.serving(task) as target, ExitStack() as held:
-        deployed = target if start else _unasked(target, held)
-        witnesses = () if start else _witnesses(task, target)
+        deployed = _unasked(target, held) if opens else target
+        witnesses = _witnesses(task, target) if opens else ()
         for first in range(0, len(ids), tools.batch_size):
             part = ids[first : first + tools.batch_size]
             met = target if first or not witnesses else _watched(target, *witnesses)
             told = partial(progress.queries, first)
             tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
-        if not start:
+        if opens:
             figures, findings = tools.inspect(task, deployed)
             findings = [*findings, *_testimony(witnesses)]  # after all have been asked
-    training = () if start else tools.pipeline.curves(task)
+    training = tools.pipeline.curves(task) if opens else ()
     isolated = None if task.chain.output is None else target.isolated
     records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
     return Measured(records, figures, findings, target.numbers, training, isolated, examples)

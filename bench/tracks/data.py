@@ -40,11 +40,11 @@ class Data:
         return len(task.cell.ids)
 
     def measure(
-        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+        self, task: "Task", positions: Sequence[int], tools: Tools, progress: Progress
     ) -> "AbstractContextManager[Measured]":
         from bench.tracks.learning import measure  # only here: who reads results needs no torch
 
-        return measure(task, start, stop, tools, progress)
+        return measure(task, positions, tools, progress)
 
     def queries(self, task: "Task", samples: int) -> int | None:
         return None

@@ -67,11 +67,11 @@ class Query:
         return size
 
     def measure(
-        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+        self, task: "Task", positions: Sequence[int], tools: Tools, progress: Progress
     ) -> "AbstractContextManager[Measured]":
         from bench.tracks.asking import measure  # only here: who reads results needs no torch
 
-        return measure(task, start, stop, tools, progress)
+        return measure(task, positions, tools, progress)
 
     def queries(self, task: "Task", samples: int) -> int | None:
         budget = task.cell.threat.query_budget or 0

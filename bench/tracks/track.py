@@ -71,9 +71,10 @@ class Track(Protocol):
         ...
 
     def measure(
-        self, task: "Task", start: int, stop: int, tools: Tools, progress: Progress
+        self, task: "Task", positions: Sequence[int], tools: Tools, progress: Progress
     ) -> "AbstractContextManager[Measured]":
-        """Measure the samples ``start:stop`` of a cell; what came of it is stored before the context ends."""
+        """Measure the samples of a cell at ``positions``, ascending; what came of it is stored before the context ends.
+        """
         ...
 
     def queries(self, task: "Task", samples: int) -> int | None:

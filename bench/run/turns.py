@@ -1,0 +1,77 @@
+"""In which order a run takes its cells: all at once, or in turns of which each depends on what came before."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
+
+from bench.plan.tasks import Task
+from bench.results.store import Store
+from bench.run.part import Part
+from bench.run.units import Unit, chosen, in_stretches, units_of
+from bench.run.worst_only import Turn, WorstOnly, is_entangled
+
+Planned = Mapping[str, Sequence[Unit]]  # units by the keys of their cells
+
+
+class Plan(Protocol):
+    """What is to be run, and when."""
+
+    @property
+    def cells(self) -> Collection[str]:
+        """The keys of all cells that may have a unit."""
+        ...
+
+    def first(self) -> Planned:
+        """What can begin at once."""
+        ...
+
+    def after(self, key: str) -> Planned:
+        """What can begin when all units of the cell ``key`` are at their end."""
+        ...
+
+
+class AtOnce:
+    """Everything that is missing."""
+
+    def __init__(
+        self, tasks: Sequence[Task], store: Store, missing: Mapping[str, Sequence[int]], shard_size: int, part: Part
+    ) -> None:
+        begun = [task for task in tasks if 0 < len(missing[task.cell.key]) < len(task.cell.ids)]
+        gapped = {task.cell.key for task in begun if store.row(task.cell).partial}
+        self._units = units_of(tasks, missing, gapped, shard_size, part)
+
+    @property
+    def cells(self) -> Collection[str]:
+        return self._units.keys()
+
+    def first(self) -> Planned:
+        return self._units
+
+    def after(self, key: str) -> Planned:
+        return {}
+
+
+class Turns:
+    """The worst case alone; see :mod:`bench.run.worst_only`."""
+
+    def __init__(self, tasks: Sequence[Task], store: Store, shard_size: int) -> None:
+        self._tasks, self._shard_size = {task.cell.key: task for task in tasks}, shard_size
+        entangled = [task.cell.key for task in tasks if _entangled(task)]
+        self._turns = WorstOnly([task.cell for task in tasks], store, entangled)
+
+    @property
+    def cells(self) -> Collection[str]:
+        return self._tasks.keys()
+
+    def first(self) -> Planned:
+        return dict(map(self._units, self._turns.first()))
+
+    def after(self, key: str) -> Planned:
+        return dict(map(self._units, self._turns.after(key)))
+
+    def _units(self, turn: Turn) -> tuple[str, list[Unit]]:
+        cut = chosen if turn.chosen else in_stretches
+        return turn.key, cut(self._tasks[turn.key], turn.positions, self._shard_size)
+
+
+def _entangled(task: Task) -> bool:
+    return is_entangled(task.attack, task.architecture, task.chain.data, task.chain.training, task.chain.output)
