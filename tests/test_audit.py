@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from torch.autograd import grad
 
 from bench.losses import margin
-from bench.measure.audit import Finding, _Probe, audit, confirm, sawtooth
+from bench.measure.audit import audit, confirm
+from bench.measure.beside_twin import sawtooth
+from bench.measure.finding import Finding
+from bench.measure.probe import Probe
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng
 from bench.threat import Threat
@@ -411,7 +414,7 @@ class TestTrend:
     def test_the_share_is_what_a_loop_over_images_counts(self):
         module = build(Mirrored)
         (finding,) = [finding for finding in found_in(Mirrored) if finding.flag == "trend-reversal"]
-        probe = _Probe(ServedModel(module), ServedModel(NETWORK), X, Y, LINF, 0)
+        probe = Probe(ServedModel(module), ServedModel(NETWORK), X, Y, LINF, 0)
         points = [X, *probe.path(X, probe.rows)]
         moves = []
         for image in range(N):
@@ -428,7 +431,7 @@ class TestTrend:
 
     @pytest.mark.parametrize("threat", [LINF, Threat("l2", 0.5, "scores", 9), Threat("linf", 0.0, "scores", 9)])
     def test_paths_stay_in_the_ball_and_differ_by_one_window(self, threat):
-        probe = _Probe(ServedModel(NETWORK), ServedModel(NETWORK), X, Y, threat, 0)
+        probe = Probe(ServedModel(NETWORK), ServedModel(NETWORK), X, Y, threat, 0)
         before = X
         for candidate in probe.path(X, probe.rows):
             delta = (candidate - X).flatten(1)

@@ -13,7 +13,8 @@ from torch import nn
 
 from bench.check.problem import digits
 from bench.cli import app
-from bench.measure.audit import RARE, TRAITS, audit
+from bench.measure.audit import TRAITS, audit
+from bench.measure.finding import RARE
 from bench.measure.gradients import gradient_findings
 from bench.measure.witness import FLAG
 from bench.models import resolve

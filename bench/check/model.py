@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from bench.check.subject import Subject
 from bench.check.verdict import Broken, Remark, Rules, require
 from bench.errors import BenchError
-from bench.measure.audit import ROUNDED, difference
+from bench.measure.probe import ROUNDED, difference
 from bench.models import check_logits
 from bench.models.lent import changes, contents, own, some
 from bench.models.weights import state_fingerprint

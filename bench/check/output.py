@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from bench.check.problem import built, digits
 from bench.check.subject import Subject
 from bench.check.verdict import Broken, Remark, Rules, require, said
-from bench.measure.audit import Finding, audit, confirm
+from bench.measure.audit import audit, confirm
+from bench.measure.finding import Finding
 from bench.measure.gradients import gradient_findings
 from bench.measure.inspection import relative_cost
 from bench.oracle.served import ServedModel, Target, as_module

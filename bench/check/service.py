@@ -10,7 +10,7 @@ from bench.check.model import IMAGES, SHAPES
 from bench.check.subject import Subject
 from bench.check.verdict import Broken, Remark, Rules, require
 from bench.errors import ServiceError
-from bench.measure.audit import ROUNDED, difference
+from bench.measure.probe import ROUNDED, difference
 from bench.service import Desk, Service
 
 Ask = Callable[[Tensor], Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from bench.losses import margin
-from bench.measure.audit import RARE, Finding
+from bench.measure.finding import RARE, Finding
 from bench.norms import DUAL, project, steepest
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng

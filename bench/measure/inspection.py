@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.measure.audit import ROUNDED, audit, confirm, difference
+from bench.measure.audit import audit, confirm
 from bench.measure.gradients import gradient_findings
+from bench.measure.probe import ROUNDED, difference
 from bench.oracle.served import ServedModel, Target
 from bench.plan.tasks import Task
 from bench.rng import SampleRng, global_generators

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from bench import numerics
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, RefereeError, ServiceError
-from bench.measure.audit import ROUNDED, difference
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
+from bench.measure.probe import ROUNDED, difference
 from bench.measure.search import in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights

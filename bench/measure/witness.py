@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from bench.measure.audit import RARE, ROUNDED, Finding, difference
+from bench.measure.finding import RARE, Finding
 from bench.measure.isolated import Remote, untouched
 from bench.measure.judgement import VOTES
+from bench.measure.probe import ROUNDED, difference
 from bench.oracle.served import ServedModel
 from bench.rng import SampleRng, global_generators
 
