@@ -424,14 +424,24 @@ class _Samples(NamedTuple):
 
 
 def _in_common(*parts: _Samples) -> NDArray[Any]:
-    """(n, parts) the values of the samples that all parts have."""
+    """(n, parts) the values of the samples that all parts have, in the order of their numbers."""
+    if _alike(parts):  # as a rule
+        order = np.argsort(parts[0].ids)
+        return np.stack([part.by_sample[order] for part in parts], axis=1)
     ids = _common_ids(parts)
     return np.stack([part.by_sample[np.argsort(part.ids)[np.isin(np.sort(part.ids), ids)]] for part in parts], axis=1)
 
 
 def _common_ids(parts: Sequence[_Samples]) -> NDArray[Any]:
     """The samples that all parts have, in the order of their numbers."""
-    return reduce(np.intersect1d, (part.ids for part in parts), parts[0].ids)
+    if _alike(parts):
+        return np.sort(parts[0].ids)
+    return reduce(np.intersect1d, (part.ids for part in parts))
+
+
+def _alike(parts: Sequence[_Samples]) -> bool:
+    """Whether all parts have the same samples in the same order."""
+    return all(np.array_equal(part.ids, parts[0].ids) for part in parts[1:])
 
 
 def _standing(rows: Sequence[Row], queries: int) -> _Samples:
