@@ -6,12 +6,15 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bench.errors import ConfigError
 from bench.oracle import NEVER
 from bench.plan.cell import Component
-from bench.report.compare import Duel, duels, render_duels
+from bench.report.compare import Duel, duels
+from bench.report.compare_table import render_duels
+from bench.report.crossing import Crossing, crossing
 from bench.report.stats import mcnemar, paired_bootstrap
 from bench.results.store import Row
 from bench.threat import Threat
@@ -100,7 +103,7 @@ def test_markdown_fits_its_numbers_into_one_line_each():
     text = render_duels([only([row(A, "a"), row(B, "b")], [60])], "md")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
     (line,) = [line for line in lines if line[1] == "@60"]
-    assert line == ["", "@60", "75.0 [41, 93]", "25.0 [7, 59]", "+50.0 [+12, +88]", "4", "0", "0.1250", "0.3750"]
+    assert line == ["", "@60", "75.0 [41, 93]", "25.0 [7, 59]", "+50.0 [+12, +88]", "4", "0", "0.1250", "0.3750", ""]
     assert "8 samples in common" in text
 
 
@@ -152,3 +155,65 @@ def test_the_newest_version_is_compared_and_a_failure_is_told():
     duel = only([old, new, row(B, "b"), failed])
     assert values(duel)["@100"] == (6 / 8, 2 / 8)
     assert "b × nes failed: RuntimeError: boom" in render_duels([duel], "md")
+
+
+def stepwise(a: list[Row], b: list[Row], queries: int) -> Crossing:
+    """As :func:`crossing`, one number of queries after the other."""
+    found, leader = Crossing(), ""
+    for q in range(queries + 1):
+        of_a, of_b = (
+            sum(all(hits[i] == NEVER or hits[i] > q for hits in falls) for i in range(len(falls[0])))
+            for falls in ([each.columns["first_hit"] for each in side] for side in (a, b))
+        )
+        ahead = "a" if of_a > of_b else "b" if of_b > of_a else leader
+        if leader and ahead != leader:
+            found = Crossing(found.times + 1, found.at if found.times else q, found.ahead or ahead)
+        leader = ahead
+    return found
+
+
+def test_the_queries_at_which_curves_cross_are_those_of_a_loop_over_all_queries():
+    rng = np.random.default_rng(0)
+    seen = set()
+    for _ in range(30):
+        sides = [
+            [row([NEVER if hit > 40 else int(hit) for hit in rng.integers(0, 60, 12)], name, attack, budget=40)
+             for attack in ("square", "pgd")]
+            for name in "ab"
+        ]  # fmt: skip
+        duel = only([each for side in sides for each in side])
+        met = [each.columns["first_hit"] for each in (sides[0][0], sides[1][0])]
+        by_attack = {line.attack: line.crossing for line in duel.lines}
+        assert by_attack["worst of 2"] == stepwise(*sides, 40)
+        assert by_attack["square"] == stepwise([sides[0][0]], [sides[1][0]], 40), met
+        seen |= {by_attack["square"].times}
+    assert {0, 1, 2} <= seen
+
+
+def test_ties_are_no_crossing_and_networks_count_by_their_mean():
+    never = np.iinfo(np.int64).max
+    a, b = np.array([[2, 9, 9, never]]), np.array([[3, 5, never, never]])
+    assert crossing(a, b) == Crossing(2, 5, "a"), "B leads from 2, equal from 3, A from 5, equal, B from 9"
+    assert crossing(a, a) == Crossing()
+    assert crossing(np.array([[5, 9]]), np.array([[5, never]])) == Crossing(), "equal, then B alone"
+    assert crossing(np.array([[0, 9]]), np.array([[4, 4]])) == Crossing(1, 4, "a")
+    assert crossing(a, np.vstack([a, a])) == Crossing(), "thrice the networks, the same mean"
+
+
+def test_a_crossing_stands_once_for_each_attack():
+    (duel,) = duels([row([0, 9, 9, NEVER], "a"), row([3, 3, 4, NEVER], "b")], "a", "b", [5])
+    cells = [line.split("|")[-2].strip() for line in render_duels([duel], "md").splitlines() if line.startswith("| ")]
+    assert cells == ["cross at", "A from 3", "", ""]
+    records = json.loads(render_duels([duel], "json"))
+    assert {(each["crossings"], each["cross at"], each["ahead from there"]) for each in records} == {(1, 3, "a")}
+    assert "cross at" not in render_duels(duels([learner(9, 10, "ops"), learner(1, 10)], "ops", "none"), "md")
+
+
+def test_nobody_knows_where_curves_cross_of_an_attack_that_met_what_others_had_left():
+    thin = row([NEVER] * 4, "a", "pgd")
+    kept = {name: values[2:] for name, values in thin.columns.items()}
+    thin = Row(thin.cell, {}, thin.shards, kept)
+    rows = [row([3, 3, NEVER, NEVER], "a"), thin, row([3] * 4, "b"), row([3] * 4, "b", "pgd")]
+    crossings = {line.attack: line.crossing for line in only(rows).lines}
+    assert crossings == {"worst of 2": None, "square": Crossing()}
+    assert "| ?" in render_duels([only(rows)], "md")

@@ -11,7 +11,8 @@ import pytest
 from bench.cli.records import records as bench_records
 from bench.oracle import NEVER
 from bench.plan.cell import Component
-from bench.report.compare import duels, render_duels
+from bench.report.compare import duels
+from bench.report.compare_table import render_duels
 from bench.report.flags import flags
 from bench.report.leaderboard import records, render, summary
 from bench.report.line import Line

@@ -9,7 +9,8 @@ from bench.cli.console import complain, path
 from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.beside_published import match, render_matches
-from bench.report.compare import Style, duels, render_duels
+from bench.report.compare import duels
+from bench.report.compare_table import Style, render_duels
 from bench.report.published import load_published, result_folders
 from bench.results.store import Row, Store, united
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from bench.metrics import query_statistics
 from bench.plan.cell import Cell, Component
-from bench.report.compare import Style
+from bench.report.compare_table import Style
 from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of

@@ -2,14 +2,14 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from bench.errors import ConfigError, did_you_mean
 from bench.plan.pin import placeless
-from bench.report.escape import in_markdown, markdown_table, tidy
-from bench.report.marks import legend, marks_of, signs
+from bench.report.crossing import Crossing, crossing, falls
+from bench.report.marks import marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, scope, within
 from bench.report.ranking import Encounter, encounter
 from bench.report.settings import by_setting
@@ -18,8 +18,6 @@ from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.spec import parse_chain
 from bench.tracks import track_of
-
-Style = Literal["md", "csv", "json"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +29,7 @@ class Versus:
     a: Share
     b: Share
     marks: frozenset[str]
+    crossing: Crossing | None = None  # of the attack's curves up to all queries; None where there are none to compare
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -66,6 +65,11 @@ class Duel:
         """The p-value of each line, adjusted for all lines together (Holm)."""
         return list(map(float, holm(np.array([line.p_value for line in self.lines]))))
 
+    @property
+    def has_curves(self) -> bool:
+        """Whether its attacks have curves of accuracy against queries."""
+        return any(line.crossing is not None for line in self.lines)
+
 
 def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = None) -> list[Duel]:
     """Defenses ``a`` and ``b`` on the same samples, in every setting where rows have both.
@@ -82,61 +86,18 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
     rows = by_version(rows).newest
     a, b = (_present(name, rows) for name in (a, b))
     if a == b:
-        raise ConfigError(f"both defenses are {a}; name two of {_listed({row.cell.defense_title for row in rows})}")
+        raise ConfigError(f"both defenses are {a}; name two of {listed({row.cell.defense_title for row in rows})}")
     every = _sides(rows, a, b)
     settings = by_setting([*every.a, *every.b])
     common = {title: _sides(members, a, b) for title, members in settings.items()}
     common = {title: both for title, both in common.items() if both.a and both.b}
     if not common:
-        on_a, on_b = (_listed(row.cell.setting for row in side) for side in every)
+        on_a, on_b = (listed(row.cell.setting for row in side) for side in every)
         raise ConfigError(
             f"{a} and {b} share no setting: {a} has run on {on_a}, {b} on {on_b} "
             "(data, weights and numerics must be equal, too); run both in one suite"
         )
     return [_duel(title, both, budgets) for title, both in common.items()]
-
-
-def render_duels(duels: Sequence[Duel], style: Style) -> str:
-    """The comparisons as Markdown, a table for each setting; or as CSV or JSON, a record for each line."""
-    if style != "md":
-        return tidy([
-            _versus_record(duel, line, p) for duel in duels
-            for line, p in zip(duel.lines, duel.adjusted, strict=True)
-        ], style)  # fmt: skip
-    parts = []
-    for duel in duels:
-        cells = []
-        previous = None
-        for line, adjusted in zip(duel.lines, duel.adjusted, strict=True):
-            low, high = (100 * end for end in line.interval)
-            digits = 0 if duel.n < 1000 else 1
-            cells.append(
-                {
-                    "attack": "" if line.attack == previous else f"{line.attack} {signs(line.marks)}".strip(),
-                    "at": line.at,
-                    "A": str(line.a),
-                    "B": str(line.b),
-                    "A − B": f"{100 * (line.a.value - line.b.value):+.1f} [{low:+.{digits}f}, {high:+.{digits}f}]",
-                    "A alone": str(line.discordant[0]),
-                    "B alone": str(line.discordant[1]),
-                    "p": _p(line.p_value),
-                    "p, Holm": _p(adjusted),
-                }
-            )
-            previous = line.attack
-        notes = legend(frozenset().union(*(line.marks for line in duel.lines)))
-        notes += [
-            in_markdown(f"only {name} has met {_listed(specs)}") for name, specs in duel.unshared.items() if specs
-        ]
-        notes += [in_markdown(failed) for failed in duel.failed]
-        notes.append(
-            "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; alone: samples that stand with one and fall "
-            "with the other; p: exact McNemar, each line by itself, and by Holm for all lines of the table."
-        )
-        head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
-        setting = f"{in_markdown(duel.setting)} · {duel.n} samples in common"
-        parts.append("\n\n".join((head, setting, markdown_table(cells), "  \n".join(notes))))
-    return "\n\n".join(parts)
 
 
 def _present(name: str, rows: Iterable[Row]) -> str:
@@ -148,7 +109,7 @@ def _present(name: str, rows: Iterable[Row]) -> str:
         if way in present:
             return way
     hint = did_you_mean(written, sorted(present), otherwise="")
-    raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {_listed(present)}")
+    raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {listed(present)}")
 
 
 class _Sides(NamedTuple):
@@ -169,8 +130,8 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
     names_a, names_b = ({_name(*each) for each in met} for met in (met_a, met_b))
     if not shared:
         raise ConfigError(
-            f"{a} and {b} share no finished attack on {setting}: {a} has met {_listed(names_a)}, "
-            f"{b} {_listed(names_b)}; run both under one"
+            f"{a} and {b} share no finished attack on {setting}: {a} has met {listed(names_a)}, "
+            f"{b} {listed(names_b)}; run both under one"
         )
     pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
     ids = set.intersection(*(scope(row) for pair in pairs for row in pair))
@@ -229,11 +190,19 @@ def _versus(attack: str, pairs: Sequence[_Pair], ids: Collection[int], budgets: 
     shares_a, shares_b = (track.shares(rows, budgets) for rows in (rows_a, rows_b))
     marks = frozenset().union(*(marks_of(row) for row in (*rows_a, *rows_b)))
     even = all(pair.even for pair in pairs)
+    curves = [falls(rows, sorted(ids)) for rows in (rows_a, rows_b)] if any(map(_is_budget, shares_a)) else []
+    known = [each for each in curves if each is not None]
+    crosses = crossing(*known) if len(known) == 2 else None
     return [
-        Versus(attack, name, share, shares_b[name], marks)
+        Versus(attack, name, share, shares_b[name], marks, crosses)
         for name, share in shares_a.items()
         if (even or name != "final") and share.n and shares_b[name].n
     ]
+
+
+def _is_budget(at: str) -> bool:
+    """Whether a column is the accuracy after so many queries."""
+    return at.startswith("@")
 
 
 def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
@@ -263,20 +232,6 @@ def _budgets(largest: Sequence[int], asked: Sequence[int] | None, setting: str) 
     return sorted(set(asked))
 
 
-def _p(value: float) -> str:
-    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
-def _versus_record(duel: Duel, line: Versus, adjusted: float) -> dict[str, Any]:
-    low, high = line.interval
-    record: dict[str, Any] = {"setting": duel.setting, "n": duel.n, "attack": line.attack, "at": line.at}
-    for side, name, share in (("a", duel.a, line.a), ("b", duel.b, line.b)):
-        record |= {side: name, f"{side} accuracy": share.value}
-        record |= dict(zip((f"{side} low", f"{side} high"), share.interval, strict=True))
-    record |= {"difference": line.a.value - line.b.value, "difference low": low, "difference high": high}
-    record |= dict(zip(("a alone", "b alone"), line.discordant, strict=True))
-    return record | {"p": line.p_value, "p holm": adjusted, "marks": " ".join(sorted(line.marks))}
-
-
-def _listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str]) -> str:
+    """The names in one line, in their order, each once."""
     return ", ".join(sorted(set(names))) or "none"

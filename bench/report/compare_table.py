@@ -1,0 +1,109 @@
+"""Two defenses side by side as tables that people and programs read: Markdown, CSV and JSON."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from bench.report.compare import Duel, Versus, listed
+from bench.report.crossing import Crossing
+from bench.report.escape import Lines, in_markdown, markdown_table, tidy
+from bench.report.marks import legend, signs
+
+Style = Literal["md", "csv", "json"]
+
+LEGEND = (
+    "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; alone: samples that stand with one and fall with the "
+    "other; p: exact McNemar, each line by itself, and by Holm for all lines of the table"
+)
+CROSSES = (
+    "cross at: whoever was behind in accuracy against queries leads from so many queries on, and how often the lead "
+    "changes in all; empty where it never does, ? where an attack met only what others had left"
+)
+
+
+def render_duels(duels: Sequence[Duel], style: Style) -> str:
+    """The comparisons as Markdown, a table for each setting; or as CSV or JSON, a record for each line."""
+    if style != "md":
+        return tidy([
+            _record(duel, line, p) for duel in duels
+            for line, p in zip(duel.lines, duel.adjusted, strict=True)
+        ], style)  # fmt: skip
+    return "\n\n".join(map(_markdown, duels))
+
+
+def _markdown(duel: Duel) -> str:
+    head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
+    notes = "  \n".join((*legend(_marks(duel)), *map(in_markdown, _said(duel)), *(f"{each}." for each in _read(duel))))
+    return "\n\n".join((head, in_markdown(_setting(duel)), markdown_table(_lines(duel)), notes))
+
+
+def _lines(duel: Duel) -> Lines:
+    """The table as people read it, each attack named in its first line alone."""
+    digits = 0 if duel.n < 1000 else 1
+    lines = []
+    previous = None
+    for line, adjusted in zip(duel.lines, duel.adjusted, strict=True):
+        low, high = (100 * end for end in line.interval)
+        first = line.attack != previous
+        crosses = {"cross at": _crosses(line.crossing) if first else ""} if duel.has_curves else {}
+        lines.append(
+            {
+                "attack": f"{line.attack} {signs(line.marks)}".strip() if first else "",
+                "at": line.at,
+                "A": str(line.a),
+                "B": str(line.b),
+                "A − B": f"{100 * (line.a.value - line.b.value):+.1f} [{low:+.{digits}f}, {high:+.{digits}f}]",
+                "A alone": str(line.discordant[0]),
+                "B alone": str(line.discordant[1]),
+                "p": _p(line.p_value),
+                "p, Holm": _p(adjusted),
+            }
+            | crosses
+        )
+        previous = line.attack
+    return lines
+
+
+def _crosses(found: Crossing | None) -> str:
+    """Such as ``B from 120, 3 times``."""
+    if found is None:
+        return "?"
+    if not found.times:
+        return ""
+    return f"{found.ahead.upper()} from {found.at}" + f", {found.times} times" * (found.times > 1)
+
+
+def _setting(duel: Duel) -> str:
+    return f"{duel.setting} · {duel.n} samples in common"
+
+
+def _marks(duel: Duel) -> frozenset[str]:
+    return frozenset().union(*(line.marks for line in duel.lines))
+
+
+def _said(duel: Duel) -> list[str]:
+    """What a reader has to know of the rows, in names of others."""
+    return [f"only {name} has met {listed(specs)}" for name, specs in duel.unshared.items() if specs] + duel.failed
+
+
+def _read(duel: Duel) -> list[str]:
+    """How the columns are read."""
+    return [LEGEND, CROSSES] if duel.has_curves else [LEGEND]
+
+
+def _p(value: float) -> str:
+    return "<0.0001" if value < 1e-4 else f"{value:.4f}"
+
+
+def _record(duel: Duel, line: Versus, adjusted: float) -> dict[str, Any]:
+    low, high = line.interval
+    record: dict[str, Any] = {"setting": duel.setting, "n": duel.n, "attack": line.attack, "at": line.at}
+    for side, name, share in (("a", duel.a, line.a), ("b", duel.b, line.b)):
+        record |= {side: name, f"{side} accuracy": share.value}
+        record |= dict(zip((f"{side} low", f"{side} high"), share.interval, strict=True))
+    record |= {"difference": line.a.value - line.b.value, "difference low": low, "difference high": high}
+    record |= dict(zip(("a alone", "b alone"), line.discordant, strict=True))
+    record |= {"p": line.p_value, "p holm": adjusted}
+    if duel.has_curves:
+        times, at, ahead = line.crossing or (None, None, None)
+        record |= {"crossings": times, "cross at": at, "ahead from there": ahead}
+    return record | {"marks": " ".join(sorted(line.marks))}
