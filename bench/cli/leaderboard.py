@@ -10,6 +10,7 @@ from bench.entries.standing import check_boards, entries_in, marked
 from bench.errors import ConfigError
 from bench.report.escape import in_markdown
 from bench.report.leaderboard import Format, render
+from bench.report.selection import Selection
 from bench.report.standings import tables
 from bench.results.store import Store
 
@@ -23,8 +24,22 @@ def leaderboard(
     all_versions: Annotated[
         bool, typer.Option("--all-versions", help="Show rows of older versions of a component, too; never ranked.")
     ] = False,
+    defense: Annotated[
+        list[str] | None,
+        typer.Option(help="Show the lines of this defense alone; a bare name means all its variants. May be repeated."),
+    ] = None,
+    attack: Annotated[
+        list[str] | None,
+        typer.Option(help="Show the lines of this attack or learner alone, of worst or best: all. May be repeated."),
+    ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="Show the tables of this track: query, white-box, data. May be repeated.")
+    ] = None,
 ) -> None:
-    """Print the tables of the rows in a folder."""
+    """Print the tables of the rows in a folder.
+
+    --defense, --attack and --track show fewer lines and change no figure: ranks, worst cases and flags are of all rows.
+    """
     if style not in get_args(Format):
         raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
     rows, damaged = Store(folder).rows()
@@ -33,7 +48,8 @@ def leaderboard(
     entries, unread = entries_in(folder)
     known = [each for _, each in entries]
     check_boards(known)
-    shown = marked(tables(rows, budget or (100, 1000), all_versions), known)
+    selection = Selection(defense or (), attack or (), track or ())
+    shown = selection.of(marked(tables(rows, budget or (100, 1000), all_versions), known))
     print(render(shown, style))  # type: ignore[arg-type]
     if known and style == "md":
         print("\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]))

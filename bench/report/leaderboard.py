@@ -138,7 +138,7 @@ def _scores(table: Table) -> Lines:
     """One line for each defense, the scores under attack those under the attack that left it the least."""
     lines = []
     for defense in dict.fromkeys(line.defense for line in table.lines):
-        own = (line for line in table.lines if line.defense == defense and "ece" in line.figures)
+        own = (line for line in table.whole or table.lines if line.defense == defense and "ece" in line.figures)
         if line := hardest(own):
             lines.append({"defense": defense, **_columns(line, "defense"), "under": line.attack})
     return lines

@@ -22,6 +22,8 @@ class Table:
     flags: list[Flag] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)  # what the reader of this table must know
     rows: list[Row] = field(default_factory=list)  # that its ranked lines are of: the newest version of each component
+    track: str = ""  # its name
+    whole: list[Line] = field(default_factory=list)  # all its lines, where ``lines`` are a selection
 
 
 def tables(rows: Iterable[Row], budgets: Sequence[int] = (), all_versions: bool = False) -> list[Table]:
@@ -44,7 +46,7 @@ def tables(rows: Iterable[Row], budgets: Sequence[int] = (), all_versions: bool 
         lines += [_older_line(row, budgets) for row in ordered(members) if id(row) in outdated]
         note = _left_out(left_out.get(place(members[0]), []))
         notes = [*track.notes(lines), *([note] if note else [])]
-        result.append(Table(title, lines, _origin(members), flags(current, newest), notes, current))
+        result.append(Table(title, lines, _origin(members), flags(current, newest), notes, current, track.name))
     return result
 
 
