@@ -107,6 +107,23 @@ def test_markdown_fits_its_numbers_into_one_line_each():
     assert "8 samples in common" in text
 
 
+def test_latex_has_the_better_one_in_bold_where_chance_does_not_explain_it():
+    text = render_duels([only([row([NEVER] * 20 + [0], "a"), row([50] * 20 + [0], "b")], [10, 60])], "latex")
+    assert r"\toprule" in text
+    shown = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert [r"\textbf{95.2 [77, 99]} & 0.0" in line for line in shown] == [False, False, False, True, True]
+    assert text.count(r"\textbf") == 2
+    assert r"5 \%" in text
+    assert "−" not in text
+    hostile = render_duels([only([row(A, "a"), row(B, "b"), row(A, "a", "x_y{"), row(B, "b", "x_y{")])], "latex")
+    assert r"x\_y\{" in hostile
+
+
+def test_the_better_protection_is_the_one_that_leaves_less():
+    (duel,) = duels([learner(20, 20, "ops"), learner(1, 20)], "ops", "none")
+    assert duel.better == ["a"]
+
+
 def test_csv_and_json_hold_the_same_records():
     found = [only([row(A, "a"), row(B, "b")], [60])]
     from_json = json.loads(render_duels(found, "json"))

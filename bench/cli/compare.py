@@ -8,6 +8,7 @@ import typer
 from bench.cli.console import complain, path
 from bench.entries.standing import check_boards, entries_in
 from bench.errors import ConfigError, StoreError
+from bench.report.beside_published import Style as MatchStyle
 from bench.report.beside_published import match, render_matches
 from bench.report.compare import duels
 from bench.report.compare_table import Style, render_duels
@@ -31,11 +32,12 @@ def compare(
         Path | None,
         typer.Option(parser=path, help="Folder of published figures; leaderboards/published of the checkout."),
     ] = None,
-    style: Annotated[str, typer.Option("--format", help="md, csv or json.")] = "md",
+    style: Annotated[str, typer.Option("--format", help="md, csv, json; latex without --published.")] = "md",
 ) -> None:
     """Compare rows with published figures, or two defenses with each other."""
-    if style not in get_args(Style):
-        raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Style))}")
+    styles = get_args(MatchStyle if published else Style)
+    if style not in styles:
+        raise ConfigError(f"format is {style!r}; use one of {', '.join(styles)}")
     if published == bool(defense):
         raise ConfigError(f"{'both' if published else 'neither'} of --published and --defense; give one of the two")
     if published and budget:

@@ -4,11 +4,10 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any
+from typing import Any, Literal
 
 from bench.metrics import query_statistics
 from bench.plan.cell import Cell, Component
-from bench.report.compare_table import Style
 from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of
@@ -19,6 +18,8 @@ from bench.results.store import Row
 from bench.rules import NEVER
 from bench.spec import Spec, parse_chain
 from bench.threat import format_eps
+
+Style = Literal["md", "csv", "json"]
 
 UNATTACKED = ("clean accuracy", "logit difference")
 SAME_RADIUS = 0.02  # radii that differ by less, such as 0.031 and 8/255, compare; the difference is named

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from bench.plan.pin import placeless
 from bench.report.crossing import Crossing, crossing, falls
 from bench.report.marks import marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, scope, within
-from bench.report.ranking import Encounter, encounter
+from bench.report.ranking import SIGNIFICANT, Encounter, encounter
 from bench.report.settings import by_setting
 from bench.report.stats import holm, mcnemar, paired_bootstrap
 from bench.report.versions import by_version
@@ -57,6 +57,7 @@ class Duel:
     b: str
     n: int
     lines: list[Versus]
+    good: Literal["high", "low"]  # which of two accuracies is the better one
     unshared: dict[str, list[str]]  # attacks that only one of them has met, by defense
     failed: list[str] = field(default_factory=list)  # rows with errors, and the last line of each
 
@@ -64,6 +65,14 @@ class Duel:
     def adjusted(self) -> list[float]:
         """The p-value of each line, adjusted for all lines together (Holm)."""
         return list(map(float, holm(np.array([line.p_value for line in self.lines]))))
+
+    @property
+    def better(self) -> list[Literal["a", "b", ""]]:
+        """Who is significantly better in each line, by its adjusted p-value; nobody where it may be chance."""
+        sign = 1 if self.good == "high" else -1
+        gains = [sign * (line.a.value - line.b.value) if p < SIGNIFICANT else 0.0
+                 for line, p in zip(self.lines, self.adjusted, strict=True)]  # fmt: skip
+        return ["a" if gain > 0 else "b" if gain < 0 else "" for gain in gains]
 
     @property
     def has_curves(self) -> bool:
@@ -148,7 +157,7 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
     failed = [f"{row.cell.defense_title} × {_name(*encounter(row))} failed: {failure(row)}"
               for rows in sides for row in rows if row.errors]  # fmt: skip
     unshared = {a: sorted(names_a - names_b), b: sorted(names_b - names_a)}
-    return Duel(setting, a, b, len(ids), lines, unshared, failed)
+    return Duel(setting, a, b, len(ids), lines, track_of(pairs[0].a.cell).good, unshared, failed)
 
 
 class _Pair(NamedTuple):

@@ -1,15 +1,16 @@
-"""Two defenses side by side as tables that people and programs read: Markdown, CSV and JSON."""
+"""Two defenses side by side as tables that people and programs read: Markdown, LaTeX, CSV and JSON."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from bench.report.compare import Duel, Versus, listed
 from bench.report.crossing import Crossing
-from bench.report.escape import Lines, in_markdown, markdown_table, tidy
+from bench.report.escape import Lines, in_markdown, latex_table, markdown_table, tidy
 from bench.report.marks import legend, signs
 
-Style = Literal["md", "csv", "json"]
+Style = Literal["md", "csv", "latex", "json"]
 
+BOLD = "bold: the better one, where p by Holm is below 5 %"
 LEGEND = (
     "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; alone: samples that stand with one and fall with the "
     "other; p: exact McNemar, each line by itself, and by Holm for all lines of the table"
@@ -21,19 +22,28 @@ CROSSES = (
 
 
 def render_duels(duels: Sequence[Duel], style: Style) -> str:
-    """The comparisons as Markdown, a table for each setting; or as CSV or JSON, a record for each line."""
-    if style != "md":
+    """The comparisons as Markdown or LaTeX (booktabs), a table for each setting; or tidy, a record for each line.
+
+    LaTeX has the better accuracy in bold where the line is significant after Holm's adjustment.
+    """
+    if style in ("csv", "json"):
         return tidy([
             _record(duel, line, p) for duel in duels
             for line, p in zip(duel.lines, duel.adjusted, strict=True)
         ], style)  # fmt: skip
-    return "\n\n".join(map(_markdown, duels))
+    return "\n\n".join(map(_latex if style == "latex" else _markdown, duels))
 
 
 def _markdown(duel: Duel) -> str:
     head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
     notes = "  \n".join((*legend(_marks(duel)), *map(in_markdown, _said(duel)), *(f"{each}." for each in _read(duel))))
     return "\n\n".join((head, in_markdown(_setting(duel)), markdown_table(_lines(duel)), notes))
+
+
+def _latex(duel: Duel) -> str:
+    bold = {(number, side.upper()) for number, side in enumerate(duel.better) if side}
+    told = (f"A = {duel.a}, B = {duel.b}", _setting(duel), *legend(_marks(duel)), *_said(duel), *_read(duel), BOLD)
+    return latex_table(_lines(duel), " ".join(f"{each}." for each in told), bold)
 
 
 def _lines(duel: Duel) -> Lines:

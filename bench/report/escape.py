@@ -5,7 +5,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from tabulate import tabulate
@@ -31,7 +31,7 @@ _LATEX = {
     "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
     "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "◷": r"$\odot$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$", "÷": r"$\div$",
-    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "≈": r"$\approx$", "✓": r"$\surd$", "◦": r"$\circ$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "≈": r"$\approx$", "✓": r"$\surd$", "−": r"$-$", "◦": r"$\circ$",
 }  # fmt: skip
 
 
@@ -64,12 +64,16 @@ def markdown_table(lines: Lines) -> str:
     return tabulate(cells, [*map(_in_cell, names)], tablefmt="pipe", disable_numparse=True) if names else ""
 
 
-def latex_table(lines: Lines, caption: str) -> str:
-    """Lines of text as a floating LaTeX table (booktabs)."""
+def latex_table(lines: Lines, caption: str, bold: Collection[tuple[int, str]] = ()) -> str:
+    """Lines of text as a floating LaTeX table (booktabs); ``bold`` cells by their line, from 0, and column."""
     import pandas as pd  # which is slow to come, and which other tables need not
 
     names = columns(lines)
-    cells = [[in_latex(line.get(name, "")) for name in names] for line in lines]
+    cells = [
+        [rf"\textbf{{{text}}}" if (number, name) in bold else text for name in names
+         for text in [in_latex(line.get(name, ""))]]
+        for number, line in enumerate(lines)
+    ]  # fmt: skip
     frame = pd.DataFrame(cells, columns=[*map(in_latex, names)], dtype=object)
     return str(frame.to_latex(index=False, escape=False, caption=in_latex(caption), position="ht"))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -31,6 +31,7 @@ class Data:
     beside: frozenset[Access] = frozenset()
     pools: bool = False
     measures: str = "test accuracy"
+    good: Literal["high", "low"] = "low"
     reading: str = (
         "The test accuracy of a network that the best of the learners has trained on the released images. Low is good "
         "for their owner."

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +58,7 @@ class Query:
     beside: frozenset[Access] = frozenset()
     pools: bool = True
     measures: str = "robust accuracy"
+    good: Literal["high", "low"] = "high"
     reading: str = (
         "The share of images that no query has beaten, each under whichever attack beats it soonest. High is good for "
         "the defense."

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from bench.plan.cell import Cell
 from bench.report.line import Line
@@ -60,6 +60,10 @@ class Track(Protocol):
     @property
     def measures(self) -> str:
         """What its shares are of, in two words."""
+        ...
+    @property
+    def good(self) -> Literal["high", "low"]:
+        """Which share is good for the defense."""
         ...
     @property
     def reading(self) -> str:
