@@ -141,7 +141,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         (["run", "quick", "--device", "meta"], "device 'meta' is not there", "use cpu"),
         (["leaderboard", "nowhere"], "no results folder nowhere", "run a suite with --out nowhere first"),
         (["leaderboard", ".", "--format", "html"], "format is 'html'", "md, csv, latex, json"),
-        (["compare"], "neither of --published and --defense", "give one of the two"),
+        (["compare"], "neither of --published and --defense", "give one of the two, or name two runs"),
         (["compare", "--published", "--defense", "rnd"], "both of --published and --defense", "give one of the two"),
         (["compare", "--published", "--budget", "9"], "--budget with --published", "leave it out"),
         (["compare", ".", "--defense", "rnd"], "--defense is given 1 time(s)", "once for each chain"),
@@ -272,6 +272,15 @@ def test_committed_rows_stand_beside_published_figures(style):
         assert all("JPEG-coded copy" in record["differs"] for record in json.loads(ended.out))
 
 
+def test_two_runs_are_compared_where_they_differ_in_the_defense_alone():
+    digits, cifar = (ROOT / "leaderboards" / name for name in ("data-digits", "data-cifar10-small"))
+    refused = bench("compare", digits, cifar, "--defense", "none")
+    assert refused.code != 0
+    assert "do not compare: data set is digits in the first and cifar10" in refused.err
+    ended = bench("compare", digits, digits, "--defense", "none", "--format", "json")
+    assert {record["difference"] for record in json.loads(ended.out)} == {0.0}
+
+
 def test_two_defenses_are_compared_on_committed_rows():
     folder = ROOT / "leaderboards" / "query-cifar10"
     name = "unig(variant=stateless)"
@@ -284,7 +293,7 @@ def test_two_defenses_are_compared_on_committed_rows():
     of = {line["defense"]: line["@2500"] for line in reversed(board) if line.get("@2500")}
     assert (worst["a accuracy"], worst["b accuracy"]) == (of[name], of["rnd(sigma=0.02)"])
     assert worst["difference low"] < worst["difference"] < worst["difference high"]
-    assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 100
+    assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 160
     line = complaint(bench("compare", folder, "--defense", "unig", "--defense", "none"))
     assert "no rows of defense 'unig'" in line, "which means another variant today"
     line = complaint(bench("compare", folder, "--defense", "aaa-linear", "--defense", "none"))

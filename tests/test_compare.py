@@ -16,6 +16,7 @@ from bench.report.compare import Duel, duels
 from bench.report.compare_table import render_duels
 from bench.report.crossing import Crossing, crossing
 from bench.report.stats import mcnemar, paired_bootstrap
+from bench.report.two_runs import Run, duels_of_runs
 from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
@@ -234,3 +235,66 @@ def test_nobody_knows_where_curves_cross_of_an_attack_that_met_what_others_had_l
     crossings = {line.attack: line.crossing for line in only(rows).lines}
     assert crossings == {"worst of 2": None, "square": Crossing()}
     assert "| ?" in render_duels([only(rows)], "md")
+
+
+def beside(a: list[Row], b: list[Row], defense: str | None = None) -> Duel:
+    (duel,) = duels_of_runs(Run("first", a), Run("second", b), defense)
+    return duel
+
+
+def preset(before: Row, **params: Any) -> Row:
+    cell = replace(before.cell, attack=replace(before.cell.attack, params=params))
+    return Row(cell, before.columns, before.shards)
+
+
+def test_the_defenses_of_two_runs_stand_beside_each_other_as_those_of_one():
+    plain, other = row([5] * 8), row([5] * 8)
+    duel = beside([plain, row(A, "a")], [other, row(B, "b")])
+    assert (duel.a, duel.b) == ("a", "b")
+    assert values(duel) == values(only([row(A, "a"), row(B, "b")]))
+
+
+def test_one_defense_of_two_runs_is_called_by_its_run():
+    duel = beside([row(A, "a")], [row(B, "a")])
+    assert (duel.a, duel.b) == ("a (first)", "a (second)")
+    assert values(duel)["@100"] == (6 / 8, 2 / 8)
+    assert values(beside([row(A)], [row(A)])) == values(beside([row(A, "a")], [row(A)]))
+
+
+def test_a_run_of_several_defenses_asks_which():
+    with pytest.raises(ConfigError, match="first holds 2 defenses, a, c; name one with --defense"):
+        beside([row(A, "a"), row(A, "c")], [row(B, "b")])
+    duel = beside([row(A, "a"), row(A, "c")], [row(B, "b")], "c")
+    assert (duel.a, duel.b) == ("c", "b")
+    with pytest.raises(ConfigError, match="no rows of defense 'x'"):
+        beside([row(A, "a"), row(A, "c")], [row(B, "b")], "x")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "complaint"),
+    [
+        ([row(A, "a")], [row(B[:6], "b")], "square ran on 8 samples in the first and 6 in the second, 6 of them"),
+        ([row(A, "a", data_hash="1")], [row(B, "b", data_hash="2")], "content of the data set is 1 in the first and 2"),
+        ([row(A, "a", weights_hash="1")], [row(B, "b")], "weights is 1 in the first and none in the second"),
+        ([row(A, "a")], [row(B, "b", threat=Threat("l2", 0.5, "scores", 100))], "and l2 0.5 in the second"),
+        ([row(A, "a")], [row(B, "b", threat=Threat("linf", 8.001 / 255, "scores", 100))], "threat is linf 0.0313725"),
+        ([row(A, "a")], [row(B, "b", numerics="plain")], "precision is fast in the first and plain in the second"),
+        ([row(A, "a")], [row(B, "b", quantise=True)], "input is float in the first and 8-bit in the second"),
+        (
+            [row(A, "a", "square(p_init=0.1)"), row(A, "a", "pgd")], [row(B, "b", "square"), row(B, "b", "pgd")],
+            "attack square(p_init=0.1) and attack square have other parameters",
+        ),
+        ([preset(row(A, "a"), p=0.1)], [preset(row(B, "b"), p=0.8)], "not the same attack: p is 0.1 in the first"),
+        (
+            [row(A, "a", traits=("rescaled",))], [row(B, "b", traits=("rescaled",), budget=50)],
+            "budget that its schedule is made for is 100 in the first and 50",
+        ),
+        ([row(A, "a"), row([0] * 8)], [row(B, "b"), row([9] * 8)], "undefended models differ: 8 of 8 clean images"),
+        ([row(A, "a"), row([9] * 12)], [row(B, "b"), row([NEVER] * 12)], "square leaves 0.0 % in the first and 100.0"),
+    ],
+)  # fmt: skip
+def test_runs_that_differ_in_more_than_the_defense_are_refused_with_the_reason(a: Any, b: Any, complaint: str):
+    with pytest.raises(ConfigError) as caught:
+        beside(a, b)
+    assert complaint in str(caught.value)
+    assert str(caught.value).startswith("first and second do not compare")

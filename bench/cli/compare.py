@@ -6,26 +6,29 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, path
-from bench.entries.standing import check_boards, entries_in
+from bench.entries.standing import Known, check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.beside_published import Style as MatchStyle
 from bench.report.beside_published import match, render_matches
 from bench.report.compare import duels
 from bench.report.compare_table import Style, render_duels
 from bench.report.published import load_published, result_folders
-from bench.results.store import Row, Store, united
+from bench.report.two_runs import Run, duels_of_runs
+from bench.results.store import Store, united
 
 
 def compare(
     folders: Annotated[
-        list[Path] | None, typer.Argument(parser=path, help="Results folders; all of leaderboards/ with --published.")
+        list[Path] | None,
+        typer.Argument(parser=path, help="Two runs or entries; or any folders, with --defense twice or --published."),
     ] = None,
     published: Annotated[bool, typer.Option("--published", help="Hold the rows against published figures.")] = False,
     defense: Annotated[
-        list[str] | None, typer.Option(help="Twice: compare these two chains on the same samples.")
+        list[str] | None,
+        typer.Option(help="Twice: these two chains. Once, with two runs: the chain of each that holds several."),
     ] = None,
     budget: Annotated[
-        list[int] | None, typer.Option(min=1, help="With --defense, query budgets; 100, 1000 and the largest.")
+        list[int] | None, typer.Option(min=1, help="Of two defenses, query budgets; 100, 1000 and the largest.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="With --published, list what has not run, too.")] = False,
     figures: Annotated[
@@ -34,32 +37,42 @@ def compare(
     ] = None,
     style: Annotated[str, typer.Option("--format", help="md, csv, json; latex without --published.")] = "md",
 ) -> None:
-    """Compare rows with published figures, or two defenses with each other."""
+    """Compare two defenses, of two runs or of one, or rows with published figures."""
     styles = get_args(MatchStyle if published else Style)
     if style not in styles:
         raise ConfigError(f"format is {style!r}; use one of {', '.join(styles)}")
-    if published == bool(defense):
-        raise ConfigError(f"{'both' if published else 'neither'} of --published and --defense; give one of the two")
+    two_runs = not published and len(folders or ()) == 2 and len(defense or ()) < 2
+    if published == bool(defense) and not two_runs:
+        raise ConfigError(
+            f"{'both' if published else 'neither'} of --published and --defense; give one of the two, or name two runs"
+        )
     if published and budget:
         raise ConfigError("--budget with --published; leave it out, published figures have budgets of their own")
-    if defense and len(defense) != 2:
-        raise ConfigError(f"--defense is given {len(defense)} time(s); give it twice, once for each chain")
+    if defense and len(defense) != 2 and not two_runs:
+        raise ConfigError(
+            f"--defense is given {len(defense)} time(s); give it twice, once for each chain, or name two runs"
+        )
     if defense and not folders:
         raise ConfigError("no results folder; name one, as in bench compare FOLDER --defense A --defense B")
     known = load_published(figures) if published else None
-    rows: list[Row] = []
+    runs: list[Run] = []
+    entries: list[Known] = []
     damaged: list[StoreError] = []
     for folder in folders or result_folders():
         stored, broken = Store(folder).rows()
         if not stored and not broken:
             raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-        rows += stored
+        runs.append(Run(str(folder), united(stored)))
         damaged += broken
-        check_boards(entry for _, entry in entries_in(folder)[0])
+        entries = [*(() if published else entries), *(entry for _, entry in entries_in(folder)[0])]
+        check_boards(entries)
     for error in damaged:
         complain(error)
-    rows = united(rows)
-    if defense:
+    rows = united(row for run in runs for row in run.rows)
+    if two_runs:
+        found = duels_of_runs(runs[0], runs[1], defense[0] if defense else None, budget)
+        print(render_duels(found, style))  # type: ignore[arg-type]
+    elif defense:
         print(render_duels(duels(rows, defense[0], defense[1], budget), style))  # type: ignore[arg-type]
     elif known:
         print(render_matches(match(known, rows), known, style, everything))  # type: ignore[arg-type]

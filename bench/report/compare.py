@@ -93,7 +93,7 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
             common.
     """
     rows = by_version(rows).newest
-    a, b = (_present(name, rows) for name in (a, b))
+    a, b = (present(name, rows) for name in (a, b))
     if a == b:
         raise ConfigError(f"both defenses are {a}; name two of {listed({row.cell.defense_title for row in rows})}")
     every = _sides(rows, a, b)
@@ -106,10 +106,10 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
             f"{a} and {b} share no setting: {a} has run on {on_a}, {b} on {on_b} "
             "(data, weights and numerics must be equal, too); run both in one suite"
         )
-    return [_duel(title, both, budgets) for title, both in common.items()]
+    return [duel(title, both, budgets, (a, b)) for title, both in common.items()]
 
 
-def _present(name: str, rows: Iterable[Row]) -> str:
+def present(name: str, rows: Iterable[Row]) -> str:
     """The chain ``name`` as rows write it: as it was given, or with files of users by their names alone."""
     present = {row.cell.defense_title for row in rows}
     given = parse_chain(name)
@@ -121,20 +121,25 @@ def _present(name: str, rows: Iterable[Row]) -> str:
     raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {listed(present)}")
 
 
-class _Sides(NamedTuple):
+class Sides(NamedTuple):
     """Rows of the one defense and of the other."""
 
     a: list[Row]
     b: list[Row]
 
 
-def _sides(rows: Sequence[Row], a: str, b: str) -> _Sides:
-    return _Sides(*([row for row in rows if row.cell.defense_title == name] for name in (a, b)))
+def _sides(rows: Sequence[Row], a: str, b: str) -> Sides:
+    return Sides(*([row for row in rows if row.cell.defense_title == name] for name in (a, b)))
 
 
-def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
-    a, b = (rows[0].cell.defense_title for rows in sides)
-    met_a, met_b = (_met(rows) for rows in sides)
+def duel(setting: str, sides: Sides, budgets: Sequence[int] | None, names: tuple[str, str]) -> Duel:
+    """Two defenses, by the ``names`` that a reader knows them by, in the setting that all their rows share.
+
+    Raises:
+        ConfigError: they have no attack, budget or sample in common.
+    """
+    a, b = names
+    met_a, met_b = (best_rows(rows) for rows in sides)
     shared = sorted(met_a.keys() & met_b.keys())
     names_a, names_b = ({_name(*each) for each in met} for met in (met_a, met_b))
     if not shared:
@@ -154,8 +159,8 @@ def _duel(setting: str, sides: _Sides, budgets: Sequence[int] | None) -> Duel:
         lines += _versus(f"worst of {len(attacks)}", counted, ids, shown)
     for name, group in _lines(pair for pair in pairs if pair.whole).items():
         lines += _versus(name, group, ids, shown)
-    failed = [f"{row.cell.defense_title} × {_name(*encounter(row))} failed: {failure(row)}"
-              for rows in sides for row in rows if row.errors]  # fmt: skip
+    failed = [f"{name} × {_name(*encounter(row))} failed: {failure(row)}"
+              for name, rows in zip(names, sides, strict=True) for row in rows if row.errors]  # fmt: skip
     unshared = {a: sorted(names_a - names_b), b: sorted(names_b - names_a)}
     return Duel(setting, a, b, len(ids), lines, track_of(pairs[0].a.cell).good, unshared, failed)
 
@@ -220,7 +225,7 @@ def _even(row: Row, queries: int, ids: Collection[int]) -> Row:
     return same if query_budget(row) == queries else within(same, queries)
 
 
-def _met(rows: Iterable[Row]) -> dict[Encounter, Row]:
+def best_rows(rows: Iterable[Row]) -> dict[Encounter, Row]:
     """Rows with records by attack and seed; of several, that with the most queries and samples."""
     ordered = sorted(rows, key=lambda row: (query_budget(row), row.n))
     return {encounter(row): row for row in ordered if row.measured}
