@@ -1,11 +1,13 @@
 """``bench leaderboard``: the tables of a results folder."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from bench.cli.console import complain, path
+from bench.cli.console import complain, console, path
+from bench.cli.narrow_board import fits, print_narrow
 from bench.entries.standing import check_boards, entries_in, marked
 from bench.errors import ConfigError
 from bench.report.escape import in_markdown
@@ -17,7 +19,10 @@ from bench.results.store import Store
 
 def leaderboard(
     folder: Annotated[Path, typer.Argument(parser=path, help="A results folder.")],
-    style: Annotated[str, typer.Option("--format", help="md, csv, latex or json.")] = "md",
+    style: Annotated[
+        str | None,
+        typer.Option("--format", help="md, csv, latex or json; md by default, made to fit a narrow terminal."),
+    ] = None,
     budget: Annotated[
         list[int] | None, typer.Option(min=1, help="Query budget to show; may be repeated; 100 and 1000 by default.")
     ] = None,
@@ -35,12 +40,13 @@ def leaderboard(
     track: Annotated[
         list[str] | None, typer.Option(help="Show the tables of this track: query, white-box, data. May be repeated.")
     ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Show all columns, however narrow the terminal is.")] = False,
 ) -> None:
     """Print the tables of the rows in a folder.
 
     --defense, --attack and --track show fewer lines and change no figure: ranks, worst cases and flags are of all rows.
     """
-    if style not in get_args(Format):
+    if style is not None and style not in get_args(Format):
         raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
     rows, damaged = Store(folder).rows()
     if not rows and not damaged:
@@ -50,8 +56,13 @@ def leaderboard(
     check_boards(known)
     selection = Selection(defense or (), attack or (), track or ())
     shown = selection.of(marked(tables(rows, budget or (100, 1000), all_versions), known))
-    print(render(shown, style))  # type: ignore[arg-type]
-    if known and style == "md":
+    text = render(shown, style or "md")  # type: ignore[arg-type]
+    if style is None and not wide and sys.stdout.isatty() and not fits(text, console.width):
+        for table in shown:
+            print_narrow(table, console)
+    else:
+        print(text)
+    if known and style in (None, "md"):
         print("\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]))
     damaged += unread
     for error in damaged:

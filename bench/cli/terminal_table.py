@@ -14,12 +14,18 @@ SHORT = ("norms", "samples", "queries ≤", "training ≈", "time ≤")
 NUMBERS = SHORT[1:]
 
 
-def columns(names: Sequence[str], lines: Sequence[Sequence[str]], room: int, title: str | None = None) -> Table:
+def columns(
+    names: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    room: int,
+    title: str | None = None,
+    numbers: Collection[str] = NUMBERS,
+) -> Table:
     """The ``lines`` as a table for a terminal of ``room`` characters."""
     table = Table(box=None, pad_edge=False, header_style="bold", title=title, title_justify="left")
     widths = _widths(names, lines, room) or ()
     for name, width in zip_longest(names, widths):
-        table.add_column(name, width=width, overflow="fold", justify="right" if name in NUMBERS else "left")
+        table.add_column(name, width=width, overflow="fold", justify="right" if name in numbers else "left")
     for line in lines:
         table.add_row(*line)
     return table

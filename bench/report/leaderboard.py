@@ -17,12 +17,14 @@ from bench.tracks import track_of
 
 Format = Literal["md", "csv", "latex", "json"]
 
-GLANCE = "At a glance: what each attack leaves with all of its queries, in percent; intervals stand above."
+GLANCE = "At a glance: what each attack leaves with all of its queries, in percent"
 LASTING = (
     "Random defenses, re-evaluated: an image counts as beaten within so many queries only where the majority of 16 "
     "new evaluations of its first hit is wrong, too. First hits show what one lucky answer gets; this shows what an "
     "example that works again gets. A search ends at its first hit, so the share is an upper bound."
 )
+FLAGS = "Red flags (computed; each is a reason to look, none a verdict):"
+FAILED = "Failed (the last line of each error):"
 SCORES = "What the defense does to its answers, then clean → after the attack that left the least."
 QUERIES = "What the queries achieved; attacked are the images that were right when clean."
 
@@ -39,25 +41,22 @@ def render(tables: Sequence[Table], style: Format, details: bool = True) -> str:
 
 
 def _markdown(table: Table, details: bool) -> str:
-    frames = [f"{title}\n\n{markdown_table(lines)}" for title, lines in _frames(table, details)]
-    parts = [f"### {in_markdown(table.title)}", *frames]
+    shown = [f"{title}\n\n{markdown_table(lines)}" for title, lines in frames(table, details)]
+    parts = [f"### {in_markdown(table.title)}", *shown]
     notes = [in_markdown(note) for note in (*table.notes, table.origin)]
     parts.insert(2, "  \n".join(filter(None, (_legend(table), *notes))))
-    failed = dict.fromkeys(
-        f"- {in_markdown(f'{line.defense} × {line.attack}: {line.error}')}" for line in table.lines if line.error
-    )
-    if failed:
-        parts.insert(3, "\n".join(["Failed (the last line of each error):\n", *failed]))
+    if failed := failures(table):
+        parts.insert(3, "\n".join([f"{FAILED}\n", *(f"- {in_markdown(each)}" for each in failed)]))
     if table.flags:
         told = [[in_markdown(part) for part in (flag.defense, flag.flag, flag.evidence)] for flag in table.flags]
         fired = [f"- {defense}: **{flag}**. {evidence}." for defense, flag, evidence in told]
-        parts.insert(3, "\n".join(["Red flags (computed; each is a reason to look, none a verdict):\n", *fired]))
+        parts.insert(3, "\n".join([f"{FLAGS}\n", *fired]))
     return "\n\n".join(parts).replace("\n\n\n", "\n") + "\n"
 
 
 def _latex(table: Table, details: bool) -> str:
     parts = []
-    for title, lines in _frames(table, details):
+    for title, lines in frames(table, details):
         notes = (_legend(table, latex=True), *(f"{note}." for note in table.notes), table.origin) if not title else ()
         parts.append(latex_table(lines, " ".join((f"{table.title}.", title, *notes))))
     return "\n".join(parts)
@@ -72,21 +71,33 @@ def summary(row: Row) -> str:
     return track_of(row.cell).summary(row)
 
 
-def _frames(table: Table, details: bool) -> list[tuple[str, Lines]]:
+def frames(table: Table, details: bool = True, intervals: bool = True) -> list[tuple[str, Lines]]:
     """The table as people read it: accuracies; what the defenses do to their scores; what the queries achieved."""
-    parts: list[tuple[str, Lines]] = [("", _accuracies(table))]
+    parts: list[tuple[str, Lines]] = [("", _accuracies(table, intervals))]
     if details:
-        parts += [(GLANCE, _glance(table)), (LASTING, _lasting(table))]
+        glance = f"{GLANCE}{'; intervals stand above' if intervals else ''}."
+        parts += [(glance, _glance(table)), (LASTING, _lasting(table, intervals))]
         parts += [_explained(SCORES, "defense", _scores(table)), _explained(QUERIES, "attack", _queries(table))]
     return [(title, lines) for title, lines in parts if lines or not title]
 
 
-def _accuracies(table: Table) -> Lines:
+def failures(table: Table) -> list[str]:
+    """The cells that have failed, each with the last line of its error."""
+    failed = (f"{line.defense} × {line.attack}: {line.error}" for line in table.lines if line.error)
+    return list(dict.fromkeys(failed))
+
+
+def signs_told(table: Table) -> list[str]:
+    """What the signs in its lines mean."""
+    return marks_legend(frozenset().union(*(line.marks for line in table.lines)))
+
+
+def _accuracies(table: Table, intervals: bool) -> Lines:
     ranked = any(line.rank for line in table.lines)
     lines = []
     for line in table.lines:
         rank = {"rank": "" if line.rank is None else str(line.rank)} if ranked else {}
-        shares = {name: str(share) for name, share in line.shares.items()}
+        shares = {name: share.text(intervals) for name, share in line.shares.items()}
         extra = {name: _extra(name, value) for name, value in line.extra.items()}
         attack = f"{line.attack} {signs(line.marks)}".strip()
         lines.append({**rank, "defense": line.defense, "attack": attack, **shares, **extra, "n": line.samples})
@@ -122,11 +133,11 @@ def _glance(table: Table) -> Lines:
     return [{"defense": name, **shown} for name, shown in found.items()]
 
 
-def _lasting(table: Table) -> Lines:
+def _lasting(table: Table, intervals: bool) -> Lines:
     """The accuracies of random defenses with hits re-evaluated."""
     lines = [
         {"defense": line.defense, "attack": line.attack}
-        | {budget: str(share) for budget, share in line.lasting.items()}
+        | {budget: share.text(intervals) for budget, share in line.lasting.items()}
         | {"n": line.samples}
         for line in table.lines
         if line.lasting
@@ -166,7 +177,7 @@ def _once(lines: list[dict[str, str]]) -> Lines:
 
 
 def _legend(table: Table, latex: bool = False) -> str:
-    told = marks_legend(frozenset().union(*(line.marks for line in table.lines)))
+    told = signs_told(table)
     return " ".join(f"{line}." for line in told) if latex else "  \n".join(told)
 
 

@@ -55,12 +55,17 @@ class Share:
         return wilson(round(self.value * self.n) if self.n else 0, self.n)
 
     def __str__(self) -> str:
+        return self.text()
+
+    def text(self, interval: bool = True) -> str:
+        """In percent, with the spread over several networks and, if wanted, the interval of the images."""
         if not self.n:
             return ""
         low, high = self.interval
         digits = 0 if self.n < 1000 else 1  # below, the ends are further apart than any decimal of theirs
         spread = f" ± {100 * self.spread:.1f}" if self.networks > 1 else ""
-        return f"{100 * self.value:.1f}{spread} [{100 * low:.{digits}f}, {100 * high:.{digits}f}]"
+        ends = f" [{100 * low:.{digits}f}, {100 * high:.{digits}f}]" if interval else ""
+        return f"{100 * self.value:.1f}{spread}{ends}"
 
 
 def column(row: Row, name: str) -> NDArray[Any]:
