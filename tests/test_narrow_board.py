@@ -4,6 +4,7 @@ import io
 import re
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,13 @@ def test_what_had_no_room_is_named(board):
     assert "No room for 95 % intervals, which reach up to " in text
     assert "No room for" not in printed(board, 250)
     assert "97.5 [87, 100]" in printed(board, 250)
+
+
+def test_defenses_of_one_rank_stand_together(board):
+    heads = [line for line in board.lines if line.rank]
+    lines = [replace(line, rank=rank) for line, rank in zip(heads, (1, 1, 3), strict=True)]
+    shown = printed(replace(board, lines=lines), 80).split("No room")[0].split("rank")[1].splitlines()[1:]
+    assert [line.split()[0] if line.strip() else "" for line in shown] == ["1", "1", "", "3"]
 
 
 def test_two_long_names_never_become_the_same():

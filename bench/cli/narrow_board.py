@@ -120,11 +120,12 @@ def _width(widths: Mapping[str, int]) -> int:
 
 
 def _print_frame(frame: Frame, console: Terminal) -> None:
+    """The table, with an empty line before each defense that has several lines, or before each rank if none has."""
     names = columns(frame.lines)
     several = any(line.get("defense") == "" for line in frame.lines)  # under one name, which is said once
     cells: list[list[str]] = []
-    for line in frame.lines:
-        if several and cells and line.get("defense"):
+    for before, line in zip([None, *frame.lines], frame.lines, strict=False):
+        if before and (line.get("defense") if several else line.get("rank") != before.get("rank")):
             cells.append([""] * len(names))
         cells.append([line.get(name, "") for name in names])
     console.print()

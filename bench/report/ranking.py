@@ -111,7 +111,7 @@ class Held:
 def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
     """1 + the number of defenses that are significantly better: exact McNemar, Holm over all pairs, 5 %.
 
-    Differences inside the noise share a rank.
+    A rank counts, it does not tell a pair apart: two ranks may differ by a third defense that is better than one only.
 
     Args:
         standing: by defense, the outcome on each sample, paired by position; of several networks, their mean.
