@@ -16,7 +16,7 @@ MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix("
            for file in (ROOT / "bench").rglob("*.py")}  # fmt: skip
 SLOW = (
     "torchvision", "robustbench", "timm", "torchattacks", "sklearn", "pyautoattack", "matplotlib", "plotly", "itables",
-    "openvino",
+    "openvino", "ray",
 )  # fmt: skip
 
 

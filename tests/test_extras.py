@@ -12,11 +12,13 @@ from bench.models.zoo import _loading, _no_empty_folders
 from bench.registry import attacks, datasets, models
 from bench.report.plots import draw
 from bench.report.portrait import Portrait
+from bench.run.choice import choose
 from bench.site.pages import write_site
 
 RGB = (3, 32, 32)
 EXTRAS = (
     "timm", "torchvision", "torchattacks", "robustbench", "pyautoattack", "plotly", "itables", "matplotlib", "openvino",
+    "ray",
 )  # fmt: skip
 
 
@@ -45,6 +47,12 @@ def test_attacks_and_data_of_a_library_that_is_missing_say_what_to_install(tmp_p
     (tmp_path / "cifar-10-batches-py").mkdir()
     with pytest.raises(BenchError, match=r"torchvision is not installed; pip install 'parry-bench\[zoo\]'"):
         datasets.create("cifar10")(tmp_path)
+
+
+@pytest.mark.usefixtures("bare")
+def test_a_cluster_without_its_library_says_what_to_install():
+    with pytest.raises(BenchError, match=r"ray is not installed; pip install 'parry-bench\[ray\]'"):
+        choose("ray", [torch.device("cpu")], 2, None)
 
 
 @pytest.mark.usefixtures("bare")

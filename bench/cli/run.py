@@ -51,7 +51,10 @@ def run(
         str | None, typer.Option(help="cpu, cuda, …; a GPU where there is one. cuda:0,cuda:1: workers on each.")
     ] = None,
     executor: Annotated[
-        str | None, typer.Option(help="Who does the work: local (this process), processes.")
+        str | None, typer.Option(help="Who does the work: local (this process), processes, ray.")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Of a running Ray cluster, host:port; without it Ray is started here.")
     ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes: one for each idle core or each device by default.")
@@ -105,7 +108,7 @@ def run(
         raise ConfigError("--part with --worst-only; the attacks on a network wait for each other, so leave one out")
     devices = find_devices(device)
     where = devices[0]
-    who = choose(executor, devices, workers, unit_timeout)
+    who = choose(executor, devices, workers, unit_timeout, address)
     threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     shard_size = shard_size or (1000 if where.type == "cuda" else 100)

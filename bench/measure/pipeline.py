@@ -334,6 +334,18 @@ class Pipeline:
         keys += [release_key(task.cell)] if task.chain.data else []
         return [self._path(key) for key in keys if self.has(key)]
 
+    def files(self, key: str) -> list[Path]:
+        """Where what the recipe ``key`` makes is kept, and what was seen of a training; some may not be there."""
+        return [self._path(key), self._curves(key)]
+
+    def making(self, key: str) -> AbstractContextManager[None]:
+        """Hold the claim of whoever makes what the recipe ``key`` makes here, on behalf of a worker elsewhere.
+
+        Raises:
+            Held: another process has it.
+        """
+        return claim(self.folder / "unfinished" / f"{key}.lock")  # that of its scratch
+
     def _path(self, key: str) -> Path:
         """Where what the recipe ``key`` made is kept."""
         return self.folder / f"{key}.safetensors"

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
@@ -132,23 +132,16 @@ class _Pool:
         except (EOFError, OSError, ValueError):
             self._lost(number, hear)
             return
-        match told["say"]:
-            case "ready":
-                seat.ready, self._stillborn = True, 0
-            case "told":
-                hear(number, Told(*told["told"]))
-            case "finished":
-                hear(number, Finished(told["facts"], *blobs))
-                with suppress(OSError):
-                    send(seat.begun.channel, b"kept")
-            case "done":
-                seat.at = None
-                hear(number, Done())
-            case "busy":
-                seat.at = None
-                hear(number, Busy())
-            case "stop":
-                raise StoreError(told["why"])
+        if told["say"] == "ready":
+            seat.ready, self._stillborn = True, 0
+            return
+        event = event_of(told, blobs)
+        if isinstance(event, Done | Busy):
+            seat.at = None
+        hear(number, event)
+        if isinstance(event, Finished):
+            with suppress(OSError):
+                send(seat.begun.channel, b"kept")
 
     def _lost(self, number: int, hear: Listener) -> None:
         seat = self._seats[number]
@@ -159,6 +152,24 @@ class _Pool:
         self._replace(number)
         if seat.at is not None:
             hear(number, Lost(how, seat.begun.last))
+
+
+def event_of(told: Mapping[str, Any], blobs: Sequence[bytes]) -> Told | Finished | Done | Busy:
+    """What a worker that is at a unit has ``told``.
+
+    Raises:
+        StoreError: it cannot read or write what all share.
+    """
+    match told["say"]:
+        case "told":
+            return Told(*told["told"])
+        case "finished":
+            return Finished(told["facts"], *blobs)
+        case "done":
+            return Done()
+        case "busy":
+            return Busy()
+    raise StoreError(told["why"])
 
 
 def _show(begun: Begun) -> None:
@@ -179,23 +190,28 @@ def serve(channel: socket.socket) -> None:
     """Become a worker of what is sent, then do unit after unit until the channel is closed."""
     faulthandler.enable()  # a crash in a library says where
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    link = _Link(channel)
+    link = Link(channel)
     try:
         told, parcel = json.loads(receive(channel)), receive(channel)
-        torch.set_num_threads(told["threads"])
-        device = torch.device(told["device"])
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        device = settle(told)
         worker = unpack(parcel).worker(device)
         del parcel
         link.say("ready")
-        while True:
-            link.do(worker, Unit(**json.loads(receive(channel))))
+        link.serve(worker)
     except EOFError:
         return
 
 
-class _Link:
+def settle(told: Mapping[str, Any]) -> torch.device:
+    """Compute on the device, and with the threads, that we were told; the device."""
+    torch.set_num_threads(told["threads"])
+    device = torch.device(told["device"])
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
+
+
+class Link:
     """What a worker says to whoever began it."""
 
     def __init__(self, channel: socket.socket) -> None:
@@ -204,6 +220,15 @@ class _Link:
     def say(self, what: str, *blobs: bytes, **more: Any) -> None:
         header = {"say": what, "sizes": [len(blob) for blob in blobs], **more}
         send(self._channel, json.dumps(header).encode(), *blobs)
+
+    def serve(self, worker: Worker) -> None:
+        """Unit after unit.
+
+        Raises:
+            EOFError: the channel is closed.
+        """
+        while True:
+            self.do(worker, Unit(**json.loads(receive(self._channel))))
 
     def do(self, worker: Worker, unit: Unit) -> None:
         """One unit, and at last how it ended."""

@@ -55,9 +55,9 @@ class Setup:
         pipeline = tools.pipeline
         return cls(list(tasks), pipeline.folder, tools.batch_size, pipeline.isolate, tools.examples)
 
-    def worker(self, device: torch.device) -> "Worker":
-        """One that computes on ``device``."""
-        pipeline = Pipeline(self.networks, device, self.batch_size, isolate=self.isolate)
+    def worker(self, device: torch.device, networks: Path | None = None) -> "Worker":
+        """One that computes on ``device``, with ``networks`` as the folder of these where ours may not be there."""
+        pipeline = Pipeline(networks or self.networks, device, self.batch_size, isolate=self.isolate)
         return Worker(self.tasks, Tools(pipeline, Inspector(device), self.batch_size, self.examples))
 
     def packed(self) -> bytes:

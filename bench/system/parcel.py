@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from bench.errors import ConfigError
 from bench.system import user_code
 
 
@@ -33,6 +34,23 @@ def unpack(parcel: bytes | bytearray) -> Any:
     os.chdir(sent["folder"])
     os.environ.clear()
     os.environ.update(sent["environment"], TMPDIR=tempfile.gettempdir())  # which is our own
+    return _Unpickler(sent["inside"], sent["files"]).load()
+
+
+def unpack_elsewhere(parcel: bytes | bytearray) -> Any:
+    """What was packed on another machine, perhaps, of which this process takes over nothing but where modules are.
+
+    Raises:
+        ConfigError: a user's file is not here, or is another one.
+        Exception: whatever unpickling raises.
+    """
+    sent = pickle.loads(parcel)
+    sys.path += [place for place in sent["path"] if place not in sys.path and Path(place).exists()]
+    if Path(sent["folder"]).is_dir():  # paths in names of components are relative to it
+        os.chdir(sent["folder"])
+    for package, file in sent["files"].items():
+        if not file.is_file() or user_code.package_of(file) != package:
+            raise ConfigError(f"{file} is not there, or is another one; put it, as it is here, at the same path there")
     return _Unpickler(sent["inside"], sent["files"]).load()
 
 

@@ -61,8 +61,7 @@ def load(file: Path) -> ModuleType:
     """
     from bench.system.shared_code import shared_code  # only here: who names no file needs no torch
 
-    where = sha256(f"{_placed(file)} {local_hash(file)}".encode()).hexdigest()[:DIGITS]
-    package = f"{PREFIX}{where}"
+    package = package_of(file)
     name = f"{package}.{file.stem.replace('.', '_')}"
     _ROOTS[package] = _placed(file)
     if name in sys.modules:
@@ -88,6 +87,12 @@ def load(file: Path) -> ModuleType:
             raise ConfigError(str(error)) from None
         raise ConfigError(f"{file} does not import: {type(error).__name__}: {error}") from error
     return module
+
+
+def package_of(file: Path) -> str:
+    """The name of the package that stands for the folder of ``file``, which has the place and the code in it."""
+    where = sha256(f"{_placed(file)} {local_hash(file)}".encode()).hexdigest()[:DIGITS]
+    return f"{PREFIX}{where}"
 
 
 _ROOTS: dict[str, Path] = {}  # by package, the file that was loaded

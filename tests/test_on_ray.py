@@ -1,0 +1,172 @@
+"""The same rows from workers in a cluster of Ray, whatever becomes of these; run by hand where Ray is installed."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.errors import BenchError, ConfigError
+from bench.measure.pipeline import Pipeline
+from bench.results.store import Store
+from bench.run.choice import choose
+from bench.run.executor import Local
+from bench.run.on_ray import OnRay
+from bench.run.runner import run
+from bench.system.parcel import pack, unpack_elsewhere
+from bench.system.user_code import load
+from tests.test_cli import MODEL
+from tests.test_executors import OWN, Listening, files, run_in
+from tests.test_runner import grid
+
+CPU = torch.device("cpu")
+OLD = "ignore::Warning"  # of the library's own
+SLOWLY = OWN.replace("        oracle.scores(x)\n", "        time.sleep(0.3)\n        oracle.scores(x)\n")
+
+
+@pytest.fixture
+def ray():
+    """The library, with nothing of it left running."""
+    library = pytest.importorskip("ray", reason="Ray is not installed")
+    yield library
+    library.shutdown()
+
+
+def given(folder, n=10, own=OWN):
+    """Cells of a user's file, one of which ends its worker once, and cells that share a training."""
+    file = folder / "own.py"
+    file.write_text(MODEL + own)
+    attacks = [f"{file}:Attack(do={what})" for what in ("ask", "end-once")]
+    tasks = grid(model=[f"{file}:Means"], attack=attacks, n=n, queries=3)
+    return tasks + grid(model=["cnn(width=4)"], attack=["noise"], defense=["pgd-at(epochs=1, steps=1)"], n=n, queries=3)
+
+
+def below(pid):
+    """The processes that ``pid`` has begun, by their ids, with the command of each."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+    found, todo = {}, [pid]
+    while todo:
+        parent = todo.pop()
+        for child in [child for child, its in parents.items() if its == parent]:
+            try:
+                found[child] = Path(f"/proc/{child}/cmdline").read_text()
+            except OSError:
+                continue
+            todo.append(child)
+    return found
+
+
+def same(one, other):
+    mine, theirs = files(one), files(other)
+    assert mine.keys() == theirs.keys()
+    assert mine == theirs
+
+
+def test_only_ray_has_an_address():
+    with pytest.raises(ConfigError, match="--address a:6379 is where a Ray cluster is; use --executor ray"):
+        choose("processes", [CPU], 2, None, "a:6379")
+
+
+def test_a_users_file_has_to_be_there_as_it_is_here(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text("class Mine: pass\n")
+    parcel = pack(load(file).Mine())
+    assert type(unpack_elsewhere(parcel)).__name__ == "Mine"
+    file.write_text("class Mine: other = 1\n")
+    with pytest.raises(ConfigError, match=r"own.py is not there, or is another one"):
+        unpack_elsewhere(parcel)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OLD)
+def test_rows_are_equal_when_a_worker_and_a_place_are_killed(tmp_path, ray):
+    tasks = given(tmp_path, own=SLOWLY)
+    class Killing(Listening):
+        killed = 0
+
+        def start(self, task, unit):
+            super().start(task, unit)
+            places = [pid for pid, command in below(os.getpid()).items() if command.startswith("ray::Place")]
+            if not self.killed and len(self.begun) == 2:
+                os.kill(places[0], signal.SIGKILL)
+                self.killed = places[0]
+
+    told, folder = Killing(), tmp_path / "there"
+    pipeline = Pipeline(folder / "networks", CPU, 64)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    outcome = run(tasks, Store(folder).open(), pipeline, 5, 64, told, examples=True, executor=OnRay(None, 2, "cpu"))
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert told.killed
+    assert (outcome.ran, outcome.failed) == (3, 0)
+    run_in(tmp_path / "here", tasks, Local())  # which end-once ends no more
+    same(tmp_path / "there", tmp_path / "here")
+    assert not ray.is_initialized()
+    assert not [pid for pid, command in below(os.getpid()).items() if "ray" in command]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OLD)
+def test_rows_are_equal_when_a_machine_is_lost(tmp_path, ray):
+    from ray.cluster_utils import Cluster
+
+    file = tmp_path / "own.py"
+    file.write_text(MODEL + SLOWLY)
+    tasks = grid(model=[f"{file}:Means"], attack=[f"{file}:Attack(do=ask)"], n=30, queries=3)
+    tasks += grid(model=["cnn(width=4)"], attack=["noise"], defense=["pgd-at(epochs=1, steps=1)"], n=10, queries=3)
+    run_in(tmp_path / "here", tasks, Local())
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    machine = cluster.add_node(num_cpus=1)
+    try:
+        cluster.wait_for_nodes()
+
+        class Removing(Listening):
+            removed = False
+
+            def start(self, task, unit):
+                super().start(task, unit)
+                if not self.removed and len(self.begun) >= 4:
+                    cluster.remove_node(machine, allow_graceful=False)
+                    self.removed = True
+
+        told, folder = Removing(), tmp_path / "there"
+        pipeline = Pipeline(folder / "networks", CPU, 64)
+        asked = OnRay(cluster.address, 2, "cpu")
+        outcome = run(tasks, Store(folder).open(), pipeline, 5, 64, told, examples=True, executor=asked)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    assert told.removed
+    assert (outcome.ran, outcome.failed) == (2, 0)
+    same(tmp_path / "there", tmp_path / "here")
+    units = told.made + told.begun
+    assert len(units) == len(set(units)) + 1  # one was lost with the machine
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OLD)
+def test_a_unit_that_hangs_is_ended_and_has_failed(tmp_path, ray):
+    file = tmp_path / "own.py"
+    file.write_text(MODEL + OWN)
+    tasks = grid(model=[f"{file}:Means"], attack=[f"{file}:Attack(do=hang)"], n=5, queries=3)
+    store, outcome, _ = run_in(tmp_path / "out", tasks, OnRay(None, 1, "cpu"), unit_timeout=3.0)
+    assert outcome.failed == 1
+    (error,) = store.row(tasks[0].cell).errors
+    assert error == "the last of its output:\njust a moment\nit took longer than 3 s, so its worker was ended"
+    (pid,) = [int(mark.name.partition("-")[2]) for mark in tmp_path.glob("hangs-*")]
+    time.sleep(1)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OLD)
+def test_more_workers_than_there_is_room_for_are_refused(ray, tmp_path):
+    ray.init(num_cpus=1, address="local", include_dashboard=False, log_to_driver=False)
+    with pytest.raises(BenchError, match=r"there is room for 1 workers in the cluster \(CPU\), not for 2"):
+        run_in(tmp_path, given(tmp_path), OnRay(None, 2, "cpu"))
