@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from bench.system.interrupt import SIGNALS, Stopped, stoppable
+from bench.system.interrupt import SIGNALS, Stopped, deferred, stoppable
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -34,3 +34,19 @@ def test_a_signal_that_nohup_ignores_stays_ignored():
             os.kill(os.getpid(), signal.SIGHUP)
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_signal_can_be_put_off_until_compiled_code_has_returned():
+    done = []
+
+    def compiled():
+        with deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all of it")
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped), stoppable():
+        compiled()
+    assert done
+    assert signal.getsignal(signal.SIGTERM) == before

@@ -18,7 +18,7 @@ from bench.run.runner import run
 from bench.system.parcel import pack, unpack_elsewhere
 from bench.system.user_code import load
 from tests.test_cli import MODEL
-from tests.test_executors import OWN, Listening, files, run_in
+from tests.test_executors import OWN, Listening, begun, files, gone, hanging, run_in
 from tests.test_runner import grid
 
 CPU = torch.device("cpu")
@@ -170,3 +170,17 @@ def test_more_workers_than_there_is_room_for_are_refused(ray, tmp_path):
     ray.init(num_cpus=1, address="local", include_dashboard=False, log_to_driver=False)
     with pytest.raises(BenchError, match=r"there is room for 1 workers in the cluster \(CPU\), not for 2"):
         run_in(tmp_path, given(tmp_path), OnRay(None, 2, "cpu"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_workers_end_with_whoever_began_them(tmp_path, number):
+    process = begun(tmp_path, "hang", "--executor", "ray")
+    pids = hanging(tmp_path)
+    children = below(process.pid)
+    process.send_signal(number)
+    _, said = process.communicate()
+    assert process.returncode == 128 + number
+    assert "the same command resumes" in said
+    assert gone([*pids, *children])

@@ -8,7 +8,6 @@ whoever has made it sends here. A worker or a machine that is lost is replaced b
 import json
 import logging
 import os
-import signal
 import sys
 import time
 from collections import deque
@@ -32,7 +31,7 @@ from bench.run.worker import Finished, Setup
 from bench.system.claims import Held
 from bench.system.extras import library
 from bench.system.files import keep_file
-from bench.system.interrupt import SIGNALS
+from bench.system.interrupt import deferred
 from bench.tracks import Tools
 
 BEGIN = 300.0   # seconds in which the cluster has to give a worker where there is none
@@ -93,21 +92,19 @@ def _cluster(asked: OnRay) -> Iterator[Any]:
     if not asked.address:  # it listens to nobody else
         more = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         more |= {"num_cpus": asked.workers} if asked.workers and asked.kind == "cpu" else {}
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **more)
+        with deferred():  # Ray takes signals for itself
+            ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **more)
     except Exception as error:  # of many kinds
         ray.shutdown()
         reason = str(error).strip().partition("\n")[0]
         where = f"no Ray cluster answers at {asked.address}" if asked.address else "Ray does not start"
         raise BenchError(f"{where} ({type(error).__name__}: {reason})") from error
-    finally:
-        for number, handler in handlers.items():  # Ray takes them for itself
-            signal.signal(number, handler)
     try:
         yield ray
     finally:
-        ray.shutdown()
+        with deferred():
+            ray.shutdown()
 
 
 @dataclass
@@ -124,6 +121,8 @@ class _Seat:
 
 
 class _Pool:
+    # Ray's compiled code makes a SystemError of what the handler of a signal raises in it, so signals have to wait.
+
     def __init__(self, ray: Any, asked: OnRay, parcel: bytes, tasks: dict[str, Task], pipeline: Pipeline) -> None:
         self._ray, self._asked, self._tasks, self._pipeline = ray, asked, tasks, pipeline
         self._told = {"device": "cuda:0" if asked.kind == "cuda" else "cpu", "threads": asked.threads}
@@ -134,6 +133,7 @@ class _Pool:
         self._events: deque[tuple[int, Event]] = deque()  # of units that no worker had to do
         self._stillborn, self._alive = 0, time.monotonic()
 
+    @deferred()
     def begin(self) -> None:
         resource, needed = ("GPU", "num_gpus") if self._asked.kind == "cuda" else ("CPU", "num_cpus")
         room = int(self._ray.cluster_resources().get(resource, 0))
@@ -147,6 +147,7 @@ class _Pool:
     def free(self) -> Sequence[int]:
         return [number for number, seat in enumerate(self._seats) if seat.ready and seat.at is None]
 
+    @deferred()
     def hand(self, seat: int, unit: Unit) -> None:
         here = self._seats[seat]
         here.at, here.printed = unit, ""
@@ -165,6 +166,7 @@ class _Pool:
         makes = [path.name for path in self._pipeline.files(unit.makes)] if unit.makes else []
         here.says = here.place.work.remote(json.dumps(asdict(unit)).encode(), makes, *map(self._files, brings))
 
+    @deferred()
     def wait(self, seconds: float, hear: Listener) -> None:
         if self._events:
             number, event = self._events.popleft()
@@ -180,12 +182,14 @@ class _Pool:
         elif time.monotonic() - self._alive > BEGIN:
             raise BenchError(f"the cluster has given no worker for {BEGIN:.0f} s; see `ray status` for what it is at")
 
+    @deferred()
     def end(self, seat: int) -> str:
         printed = self._seats[seat].printed
         self._drop([self._seats[seat]])
         self._seats[seat] = self._begun()
         return printed
 
+    @deferred()
     def close(self) -> None:
         self._drop(self._seats)
 
