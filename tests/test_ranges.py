@@ -29,7 +29,8 @@ def takes(hint, kind):
 
 
 def refused(registry, name, field, value):
-    needed = "path=x, " if "path" in parameters(registry.factory(name)) else ""
+    given = {"path": "x", "url": "https://example.org"}  # what has no default
+    needed = "".join(f"{key}={given[key]}, " for key in given.keys() & parameters(registry.factory(name)))
     try:
         registry.create(f"{name}({needed}{field}={value})")
     except ConfigError as error:
