@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from rich.cells import cell_len
+from rich.text import Text
 
 from bench.cli.terminal import Terminal
 from bench.cli.terminal_table import BETWEEN
@@ -129,10 +130,25 @@ def _print_frame(frame: Frame, console: Terminal) -> None:
             cells.append([""] * len(names))
         cells.append([line.get(name, "") for name in names])
     console.print()
-    numbers = [name for name in names if name not in NAMES]
-    console.print(terminal_table(names, cells, console.width, numbers=numbers))
+    widths = _widths(frame.lines)
+    if _width(widths) > console.width:
+        numbers = [name for name in names if name not in NAMES]
+        console.print(terminal_table(names, cells, console.width, numbers=numbers))
+    else:  # nothing has to break, and rich takes seconds for thousands of lines
+        head, *others = [_padded(line, widths) for line in (names, *cells)]
+        console.print(Text(head, style="bold"), soft_wrap=True)
+        console.print(Text("\n".join(others)), soft_wrap=True)
     if frame.dropped:
         console.print(f"No room for {', '.join(frame.dropped)}; --wide shows all columns.")
+
+
+def _padded(cells: Sequence[str], widths: Mapping[str, int]) -> str:
+    """The cells in their columns, names to the left and numbers to the right."""
+    parts = []
+    for text, (name, width) in zip(map(in_terminal, cells), widths.items(), strict=True):
+        blank = " " * (width - cell_len(text))
+        parts.append(text + blank if name in NAMES else blank + text)
+    return (" " * BETWEEN).join(parts)
 
 
 def _legend(shown: Sequence[Frame], short: Mapping[str, str]) -> list[str]:
