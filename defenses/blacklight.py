@@ -75,15 +75,15 @@ class Remembering(nn.Module):
     def __init__(self, model: nn.Module, defense: Blacklight, seed: int) -> None:
         super().__init__()
         self.model, self.defense = model, defense
-        self.secret = SampleRng.create(seed, torch.zeros(1, dtype=torch.int64), "blacklight")
+        self.seed = seed
         self.family_of: dict[int, int] = {}  # of each hash, the first query of those that are like each other
         self.told: list[Tensor] = []         # by family, the answer (K,)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, K) of ``x`` (B, C, H, W), whose queries come in this order."""
         logits: Tensor = self.model(x)
-        key = self.secret.words(self.defense.window)[0].to(x.device)
-        salt = self.secret.fork("salt").uniform(*x.shape[1:])[0].to(x) * RANGE
+        secret = SampleRng.create(self.seed, torch.zeros(1, dtype=torch.int64, device=x.device), "blacklight")
+        key, salt = secret.words(self.defense.window)[0], secret.fork("salt").uniform(*x.shape[1:])[0].to(x) * RANGE
         prints = fingerprints(x.detach(), salt, key, self.defense.step, self.defense.kept).tolist()
         families = [self._family(set(one) - {NOTHING}, logits[row].detach()) for row, one in enumerate(prints)]
         return straight_through(logits, torch.stack([self.told[family] for family in families])) if len(x) else logits

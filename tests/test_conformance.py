@@ -85,6 +85,7 @@ class Toy:
     """Double the logits."""
     stage: ClassVar = "output"
     random: ClassVar = False
+    outside: ClassVar = True
     version: ClassVar = 1
     paper: ClassVar = "nobody"
 

@@ -93,7 +93,7 @@ def test_defenses_act_in_the_order_of_their_stages_however_they_are_written():
         ({"defense": "rnd + rnd"}, "both act at the output stage"),
         ({"attack": "standard", "defense": "rnd"}, "rnd has no say; use data defenses or none"),
         ({"attack": "standard", "defense": "pgd-at"}, "pgd-at has no say"),
-        ({"norm": "l1"}, "works in l2, linf, not in l1"),
+        ({"attack": "simba", "norm": "l1"}, "works in l2, linf, not in l1"),
         ({"n": 501}, "n is 501, but digits has 500 test images; lower n"),
         ({"eps": 8}, "write 8/255 for levels"),
         ({"attack": "sqare"}, "did you mean 'square'?"),

@@ -116,7 +116,7 @@ def _places() -> Iterator[Place]:
 def _decides(place: Place, name: str, before: Any, now: Any) -> bool:
     """Whether it is code that was replaced, or a constant of ours; not what modules note for themselves."""
     if isinstance(before, BEHAVIOUR):
-        return not _torch_wraps(before, now)
+        return not (_torch_wraps(before, now) or _torch_names(before, now))
     ours = (place.__name__ if isinstance(place, ModuleType) else place.__module__).partition(".")[0] in OURS
     return ours and name.isupper() and isinstance(before, CONSTANT) and bool(before != now)
 
@@ -128,6 +128,12 @@ def _torch_wraps(before: Any, now: Any) -> bool:
         return False
     wrapper: Any = _compile._disable_dynamo(before)
     return now.__code__ is wrapper.__code__ and _held(now) == _held(wrapper)
+
+
+def _torch_names(before: Any, now: Any) -> bool:
+    """Whether both are classes of torch's storage: ``torch.Storage`` is that of its default type, whichever that is."""
+    known: set[type] = torch._storage_classes
+    return isinstance(now, type) and {before, now} <= known
 
 
 def _held(function: FunctionType) -> list[int]:
