@@ -5,6 +5,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -97,7 +98,8 @@ class Screen(io.TextIOWrapper):
         return True
 
 
-def said(monkeypatch: pytest.MonkeyPatch, out: io.TextIOWrapper, *arguments: object) -> str:
+def said(monkeypatch: pytest.MonkeyPatch, out: io.TextIOWrapper, width: int, *arguments: object) -> str:
+    monkeypatch.setattr(import_module("bench.cli.leaderboard"), "console", Terminal(width=width))
     monkeypatch.setattr(sys, "argv", ["bench", "leaderboard", *map(str, arguments)])
     monkeypatch.setattr(sys, "stdout", out)
     with suppress(SystemExit):
@@ -107,13 +109,11 @@ def said(monkeypatch: pytest.MonkeyPatch, out: io.TextIOWrapper, *arguments: obj
 
 
 def test_only_a_narrow_terminal_without_other_wishes_gets_the_narrow_table(tmp_path: Path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "40")
     store_rows(tmp_path / "rows", [cell(), cell(defense="rnd")])
     screen, pipe = (lambda: Screen(io.BytesIO(), "utf-8")), (lambda: io.TextIOWrapper(io.BytesIO(), "utf-8"))
-    whole = said(monkeypatch, pipe(), tmp_path / "rows")
+    whole = said(monkeypatch, pipe(), 40, tmp_path / "rows")
     assert whole.startswith("### ")
-    assert "### " not in said(monkeypatch, screen(), tmp_path / "rows")
-    assert said(monkeypatch, screen(), tmp_path / "rows", "--wide") == whole
-    assert said(monkeypatch, screen(), tmp_path / "rows", "--format", "md") == whole
-    monkeypatch.setenv("COLUMNS", "300")
-    assert said(monkeypatch, screen(), tmp_path / "rows") == whole
+    assert "### " not in said(monkeypatch, screen(), 40, tmp_path / "rows")
+    assert said(monkeypatch, screen(), 40, tmp_path / "rows", "--wide") == whole
+    assert said(monkeypatch, screen(), 40, tmp_path / "rows", "--format", "md") == whole
+    assert said(monkeypatch, screen(), 300, tmp_path / "rows") == whole

@@ -18,9 +18,10 @@ def pack(thing: object) -> bytes:
     Raises:
         Exception: whatever pickling raises, which runs the components' own code.
     """
-    inside = pickle.dumps(thing)
+    inside, files = pickle.dumps(thing), user_code.loaded()
     here = {"path": list(sys.path), "folder": os.getcwd(), "environment": dict(os.environ)}  # noqa: PTH109
-    return pickle.dumps({**here, "files": user_code.loaded(), "inside": inside})
+    unchanged = [package for package, file in files.items() if _is_there(file, package)]
+    return pickle.dumps({**here, "files": files, "unchanged": unchanged, "inside": inside})
 
 
 def unpack(parcel: bytes | bytearray) -> Any:
@@ -48,10 +49,15 @@ def unpack_elsewhere(parcel: bytes | bytearray) -> Any:
     sys.path += [place for place in sent["path"] if place not in sys.path and Path(place).exists()]
     if Path(sent["folder"]).is_dir():  # paths in names of components are relative to it
         os.chdir(sent["folder"])
-    for package, file in sent["files"].items():
-        if not file.is_file() or user_code.package_of(file) != package:
+    for package in sent["unchanged"]:  # others were gone where it was packed, and nobody needs them
+        if not _is_there(file := sent["files"][package], package):
             raise ConfigError(f"{file} is not there, or is another one; put it, as it is here, at the same path there")
     return _Unpickler(sent["inside"], sent["files"]).load()
+
+
+def _is_there(file: Path, package: str) -> bool:
+    """Whether ``file`` is still the one that was loaded as ``package``."""
+    return file.is_file() and user_code.package_of(file) == package
 
 
 class _Unpickler(pickle.Unpickler):
