@@ -17,9 +17,8 @@ from tests.problems import asks_for, attack_with, referee
 from tests.registered import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
 
 BUDGET = 20
-# Looking at who is still alive takes four waits in 16 queries, and an attack looks twice at most; the rest is laid down
-# before, or looked at in the end.
-WAITS = 15
+# Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
+WAITS = 14
 ON_THE_TWIN = {"transfer": 16}  # more: its hundred free steps there look, too
 # Waits of one query: whose chain a row goes on with, and in which order; fingerprints, in a table of the host.
 REMEMBERING = {"unig": 6, "blacklight": 2}

@@ -1,5 +1,6 @@
 """Another library answers for a network where it agrees with torch, and a hit of its is one of plain float32."""
 
+import copy
 import pickle
 import re
 import sys
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from bench import engine, numerics
+from bench.errors import RefereeError
 from bench.measure import search
 from bench.measure.attacked import attack_served
 from bench.measure.pipeline import Pipeline
@@ -249,6 +251,31 @@ def test_a_defense_that_looks_into_the_network_cannot_say_that_it_stays_outside(
     assert stays_outside(Subject()) == "only calls the network"
     Subject.component = defenses.create("unig")
     assert isinstance(stays_outside(Subject()), Remark)
+
+
+HOOKED = """
+from torch import nn
+
+
+class Hooks:
+    "Turns the sign of what the first layer says, by a hook that no other library sees."
+
+    stage, random, outside, version, paper = "output", False, True, 1, ""
+
+    def __call__(self, model, calibration, seed):
+        layer = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+        layer.register_forward_hook(lambda module, given, answer: -answer)
+        return nn.Sequential(model).eval()
+"""
+
+
+def test_a_defense_that_says_wrongly_that_it_stays_outside_fails_its_cell(tasks, tmp_path, pretended, monkeypatch):
+    monkeypatch.setattr(Pipeline, "isolates", lambda self, task: False)
+    monkeypatch.setattr(Pretended, "__call__", lambda self, network, images: copy.deepcopy(network))  # as it is now
+    (tmp_path / "hooks.py").write_text(HOOKED)
+    (task,) = tasks(defense=[f"{tmp_path / 'hooks.py'}:Hooks"], n=20, queries=20)
+    with pytest.raises(RefereeError, match=r"declares outside = True, and answers \d+ of \d+ images otherwise where"):
+        attacked(task, tmp_path)
 
 
 @needs_openvino

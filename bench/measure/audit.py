@@ -225,7 +225,7 @@ def written_inputs(probe: Probe) -> Finding:
 
     Served models are lent copies, so no figure depends on it; with any other user of the model it might.
     """
-    model, few = probe.fresh(), probe.rows[: COPIES[0]]
+    model, few = probe.served.fresh(), probe.rows[: COPIES[0]]
     given, streams = probe.x[few].clone(), probe.streams.fork(0)[few]
     with seeded(model.module, 0, given.device):
         model.module(given, streams) if model.random else model.module(given)

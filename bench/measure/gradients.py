@@ -4,7 +4,6 @@ They matter where attacks see gradients. Such an attack gets them through the wh
 said here, fired or not: of the function that answers, of the undefended network around the defense, or of neither.
 """
 
-import copy
 from dataclasses import replace
 
 import torch
@@ -40,9 +39,9 @@ def gradient_findings(
     rng = SampleRng.create(seed, torch.arange(len(x), device=x.device), "gradients")
     try:
         with torch.no_grad():
-            right = (_fresh(served)(x, rng).argmax(dim=1) == y).nonzero().squeeze(1)[:LOOKED_AT]
+            right = (served.fresh()(x, rng).argmax(dim=1) == y).nonzero().squeeze(1)[:LOOKED_AT]
         x, y, rng = x[right], y[right], rng[right]
-        value, gradient = _slope(_fresh(served), x, y, rng)
+        value, gradient = _slope(served.fresh(), x, y, rng)
         around = _slope(twin, x, y, rng)[1]
         return [_zero(gradient), _masked(served, x, y, threat, rng, value, gradient, around)]
     except (Exception, SystemExit) as error:  # the model's own code may raise anything at all
@@ -74,7 +73,7 @@ def _masked(
         there = project(x - step * steepest(gradient, norm), x, replace(threat, norm=norm, eps=step))
         expected = -(gradient * (there - x)).flatten(1).sum(dim=1)
         with torch.no_grad():
-            fall = value - margin(_fresh(served)(there, rng), y)
+            fall = value - margin(served.fresh()(there, rng), y)
         clear = torch.maximum(expected, fall.abs()) > 1e-5 * value.abs()  # float32 tells no less
         ratio = fall / expected.clamp(min=1e-30)
         seen |= clear & told
@@ -106,11 +105,3 @@ def _slope(model: ServedModel, x: Tensor, y: Tensor, rng: SampleRng) -> tuple[Te
             return value.detach(), torch.zeros_like(x)
         (gradient,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), gradient.detach().nan_to_num()
-
-
-def _fresh(served: ServedModel) -> ServedModel:
-    """The model as it was deployed; itself, if it cannot be copied."""
-    try:
-        return replace(served, module=copy.deepcopy(served.module))
-    except Exception:  # copying runs the module's own code
-        return served

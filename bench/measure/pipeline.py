@@ -19,7 +19,7 @@ from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
 from bench.measure.probe import ROUNDED, difference
-from bench.measure.search import in_numbers, mode_of
+from bench.measure.search import check_outside, in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.oracle.served import ServedModel, Target, as_module
@@ -86,6 +86,7 @@ class Pipeline:
                 _unchanged(task, self._last.module, self._last.contents),
                 self._defended(task, mode) as (searched, plain),
             ):
+                check_outside(task, searched, plain)
                 bare = task.service and task.chain.output is None  # there is nothing behind it
                 fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
                 yield Target(searched, plain, fast, undefended, sources, self.isolates(task))

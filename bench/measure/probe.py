@@ -40,7 +40,7 @@ class Probe:
         self.rows = torch.arange(len(x), device=x.device)
         self.streams = SampleRng.create(seed, self.rows, "audit")
         self.n = len(x)
-        live = self.fresh()
+        live = self.served.fresh()
         weights = examine(live.module).weights
         with optimisation() as seen:
             self.base = self.ask(x, model=live)                                     # (n, K)
@@ -69,13 +69,6 @@ class Probe:
         """Logits (n, K) of its twin."""
         return self.ask(self.x, model=self.twin)
 
-    def fresh(self) -> ServedModel:
-        """The model as it was deployed; itself, if it cannot be copied."""
-        try:
-            return replace(self.served, module=copy.deepcopy(self.served.module))
-        except Exception:  # copying runs the module's own code, which may raise anything at all
-            return self.served
-
     def ask(
         self,
         x: Tensor,
@@ -89,7 +82,7 @@ class Probe:
 
         Streams belong to a sample and a ``draw``; every generator starts from ``noise``, by default from ``draw``.
         """
-        model = self.fresh() if model is None else model
+        model = self.served.fresh() if model is None else model
         streams = self.streams.fork(draw)
         with seeded(model.module, draw if noise is None else noise, x.device):
             return model(x, streams if rows is None else streams[rows]).detach()

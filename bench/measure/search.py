@@ -3,14 +3,20 @@
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import engine, numerics
+from bench.errors import RefereeError
+from bench.measure.inside import seeded
+from bench.measure.probe import ROUNDED, difference
 from bench.numerics import TORCH, Converted
+from bench.oracle.served import ServedModel
 from bench.plan.tasks import Task
 from bench.precision import Numerics
+from bench.rng import SampleRng
 from bench.rules import rules_of
 
+ALIKE = 0.75    # share of images that a defense answers alike around either library; the rest may stand at a step
 WORTH = 20_000  # queries of a cell, below which converting its network takes longer than an engine saves
 
 
@@ -58,3 +64,32 @@ def without_engine(task: Task) -> str:
     if (threat.query_budget or 0) * len(task.cell.ids) < WORTH:
         return "too few queries"
     return "" if engine.installed() else "openvino is not installed"
+
+
+def check_outside(task: Task, searched: ServedModel, plain: ServedModel) -> None:
+    """Whether the output defense of ``task`` does around an engine what it does around the ``plain`` network.
+
+    One that declares ``outside = True`` and yet works on layers, weights or hooks would be searched without its work,
+    and seem the harder to beat. A solver or rounding may make much of a rounding error on few images.
+
+    Raises:
+        RefereeError: it does not.
+    """
+    if not searched.by_engine or task.chain.output is None:
+        return
+    x = task.data.specimens(numerics.SPECIMENS)
+    streams = SampleRng.create(task.cell.seed, torch.arange(len(x)), "specimens")
+
+    def answer(model: ServedModel) -> Tensor:
+        fresh = model.fresh()
+        with torch.no_grad(), seeded(fresh.module, 0, x.device):
+            return fresh(x, streams)
+
+    reference = answer(plain)
+    settled = difference(reference, answer(plain)) <= ROUNDED  # others draw what no seed controls
+    alike = difference(reference, answer(searched))[settled] <= ROUNDED
+    if len(alike) and float(alike.float().mean()) < ALIKE:
+        raise RefereeError(
+            f"{task.cell.defense_label} declares outside = True, and answers {int((~alike).sum())} of {len(alike)} "
+            f"images otherwise where {searched.numbers['engine']} answers for its network; leave outside = True away"
+        )

@@ -138,15 +138,16 @@ class Referee:
         if self._asked_since_refresh < self._refresh:
             return self._lent
         self._asked_since_refresh = 0
-        self._complain()
         self._compare_lent()
         self._confirm()
         live = self.live
+        settled = torch.where(live, self.ledger.forwards, self.query_budget).sum()
+        worst, settled = torch.stack((self._worst().double(), settled.double())).tolist()  # one wait for both
+        self._complain(worst)
+        self._on_spent(round(settled))
         rows = live.nonzero().squeeze(1)
         if len(rows) < len(self._active):
             self._active, self._active_x, self._lent = rows, self._x[rows], rows.clone()
-        saved = self.query_budget * (len(live) - len(rows))
-        self._on_spent(int(self.ledger.forwards[rows].sum()) + saved)
         return self._lent
 
     def grant(self, *access: str) -> None:
@@ -392,9 +393,13 @@ class Referee:
         if not torch.equal(self._lent, self._active):
             raise RefereeError(f"{self.attack} wrote into the rows of oracle.active(); work on a copy of them")
 
-    def _complain(self) -> None:
-        worst = float(self._excess.max()) if len(self._excess) else 0.0
-        if worst > 0:
+    def _worst(self) -> Tensor:
+        """By how much the worst query has left the ball or the box."""
+        return self._excess.amax() if len(self._excess) else self._excess.sum()
+
+    def _complain(self, worst: float | None = None) -> None:
+        """Raise what there is to complain of; ``worst`` saves the wait where it is known."""
+        if (worst := float(self._worst()) if worst is None else worst) > 0:
             count = f"{int((self._excess > 0).sum())} of {len(self._excess)} samples"
             if worst == math.inf:
                 raise ThreatViolation(f"{self.attack} gave images that are not finite, on {count}; check its gradients")

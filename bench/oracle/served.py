@@ -1,7 +1,8 @@
 """A model as it is deployed: its output defense around it, its randomness keyed by sample and query."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -44,8 +45,19 @@ class ServedModel:
     @property
     def coarse(self) -> bool:
         """Whether a hit needs another look: its numbers round more than float32 does, or are not torch's."""
-        used, engine = str(self.numbers.get("used", "")), str(self.numbers.get("engine", TORCH))
-        return used.startswith(COARSE) or not engine.startswith(TORCH)
+        return str(self.numbers.get("used", "")).startswith(COARSE) or self.by_engine
+
+    @property
+    def by_engine(self) -> bool:
+        """Whether another library than torch answers for its network."""
+        return not str(self.numbers.get("engine", TORCH)).startswith(TORCH)
+
+    def fresh(self) -> "ServedModel":
+        """It as it was deployed, to be asked what leaves no trace in it; itself, if it cannot be copied."""
+        try:
+            return replace(self, module=copy.deepcopy(self.module))
+        except Exception:  # copying runs the module's own code, which may raise anything at all
+            return self
 
     def __call__(self, x: Tensor, rng: SampleRng) -> Tensor:
         """Answer ``x``; ``rng`` (one stream for each image) goes unused where the model is deterministic.
