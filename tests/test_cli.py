@@ -293,7 +293,7 @@ def test_two_defenses_are_compared_on_committed_rows():
     of = {line["defense"]: line["@2500"] for line in reversed(board) if line.get("@2500")}
     assert (worst["a accuracy"], worst["b accuracy"]) == (of[name], of["rnd(sigma=0.02)"])
     assert worst["difference low"] < worst["difference"] < worst["difference high"]
-    assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 160
+    assert max(map(len, bench("compare", folder, *chains).out.splitlines()[:20])) <= 100
     line = complaint(bench("compare", folder, "--defense", "unig", "--defense", "none"))
     assert "no rows of defense 'unig'" in line, "which means another variant today"
     line = complaint(bench("compare", folder, "--defense", "aaa-linear", "--defense", "none"))

@@ -10,21 +10,22 @@ from bench.report.marks import legend, signs
 
 Style = Literal["md", "csv", "latex", "json"]
 
-BOLD = "bold: the better one, where p by Holm is below 5 %"
+BOLD = "bold: the better one, where p Holm is below 5 %"
 LEGEND = (
-    "A, B: 95 % Wilson; A − B in points: 95 % paired bootstrap; alone: samples that stand with one and fall with the "
-    "other; p: exact McNemar, each line by itself, and by Holm for all lines of the table"
+    "A − B in points, with the 95 % interval of the paired bootstrap; alone: samples that stand with A and fall with "
+    "B, and the other way round; p Holm: exact McNemar, adjusted for all lines of the table"
 )
 CROSSES = (
-    "cross at: whoever was behind in accuracy against queries leads from so many queries on, and how often the lead "
-    "changes in all; empty where it never does, ? where an attack met only what others had left"
+    "cross at: who was behind in accuracy against queries and leads from so many queries on, and how often the lead "
+    "changes where that is more than once; empty where it never does, ? where an attack met only what others had left"
 )
 
 
 def render_duels(duels: Sequence[Duel], style: Style) -> str:
     """The comparisons as Markdown or LaTeX (booktabs), a table for each setting; or tidy, a record for each line.
 
-    LaTeX has the better accuracy in bold where the line is significant after Holm's adjustment.
+    LaTeX has the better accuracy in bold where the line is significant after Holm's adjustment. Only CSV and JSON
+    hold the intervals of single accuracies and the p-values of single lines.
     """
     if style in ("csv", "json"):
         return tidy([
@@ -59,13 +60,11 @@ def _lines(duel: Duel) -> Lines:
             {
                 "attack": f"{line.attack} {signs(line.marks)}".strip() if first else "",
                 "at": line.at,
-                "A": str(line.a),
-                "B": str(line.b),
+                "A": line.a.text(interval=False),
+                "B": line.b.text(interval=False),
                 "A − B": f"{100 * (line.a.value - line.b.value):+.1f} [{low:+.{digits}f}, {high:+.{digits}f}]",
-                "A alone": str(line.discordant[0]),
-                "B alone": str(line.discordant[1]),
-                "p": _p(line.p_value),
-                "p, Holm": _p(adjusted),
+                "alone": "{} : {}".format(*line.discordant),
+                "p Holm": _p(adjusted),
             }
             | crosses
         )
@@ -74,12 +73,12 @@ def _lines(duel: Duel) -> Lines:
 
 
 def _crosses(found: Crossing | None) -> str:
-    """Such as ``B from 120, 3 times``."""
+    """Such as ``B 120``, or ``B 120, 3×`` where the lead changes three times."""
     if found is None:
         return "?"
     if not found.times:
         return ""
-    return f"{found.ahead.upper()} from {found.at}" + f", {found.times} times" * (found.times > 1)
+    return f"{found.ahead.upper()} {found.at}" + f", {found.times}×" * (found.times > 1)
 
 
 def _setting(duel: Duel) -> str:
