@@ -247,6 +247,24 @@ def preset(before: Row, **params: Any) -> Row:
     return Row(cell, before.columns, before.shards)
 
 
+@pytest.mark.parametrize(
+    ("a", "b", "said"),
+    [
+        (preset(row(A, "a"), p=0.1), preset(row(B, "b"), p=0.8), "p is 0.1 in the first and 0.8 in the second"),
+        (row(A, "a", traits=("rescaled",)), row(B, "b", traits=("rescaled",), budget=50), "made for is 100"),
+    ],
+)  # fmt: skip
+def test_attacks_that_share_a_name_alone_do_not_compare_in_one_run_either(a: Row, b: Row, said: str):
+    with pytest.raises(ConfigError, match=f"a and b do not compare on digits.*square is not the same attack.*{said}"):
+        only([a, b])
+
+
+def test_undefended_models_under_other_attacks_are_not_called_other_models():
+    plain, other = preset(row([0] * 8), p=0.1), preset(row([9] * 8), p=0.8)
+    with pytest.raises(ConfigError, match=r"square is not the same attack: p is 0\.1"):
+        beside([row(A, "a", "pgd"), plain], [row(B, "b", "pgd"), other])
+
+
 def test_the_defenses_of_two_runs_stand_beside_each_other_as_those_of_one():
     plain, other = row([5] * 8), row([5] * 8)
     duel = beside([plain, row(A, "a")], [other, row(B, "b")])

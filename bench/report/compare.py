@@ -12,6 +12,7 @@ from bench.report.crossing import Crossing, crossing, falls
 from bench.report.marks import marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, scope, within
 from bench.report.ranking import SIGNIFICANT, Encounter, encounter
+from bench.report.same_attack import other_attack
 from bench.report.settings import by_setting
 from bench.report.stats import holm, mcnemar, paired_bootstrap
 from bench.report.versions import by_version
@@ -90,7 +91,7 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
 
     Raises:
         ConfigError: an unknown defense, the same one twice, or two that have no setting, attack, budget or sample in
-            common.
+            common, or have met attacks that are written alike and are not the same.
     """
     rows = by_version(rows).newest
     a, b = (present(name, rows) for name in (a, b))
@@ -136,7 +137,7 @@ def duel(setting: str, sides: Sides, budgets: Sequence[int] | None, names: tuple
     """Two defenses, by the ``names`` that a reader knows them by, in the setting that all their rows share.
 
     Raises:
-        ConfigError: they have no attack, budget or sample in common.
+        ConfigError: they have no attack, budget or sample in common, or one that only its name is common to.
     """
     a, b = names
     met_a, met_b = (best_rows(rows) for rows in sides)
@@ -147,6 +148,8 @@ def duel(setting: str, sides: Sides, budgets: Sequence[int] | None, names: tuple
             f"{a} and {b} share no finished attack on {setting}: {a} has met {listed(names_a)}, "
             f"{b} {listed(names_b)}; run both under one"
         )
+    if reason := other_attack(met_a, met_b):
+        raise ConfigError(f"{a} and {b} do not compare on {setting}: {reason}; run both alike")
     pairs = [_Pair(met_a[each], met_b[each]) for each in shared]
     ids = set.intersection(*(scope(row) for pair in pairs for row in pair))
     if not ids:

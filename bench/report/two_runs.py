@@ -1,9 +1,9 @@
 """The defenses of two runs beside each other, where all else of the runs is the same; refused where it is not."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from bench.errors import ConfigError
 from bench.report.compare import Duel, Sides, best_rows, duel, listed, present
 from bench.report.outcomes import clean, query_budget, restricted, seen, standing, tested
 from bench.report.ranking import Encounter
+from bench.report.same_attack import differences, other_attack
 from bench.report.settings import HASH, by_setting
 from bench.report.stats import mcnemar
 from bench.report.versions import by_version
@@ -89,7 +90,7 @@ def _among(members: Iterable[Row], sides: Sequence[Sequence[Row]]) -> Sides:
 def _apart(a: Sequence[Row], b: Sequence[Row]) -> str:
     """What keeps the settings apart that are nearest to each other."""
     settings = [list({tuple(terms.values()): terms for terms in map(_terms, rows)}.values()) for rows in (a, b)]
-    differing = (_differences(one, other) for one, other in product(*settings))
+    differing = (differences(one, other) for one, other in product(*settings))
     return "; ".join(sorted(differing, key=len)[0])
 
 
@@ -110,17 +111,6 @@ def _terms(row: Row) -> dict[str, str]:
     }
 
 
-def _differences(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[str]:
-    """Where two tell different things under one name, in words."""
-    names = dict.fromkeys((*a, *b))
-    return [f"{name} is {_shown(a, name)} in the first and {_shown(b, name)} in the second" for name in names
-            if a.get(name) != b.get(name)]  # fmt: skip
-
-
-def _shown(values: Mapping[str, Any], name: str) -> str:
-    return str(values[name]) if values.get(name, "") != "" else "none"
-
-
 def _differing(sides: Sides) -> str:
     """Why the attacks of two runs in one setting are not the same; empty where they are."""
     met_a, met_b = map(best_rows, sides)
@@ -130,10 +120,10 @@ def _differing(sides: Sides) -> str:
         if specs[1] and not specs[0] & specs[1]:
             one, other = map(listed, specs)
             return f"attack {one} and attack {other} have other parameters, so they are not the same attack"
+    if reason := other_attack(met_a, met_b):
+        return reason
     for encounter in sorted(met_a.keys() & met_b.keys()):
         a, b = met_a[encounter], met_b[encounter]
-        if differences := _differences(_preset(a), _preset(b)):
-            return f"{encounter[0]} is not the same attack: {', '.join(differences)}"
         if set(a.cell.ids) != set(b.cell.ids):
             both = len(set(a.cell.ids) & set(b.cell.ids))
             return (
@@ -143,21 +133,11 @@ def _differing(sides: Sides) -> str:
     return ""
 
 
-def _preset(row: Row) -> dict[str, Any]:
-    """What an attack does, by the names of its parameters."""
-    cell = row.cell
-    told: dict[str, Any] = {**cell.attack.params, "version": cell.attack.version, "access": cell.threat.access}
-    told["networks of its own"] = ", ".join(f"{source.model.spec} {source.weights_hash[:HASH]}".strip()
-                                            for source in cell.sources)  # fmt: skip
-    told["examples"] = cell.replays.spec if cell.replays else ""
-    if "rescaled" in cell.attack.traits:
-        told["budget that its schedule is made for"] = cell.threat.query_budget
-    return told
-
-
 def _disagreeing(undefended: Sides) -> str:
     """Why the undefended models of two runs are not one; empty where they are, or where one run has none."""
     met_a, met_b = map(best_rows, undefended)
+    if reason := other_attack(met_a, met_b):
+        return reason
     for encounter in sorted(met_a.keys() & met_b.keys()):
         if reason := _other_model(encounter, met_a[encounter], met_b[encounter]):
             return f"the undefended models differ: {reason}; run both with the same weights and library versions"
