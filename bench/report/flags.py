@@ -10,21 +10,20 @@ docs/red-flags.md. Where several rows fire a flag, the widest effect is the evid
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.plan.cell import Cell
+from bench.report.comparison import SIGNIFICANT, Comparison, Samples, common_ids, compared, in_common, standing
 from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust, seen
 from bench.report.stats import binomial_above, fisher_below, mcnemar
 from bench.results.store import Row
 from bench.rules import NEVER
 from bench.system.files import keep_file
 
-SIGNIFICANT = 0.01
 THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md says of what, and why
     "invalid-answers": 0.0,
     "constraint-violation": 1e-5,
@@ -73,15 +72,15 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
         elsewhere: other rows, among which the same cells at other radii are looked for.
     """
     every, others = _by_model(rows), _by_model(elsewhere)
-    served = {model: _compared(members) for model, members in every.items()}
+    served = {model: _whole(members) for model, members in every.items()}
     found: dict[tuple[str, str], Flag] = {}
     for (defense, seed), members in sorted(every.items()):
         signs = [*_probed(members), *_in_single_samples(members)]
-        if compared := served[defense, seed]:
-            twins = served.get((_undefended(compared[0].cell), seed), [])
-            at_other_radii = _compared(others.get((defense, seed), []))
-            whole = len(compared) == len(members)
-            signs += [*_alone(compared, whole), *_beside(compared, twins), *_at_radii(compared, at_other_radii)]
+        if whole := served[defense, seed]:
+            twins = served.get((_undefended(whole[0].cell), seed), [])
+            at_other_radii = _whole(others.get((defense, seed), []))
+            every_attack = len(whole) == len(members)
+            signs += [*_alone(whole, every_attack), *_beside(whole, twins), *_at_radii(whole, at_other_radii)]
         for flag, evidence in signs:
             shown = f"{evidence}, seed {seed}" if seed else evidence
             found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
@@ -109,7 +108,7 @@ def _by_model(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     return served
 
 
-def _compared(rows: Sequence[Row]) -> list[Row]:
+def _whole(rows: Sequence[Row]) -> list[Row]:
     """The rows that attacks are compared by: what others had left to an attack says nothing of either."""
     return [row for row in rows if not row.partial]
 
@@ -190,7 +189,7 @@ def _hits_do_not_hold(rows: Sequence[Row]) -> Sign | None:
     """RF-32, RF-33: queries that succeeded fail when re-evaluated, on more than 2 points of all samples."""
     found = []
     for row in rows:
-        both = _Comparison(robust(row, query_budget(row)).right, final(row).right)
+        both = Comparison(robust(row, query_budget(row)).right, final(row).right)
         if both.exceeds(THRESHOLDS["hits-do-not-hold"]):
             evidence = (
                 f"{row.cell.attack.spec}: {_percent(both.left)} by first hit, {_percent(both.beside)} when the same "
@@ -208,7 +207,7 @@ def _search_is_blind(rows: Sequence[Row]) -> Sign | None:
     """
     found = []
     for row in rows:
-        both = _Comparison(final(row).right, robust(row, query_budget(row)).right)
+        both = Comparison(final(row).right, robust(row, query_budget(row)).right)
         asked = not np.isfinite(column(row, "best_distance")).any()
         if both.exceeds(THRESHOLDS["search-is-blind"]) and asked:
             evidence = (
@@ -265,7 +264,7 @@ def _noise_beats_attacks(rows: Sequence[Row]) -> Sign | None:
         return None
     if any("random" in part.traits for part in rows[0].cell.defense):
         return None
-    both = _compare(noise, others, max(query_budget(row) for row in others))
+    both = compared(noise, others, max(query_budget(row) for row in others))
     missed = int((both.beside & ~both.left).sum())
     if missed <= THRESHOLDS["noise-beats-attacks"] * both.n:
         return None
@@ -277,7 +276,7 @@ def _survives_any_radius(rows: Sequence[Row]) -> Sign | None:
     threat, attacked = rows[0].cell.threat, [row for row in rows if not _learns_nothing(row)]
     if threat.norm != "linf" or threat.eps < HALF_THE_RANGE or not attacked:
         return None
-    left = _standing(attacked, max(query_budget(row) for row in attacked)).by_sample
+    left = standing(attacked, max(query_budget(row) for row in attacked)).by_sample
     most = THRESHOLDS["survives-any-radius"]
     if not len(left) or binomial_above(int(left.sum()), len(left), most) >= SIGNIFICANT:
         return None
@@ -331,7 +330,7 @@ def _other_tactic_wins(pairs: Pairs) -> Sign | None:
             if not _is(plain, "square") or row is plain:
                 continue
             queries = min(_common_budget(row, twin), _common_budget(plain, plain_twin))
-            here, undefended = _compare([row], [plain], queries), _widest_gap(twin, plain_twin, queries)
+            here, undefended = compared([row], [plain], queries), _widest_gap(twin, plain_twin, queries)
             if here.exceeds(THRESHOLDS["other-tactic-wins"]) and undefended <= here.gap / 2:
                 evidence = (
                     f"{row.cell.attack.spec} leaves {_percent(here.left)}, {plain.cell.attack.spec} "
@@ -355,7 +354,7 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
     ]
     for pair, gained in scored:
         for other, gained_there in labelled:
-            gains = _in_common(gained, gained_there)                                    # (n, 2)
+            gains = in_common(gained, gained_there)                                    # (n, 2)
             if not len(gains):
                 continue
             gain, idle = gains.sum(axis=0) / len(gains)
@@ -376,7 +375,7 @@ def _at_radii(rows: Sequence[Row], elsewhere: Sequence[Row]) -> list[Sign]:
         for smaller in elsewhere:
             if _but_radius(row) != _but_radius(smaller) or smaller.cell.threat.eps >= row.cell.threat.eps:
                 continue
-            both = _compare([smaller], [row], _common_budget(row, smaller))
+            both = compared([smaller], [row], _common_budget(row, smaller))
             if both.exceeds(THRESHOLDS["radius-does-not-help"]):
                 evidence = (
                     f"{row.cell.attack.spec} leaves {_percent(both.beside)} at {row.cell.threat}, "
@@ -385,72 +384,6 @@ def _at_radii(rows: Sequence[Row], elsewhere: Sequence[Row]) -> list[Sign]:
                 found.append((both.gap, Sign("radius-does-not-help", evidence)))
     sign = _widest(found)
     return [sign] if sign else []
-
-
-class _Comparison(NamedTuple):
-    """Who stands (n,) under one set of attacks and beside it under another, on their common samples."""
-
-    left: NDArray[np.bool_]
-    beside: NDArray[np.bool_]
-
-    @property
-    def n(self) -> int:
-        return len(self.left)
-
-    @property
-    def gap(self) -> float:
-        """By how much less is left than beside."""
-        return (int(self.beside.sum()) - int(self.left.sum())) / self.n if self.n else 0.0
-
-    @property
-    def p(self) -> float:
-        return mcnemar(self.left, self.beside)
-
-    def exceeds(self, effect: float) -> bool:
-        """Whether so much less is left than beside, and not by chance."""
-        return self.gap > effect and self.p < SIGNIFICANT
-
-
-def _compare(ours: Sequence[Row], theirs: Sequence[Row], queries: int) -> _Comparison:
-    both = _in_common(_standing(ours, queries), _standing(theirs, queries))
-    return _Comparison(both[:, 0], both[:, 1])
-
-
-class _Samples(NamedTuple):
-    """A value for each of some samples."""
-
-    ids: NDArray[Any]
-    by_sample: NDArray[Any]
-
-
-def _in_common(*parts: _Samples) -> NDArray[Any]:
-    """(n, parts) the values of the samples that all parts have, in the order of their numbers."""
-    if _alike(parts):  # as a rule
-        order = np.argsort(parts[0].ids)
-        return np.stack([part.by_sample[order] for part in parts], axis=1)
-    ids = _common_ids(parts)
-    return np.stack([part.by_sample[np.argsort(part.ids)[np.isin(np.sort(part.ids), ids)]] for part in parts], axis=1)
-
-
-def _common_ids(parts: Sequence[_Samples]) -> NDArray[Any]:
-    """The samples that all parts have, in the order of their numbers."""
-    if _alike(parts):
-        return np.sort(parts[0].ids)
-    return reduce(np.intersect1d, (part.ids for part in parts))
-
-
-def _alike(parts: Sequence[_Samples]) -> bool:
-    """Whether all parts have the same samples in the same order."""
-    return all(np.array_equal(part.ids, parts[0].ids) for part in parts[1:])
-
-
-def _standing(rows: Sequence[Row], queries: int) -> _Samples:
-    """For the samples that all rows have met: whether none of them beat it in so many queries.
-
-    A row with a smaller budget counts with what it had.
-    """
-    parts = [_Samples(column(row, "sample_id"), robust(row, min(queries, query_budget(row))).right) for row in rows]
-    return _Samples(_common_ids(parts), np.all(_in_common(*parts), axis=1))
 
 
 def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> Sign | None:
@@ -463,7 +396,7 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
     most, found = max(query_budget(row) for row in theirs), []
     for row in ours:
         queries = most if is_control(row) else min(most, query_budget(row))
-        both = _compare([row], theirs, queries)
+        both = compared([row], theirs, queries)
         if both.exceeds(THRESHOLDS[flag]):
             evidence = (
                 f"{row.cell.attack.spec} leaves {_percent(both.left)}, {name} {_percent(both.beside)} at {queries:,} "
@@ -482,18 +415,18 @@ def _late(row: Row, other: Row, late: int, full: int) -> tuple[int, int]:
 
 def _widest_gap(row: Row, other: Row, queries: int) -> float:
     """By how much less ``row`` leaves than ``other``, at the number of queries up to ``queries`` where that is most."""
-    both = _in_common(*(_Samples(column(each, "sample_id"), column(each, "first_hit")) for each in (row, other)))
+    both = in_common(*(Samples(column(each, "sample_id"), column(each, "first_hit")) for each in (row, other)))
     moments = np.unique(both[(both != NEVER) & (both <= queries)])
     fallen = [np.searchsorted(np.sort(hit[hit != NEVER]), moments, side="right") for hit in both.T]
     return float((fallen[0] - fallen[1]).max(initial=0)) / max(len(both), 1)
 
 
-def _gain(row: Row, twin: Row) -> _Samples:
+def _gain(row: Row, twin: Row) -> Samples:
     """1 where it stands with the defense only, -1 where without it only, else 0."""
     queries = _common_budget(row, twin)
-    with_it, without = _standing([row], queries), _standing([twin], queries)
-    both = _in_common(with_it, without).astype(int)
-    return _Samples(_common_ids([with_it, without]), both[:, 0] - both[:, 1])
+    with_it, without = standing([row], queries), standing([twin], queries)
+    both = in_common(with_it, without).astype(int)
+    return Samples(common_ids([with_it, without]), both[:, 0] - both[:, 1])
 
 
 def _taken(row: Row) -> float:
