@@ -40,6 +40,8 @@ class Attack:
         mark = Path(__file__).with_name("mark")
         if self.do == "end" or (self.do == "end-once" and not mark.exists()):
             mark.touch()
+            if os.fork() == 0:
+                time.sleep(1000)
             print("on my way out", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
         if self.do == "hang":
@@ -50,6 +52,8 @@ class Attack:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             with mark.with_name("peaks").open("a") as file:
                 file.write(f"{peak}\\n")
+        if self.do == "fork":
+            os.fork()
         if self.do == "fail":
             raise ValueError("no")
         x = (x + threat.eps * (2 * rng.uniform(*x.shape[1:]) - 1)).clamp(0, 1)
@@ -93,11 +97,11 @@ def files(folder):
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Six cells by two processes, and then the same, but for one that ends its process, by this one."""
+    """Seven cells by two processes, and then the same, but for one that ends its process, by this one."""
     folder = tmp_path_factory.mktemp("executors")
     file = folder / "own.py"
     file.write_text(MODEL + OWN)
-    own = [f"{file}:Attack(do={what})" for what in ("ask", "end-once", "fail")]
+    own = [f"{file}:Attack(do={what})" for what in ("fork", "ask", "end-once", "fail")]
     given = grid(model=[f"{file}:Means"], attack=own, n=10, queries=3)
     given += grid(model=[f"{file}:Means"], attack=[f"{file}:Attack(do=end)"], n=5, queries=3)
     early = "pgd-at(epochs=1, steps=1)"
@@ -114,10 +118,11 @@ def cell_of(tasks, what):
 
 def test_rows_are_equal_whoever_measured_them(done):
     tasks, (store, outcome, _), _, folder = done
-    assert (outcome.ran, outcome.kept, outcome.failed) == (4, 0, 2)
+    assert (outcome.ran, outcome.kept, outcome.failed) == (5, 0, 2)
     assert files(folder / "two") == files(folder / "one")
-    assert len(files(folder / "one")) == 4 * 2 * 2 + 1
+    assert len(files(folder / "one")) == 5 * 2 * 2 + 1
     assert store.row(cell_of(tasks, "do=ask")).complete
+    assert store.row(cell_of(tasks, "do=fork")).complete  # of its two processes one goes on
 
 
 def test_a_training_that_cells_share_is_done_once(done):

@@ -214,6 +214,7 @@ def _grow_up(entry: str, folder: str, walled: bool, channel: int, output: int) -
         module, _, function = entry.partition(":")
         serve: Callable[[socket.socket], None] = getattr(importlib.import_module(module), function)
         with socket.socket(fileno=channel) as ours:
+            os.register_at_fork(after_in_child=ours.close)  # a fork of it neither answers nor keeps us waiting
             serve(ours)
         code = 0
     finally:

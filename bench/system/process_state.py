@@ -55,17 +55,20 @@ def undisturbed(*, importing: bool = False) -> Iterator[None]:
     That is the working directory, the environment, the import path, warning filters, signal handlers, numpy's error
     handling, the global random generators (Python's, numpy's, torch's), and torch's default dtype and device, thread
     count, gradient and anomaly modes, determinism and precision. What is printed inside goes to the standard error
-    stream, up to ``PRINTED`` characters.
+    stream, up to ``PRINTED`` characters. A fork that a component makes and does not end is ended where it would leave.
 
     Args:
         importing: users' files are imported inside, so the environment and the import path stay as those leave them.
     """
+    owner = os.getpid()
     kept = [(_read(read), write) for read, write in (*_SETTINGS, *(() if importing else _IMPORTS))]
     shown = _Bounded(sys.stderr)
     try:
         with warnings.catch_warnings(), redirect_stdout(shown), redirect_stderr(shown):
             yield
     finally:
+        if os.getpid() != owner:
+            os._exit(0)
         for value, write in kept:
             with suppress(OSError):  # the folder that we were in may be gone
                 if value is not None:
