@@ -202,6 +202,33 @@ class TestAFunctionAsTheVictim:
         assert one.service is not None
 
 
+class TestACell:
+    """Is pinned by all that is declared, whatever the code has computed that from."""
+
+    def test_what_stands_behind_one_code_is_told_by_its_release(self, tmp_path):
+        keys = set()
+        for place in ("one", "other"):
+            file = tmp_path / place / "victim.py"
+            file.parent.mkdir()
+            file.write_text(
+                "from pathlib import Path\nfrom bench.service import service\n"
+                "RELEASE = Path(__file__).with_name('weights').read_text()\n"
+                "@service(answers='labels', release=RELEASE)\n"
+                "def label(images):\n    return [0] * len(images)\n"
+            )
+            file.with_name("weights").write_text(place)
+            keys |= {task.cell.key for task in plan(f"{file}:label", "noise")}
+        assert len(keys) == 2
+
+    def test_the_price_and_the_size_of_calls_count_where_answers_depend_on_them(self):
+        def identity(**more):
+            return Service(answers="labels", **more).identity
+
+        assert identity() == identity(price=1.0) == identity(batch=3)
+        assert len({identity(), identity(release="2"), identity(images="float32"), identity(random=True),
+                    identity(batch_dependent=True), identity(batch_dependent=True, batch=3)}) == 6  # fmt: skip
+
+
 class TestRandomness:
     def test_declared(self, victim, tmp_path):
         (row,) = measured(plan(f"{victim}:declared_random", "noise"), tmp_path)
@@ -298,6 +325,13 @@ class TestAnswers:
         rows = checked(service, ([[3, 1]], [[0.6, 0.3]]), 1, 4)
         found = torch.tensor(logits(service, rows, 4)).softmax(dim=1)
         assert torch.allclose(found, torch.tensor([[0.05, 0.3, 0.05, 0.6]]), atol=1e-6)
+
+    @pytest.mark.parametrize("answers", ["logits", "probabilities"])
+    def test_the_best_class_is_the_one_that_is_told_first_also_where_scores_are_equal(self, answers):
+        service = Service(answers=answers, top=2, decimals=1)
+        found = torch.tensor(logits(service, checked(service, ([[7, 3], [2, 5]], [[0.4, 0.4], [0, 0]]), 2, 10), 10))
+        assert found.argmax(dim=1).tolist() == [7, 2]
+        assert (found.topk(2).values.diff(dim=1).abs() < 1e-5).all()
 
     def test_rounding_explains_what_a_sum_misses(self):
         thirds = np.full((1, 3), 0.3)

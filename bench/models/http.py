@@ -80,7 +80,7 @@ class Http:
         return Service(
             answers=self.answers, images=self.images, top=self.top, decimals=self.decimals,
             deterministic=self.deterministic, random=self.random, stateful=self.stateful,
-            batch_dependent=self.batch_dependent, batch=self.batch, price=self.price,
+            batch_dependent=self.batch_dependent, release=self.release, batch=self.batch, price=self.price,
         )  # fmt: skip
 
     def line(self) -> Endpoint:

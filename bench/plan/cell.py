@@ -104,7 +104,7 @@ class Cell:
     numerics: Numerics = "fast"
     quantise: bool = False
     data_hash: str = ""
-    weights_hash: str = ""  # of the network before any training; empty where the recipe decides
+    weights_hash: str = ""  # of the network before any training, or what a service declares; empty for a mere recipe
     limited: bool = False
     sources: tuple[Source, ...] = ()
     replays: Component | None = None

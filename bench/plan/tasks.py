@@ -87,8 +87,13 @@ def build(architecture: Architecture, data: Dataset, model_dir: Path | None) -> 
 
 
 def weights_hash(network: torch.nn.Module, architecture: Architecture) -> str:
-    """A hash of the weights that ``network`` came with, of a user's own also of what else is in it; "" for none."""
-    if not architecture.trained or declared_by(architecture):
+    """A hash of the weights that ``network`` came with, of a user's own also of what else is in it; "" for none.
+
+    Of a service, which shows none, it is a hash of what that declares.
+    """
+    if said := declared_by(architecture):
+        return said.identity
+    if not architecture.trained:
         return ""
     return fingerprint(network) if isinstance(architecture, FromFile) else state_fingerprint(network)
 
@@ -111,10 +116,10 @@ class Loader:
     def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
         """Build the network that ``text`` names once, check it against the data, and hash the weights it came with.
 
-        A service has none, and no plan asks it anything.
+        A service shows none, and no plan asks it anything.
         """
-        if declared_by(architecture):
-            return ""
+        if said := declared_by(architecture):
+            return said.identity
         if (text, data_name) not in self._weights:
             with torch.random.fork_rng([]):  # on the CPU
                 network = build(architecture, data, self.model_dir)

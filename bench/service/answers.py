@@ -50,7 +50,7 @@ def logits(service: Service, rows: Rows, classes: int) -> NDArray[np.float32]:
 
     Probabilities are given their logarithms. A label is one-hot. Of the best classes, the others share what is left of
     the probability, or have the score of the last, and never more than that: the margin of an image that it gets right
-    is exact.
+    is exact. Where rounding makes the best class equal to others, it is ahead by the least that float32 tells apart.
     """
     if service.answers == "labels" or service.top == 1:
         return np.asarray(np.eye(classes, dtype=np.float32)[rows[:, 0].astype(int)])
@@ -66,7 +66,18 @@ def logits(service: Service, rows: Rows, classes: int) -> NDArray[np.float32]:
         np.put_along_axis(scores, labels, shown, axis=1)
     if service.answers == "probabilities":
         scores = np.log(np.maximum(scores, floor))
-    return np.asarray(scores, dtype=np.float32)
+    found = np.asarray(scores, dtype=np.float32)
+    return _led_by(labels[:, :1], found) if service.top else found
+
+
+def _led_by(best: NDArray[Any], scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """``scores`` (n, K) in which the class ``best`` (n, 1) of each row has no equal."""
+    others = scores.copy()
+    np.put_along_axis(others, best, -np.inf, axis=1)
+    least = np.nextafter(others.max(axis=1, keepdims=True), np.float32(np.inf))
+    led = scores.copy()
+    np.put_along_axis(led, best, np.maximum(np.take_along_axis(scores, best, axis=1), least), axis=1)
+    return led
 
 
 def _numbers(answer: Any, shape: tuple[int, ...], what: str) -> Numbers:

@@ -1,7 +1,9 @@
 """What a service says of itself: what it takes, what it answers, and what a question costs."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from hashlib import sha256
 from typing import Any, Literal, TypeVar
 
 from bench.errors import ConfigError
@@ -27,6 +29,7 @@ class Service:
         random: it answers one image differently each time; it is judged by a majority.
         stateful: its answers depend on what it was asked before.
         batch_dependent: they depend on the other images of the call.
+        release: what its owner calls the model behind it; another one is another cell.
         batch: images in one call.
         price: of one question, in whatever currency ``--max-cost`` counts.
     """
@@ -39,6 +42,7 @@ class Service:
     random: bool = False
     stateful: bool = False
     batch_dependent: bool = False
+    release: str = ""
     batch: int = 64
     price: float = 0.0
 
@@ -54,6 +58,19 @@ class Service:
             raise ConfigError(f"top is {self.top}, but the answers are labels; say logits or probabilities")
         if self.top < 0 or self.batch < 1 or not self.price >= 0 or (self.decimals or 0) < 0:
             raise ConfigError("top, decimals and price are zero or more, batch is one or more")
+        if not isinstance(self.release, str):
+            raise ConfigError(f"release is {self.release!r}; write it as text")
+
+    @property
+    def identity(self) -> str:
+        """64 hexadecimal digits of all that it declares and that decides results: in place of weights, which it hides.
+
+        The price does not; how many are asked in a call does where answers depend on that.
+        """
+        told = asdict(self)
+        for name in ("price", *(() if self.batch_dependent else ("batch",))):
+            del told[name]
+        return sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def tells_scores(self) -> bool:
