@@ -25,6 +25,7 @@ from bench.results.store import Store
 from bench.run import runner
 from bench.service import Desk, Journal, Spent
 from bench.service.http import _wait
+from bench.service.journal import Key
 from tests.runs import Quiet
 from tests.test_cli import bench
 from tests.test_service import fired, plan
@@ -333,6 +334,35 @@ class TestTheJournal:
             torn.write(b'{"sent":"ab')
         assert torch.equal(desk(server, file).logits(X), right)
         assert len(server.requests) == asked
+
+    def test_a_line_that_the_disk_took_in_part_is_taken_back(self, tmp_path, monkeypatch):
+        journal = Journal(tmp_path / "journal")
+        journal.refresh()
+        keys = [Key("scope", "digest", number) for number in (1, 2)]
+        name = journal.sent("scope", keys[:1], 1.0)
+
+        def full(file, content):
+            file.write(content[:9])
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patched:
+            patched.setattr("bench.service.journal._all", full)
+            with pytest.raises(StoreError, match="No space left"):
+                journal.sent("scope", keys[1:], 1.0)
+        journal.answered(name, np.ones((1, 3), dtype=np.float32), 1)  # of a call that was under way meanwhile
+        again = Journal(journal.path)
+        again.refresh()
+        assert (list(again.answers), again.spent) == (keys[:1], 1.0)
+
+    def test_one_that_a_kill_has_left_empty_has_a_name_of_its_own(self, tmp_path):
+        file = tmp_path / "journal"
+        file.write_bytes(b'{"journal":1,"ru')
+        names = []
+        for _ in range(2):
+            journal = Journal(file)
+            journal.refresh()
+            names.append(journal.name([Key("scope", "digest", 1)]))
+        assert names[0] == names[1]
 
     def test_damage_is_named(self, server, tmp_path):
         file = tmp_path / "journal"

@@ -7,8 +7,10 @@ and what lies between the two is sent again under the same name, by which a serv
 
 import base64
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from hashlib import blake2b
 from pathlib import Path
@@ -108,10 +110,8 @@ class Journal:
         if self.path is None:
             return
         try:
-            if not self.path.exists():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._write({"journal": SCHEMA, "run": self._run, "of": self._about})
-                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch()
             with self.path.open("r+b") as file:
                 file.seek(self._read_to)
                 content = file.read()
@@ -120,6 +120,8 @@ class Journal:
                     file.truncate(self._read_to + len(whole))
         except OSError as error:
             raise StoreError(f"cannot keep {self.path}: {error.strerror or error}; choose another --out") from None
+        if not self._read_to and not whole:
+            self._write({"journal": SCHEMA, "run": self._run, "of": self._about})
         self._read_to += len(whole)
         for line in whole.splitlines():
             try:
@@ -138,6 +140,8 @@ class Journal:
                 with self.path.open("ab", buffering=0) as file:
                     _all(file, content)
             except OSError as error:
+                with suppress(OSError):
+                    os.truncate(self.path, self._read_to)  # what is written next begins a line
                 raise StoreError(f"cannot write {self.path}: {error.strerror or error}; make room") from None
             self._read_to += len(content)
         self._take(line)
