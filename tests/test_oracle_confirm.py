@@ -119,8 +119,8 @@ def test_a_row_says_that_its_hits_were_confirmed(numbers, coarse):
 def test_distances_are_searched_in_the_numbers_that_they_are_judged_in(attack, on_a_gpu, device, tmp_path, monkeypatch):
     pipeline, task, modes = Pipeline(tmp_path, torch.device(device), 8), grid(attack=[attack])[0], []
     monkeypatch.setattr(pipeline, "train", lambda task, progress: None)
-    monkeypatch.setattr(pipeline, "served", lambda task, mode: modes.append(mode))
-    monkeypatch.setattr(pipeline, "undefended", lambda task, mode: modes.append(mode))
+    for model in ("served", "undefended"):
+        monkeypatch.setattr(pipeline, model, lambda task, mode: modes.append(mode) or served(mode))
     monkeypatch.setattr(pipeline, "check_data", lambda task: None)
     network = nn.Identity()
     pipeline._last = _Network("", network, contents(network))
