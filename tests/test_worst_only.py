@@ -26,6 +26,7 @@ from tests.runs import Quiet
 from tests.test_cli import MODEL, bench
 from tests.test_runner import grid, run_in
 from tests.test_standings import fixed
+from tests.test_worst_case import stored
 
 ROOT = Path(__file__).parents[1]
 
@@ -107,6 +108,19 @@ def test_a_run_that_was_cut_off_goes_on_with_what_is_missing():
     store.met = {a.cell.key: [0, 1, 2, 3, 4], b.cell.key: [0, 1]}
     (turn,) = WorstOnly([a.cell, b.cell], store).first()
     assert turn == (b.cell.key, [3], True)
+
+
+def test_what_a_full_run_has_begun_is_ended_though_none_of_the_rest_still_stands(tmp_path):
+    a, b = priced(fixed([5, 6, 7, 8, 0], "none", "square")), priced(fixed([NEVER] * 4 + [0], "none", "simba"))
+    store = stored(tmp_path, a, (0, 5))
+    stored(tmp_path, b, (0, 2))
+    (turn,) = WorstOnly([a.cell, b.cell], store).first()
+    assert turn == (b.cell.key, [2], True)
+    stored(tmp_path, b, turn.positions)
+    head, *_ = track_of(a.cell).lines([store.row(each.cell) for each in (a, b)], ())
+    assert head.n == 5
+    assert not head.marks
+    assert not WorstOnly([a.cell, b.cell], store).first()
 
 
 def test_what_failed_is_tried_again_even_where_others_have_felled_its_samples_since():

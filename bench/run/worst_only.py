@@ -53,7 +53,8 @@ class WorstOnly:
     case of the cell: where some see gradients and others ask, those who ask have a table of their own.
 
     Run on all samples are controls, which are in no worst case and come last, learners, and what is not independent of
-    the samples beside it. The first sample of a cell always runs: so every attack has a row, with what probing shows.
+    the samples beside it. The first sample of a cell always runs: so every attack has a row, with what probing shows. So
+    does the first that a full run has left of a cell: so its row says what that is, some that others had left.
     """
 
     def __init__(self, cells: Sequence[Cell], store: Stored, entangled: Collection[str] = ()) -> None:
@@ -98,8 +99,9 @@ class WorstOnly:
             return Turn(key, missing, chosen=False)
         row = self._store.row(cell)
         again = {position for shard in row.shards if shard.error is not None for position in shard.positions}
+        first = {0, *(missing[:1] if not row.partial else ())}  # of a cell, and of what a full run has left of one
         wanted = set().union(*(pool.ids - pool.fallen for pool in pools))
-        positions = [at for at in missing if at == 0 or at in again or cell.ids[at] in wanted]
+        positions = [at for at in missing if at in first or at in again or cell.ids[at] in wanted]
         return Turn(key, positions, chosen=len(positions) < len(missing) or bool(row.partial))
 
     def _note(self, row: Row) -> None:
