@@ -53,8 +53,8 @@ class WorstOnly:
     case of the cell: where some see gradients and others ask, those who ask have a table of their own.
 
     Run on all samples are controls, which are in no worst case and come last, learners, and what is not independent of
-    the samples beside it. The first sample of a cell always runs: so every attack has a row, with what probing shows. So
-    does the first that a full run has left of a cell: so its row says what that is, some that others had left.
+    the samples beside it. The first sample of a cell always runs: so every attack has a row, with what probing shows.
+    So does the first that a full run has left of a cell: so its row says what that is, some that others had left.
     """
 
     def __init__(self, cells: Sequence[Cell], store: Stored, entangled: Collection[str] = ()) -> None:
