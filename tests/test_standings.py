@@ -12,6 +12,7 @@ from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.report.leaderboard import render, summary
 from bench.report.outcomes import Share
+from bench.report.ranking import TIERS
 from bench.report.standings import Line, tables
 from bench.report.stats import mcnemar, paired_bootstrap
 from bench.results.shards import Shard
@@ -61,6 +62,32 @@ def heads(rows: list[Row], **how: Any) -> dict[str, Line]:
 
 def ranks(rows: list[Row]) -> dict[str, int | None]:
     return {name: line.rank for name, line in heads(rows).items()}
+
+
+class TestRanksAreTiers:
+    """Nested outcomes of 40 images: 9 that stand with one alone are clear among six pairs, 5 are not."""
+
+    def rows(self, names: Sequence[str]) -> list[Row]:
+        standing = {"none": 0, "b": 5, "c": 9, "d": 14}
+        return [fixed([NEVER] * standing[name] + [1] * (40 - standing[name]), name) for name in names]
+
+    def test_a_rank_is_one_more_than_the_number_of_those_that_are_significantly_better(self):
+        assert ranks(self.rows(["none", "b", "c", "d"])) == {"d": 1, "c": 1, "b": 2, "none": 3}
+
+    def test_what_no_test_tells_apart_shares_a_rank_whoever_has_the_larger_figure(self):
+        assert ranks(self.rows(["none", "b"])) == {"none": 1, "b": 1}
+        assert list(heads(self.rows(["none", "b"]))) == ["b", "none"]
+
+    @pytest.mark.parametrize("rows", [
+        [fixed(STANDS), fixed(FALLS, "b")], [learner(0, 20), learner(20, 20, "b")],
+        [fixed(each, name, threat=Threat("linf", 8 / 255, "gradients", 100))
+         for each, name in ((STANDS, "none"), (FALLS, "b"))],
+    ])  # fmt: skip
+    def test_every_track_says_below_its_table_how_ranks_come_about(self, rows):
+        (table,) = tables(rows)
+        assert sum(TIERS in note for note in table.notes) == 1
+        (alone,) = tables(rows[:1])
+        assert not any(TIERS in note for note in alone.notes)
 
 
 class TestRanksAreOfEqualConditions:

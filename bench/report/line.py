@@ -69,6 +69,11 @@ def hardest(lines: Iterable[Line]) -> Line | None:
     return min(known, key=lambda line: ("control" in line.marks, line.shares["final"].value), default=None)
 
 
+def has_ranks(lines: Iterable[Line]) -> bool:
+    """Whether two defenses or more are ranked, so that there are ranks to tell apart."""
+    return sum(line.rank is not None for line in lines) > 1
+
+
 def with_rank(line: Line, rank: int | None, held: Held | None) -> Line:
     """``line`` with its rank, and a mark where that is of less than its own figures."""
     return replace(line, rank=rank, marks=line.marks | ({"cut"} if rank and held and held.cut else set()))

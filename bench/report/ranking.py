@@ -13,6 +13,10 @@ from bench.report.stats import holm, mcnemar_of
 from bench.results.store import Row
 
 SIGNIFICANT = 0.05
+TIERS = (
+    "Ranks are tiers: 1 + the number of defenses that are significantly better, so those that as many are better than "
+    "share one (exact McNemar on the worst case of common images, Holm over all pairs of the table, 5 %)"
+)
 Encounter = tuple[str, int]  # an attack or a learner, and its seed
 
 
@@ -109,7 +113,7 @@ class Held:
 
 
 def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    """1 + the number of defenses that are significantly better: exact McNemar, Holm over all pairs, 5 %.
+    """Tiers, as :data:`TIERS` says.
 
     A rank counts, it does not tell a pair apart: two ranks may differ by a third defense that is better than one only.
 

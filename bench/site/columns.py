@@ -9,6 +9,7 @@ from bench.report.figures import BY_NAME, placed
 from bench.report.line import hardest
 from bench.report.marks import signs
 from bench.report.outcomes import Share
+from bench.report.ranking import TIERS
 from bench.site.boards import Board, Entry, Name
 
 Kind = Literal["text", "number", "name", "share", "flags"]
@@ -42,7 +43,7 @@ def columns(board: Board) -> list[Column]:
     worst, by_one = ("worst case", "strongest attack") if pools else ("best learner", "learner")
     at = f" {last}" if last.startswith("@") else ""
     found = [
-        Column("rank", "1 + the number of defenses that are significantly better on the same images", "number",
+        Column("rank", TIERS, "number",
                [_number(entry.head.rank) for entry in entries]),
         Column("defense", "", "name", [Cell(entry.label, entry.label) for entry in entries]),
         Column(f"{worst}{at}", board.track.reading, "share", [_share(entry.left) for entry in entries]),

@@ -9,10 +9,10 @@ import numpy as np
 
 from bench.plan.cell import Cell
 from bench.report.figures import figures, placed
-from bench.report.line import Line, attack_label, by_defense, with_rank
+from bench.report.line import Line, attack_label, by_defense, has_ranks, with_rank
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, failure, restricted, scope, tested, under_all
-from bench.report.ranking import Terms, ranks
+from bench.report.ranking import TIERS, Terms, ranks
 from bench.results.store import Row
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools
@@ -20,6 +20,8 @@ from bench.tracks.track import Progress, Tools
 if TYPE_CHECKING:
     from bench.measure.measured import Measured
     from bench.plan.tasks import Task
+
+RANKS = f"{TIERS}; the worst case of a protection is the learner that gets most, and better is where that one is wrong"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Data:
         return {"test": learned(rows)}
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
-        return []
+        """How the ranks were found, where there are any to tell apart."""
+        return [RANKS] if has_ranks(lines) else []
 
 
 def _line(row: Row) -> Line:

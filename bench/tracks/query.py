@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from bench.plan.cell import Cell
 from bench.report.figures import figures
-from bench.report.line import Line, attack_label, by_defense, with_rank
+from bench.report.line import Line, attack_label, by_defense, has_ranks, with_rank
 from bench.report.marks import POOLED, UNRANKED, marks_of
 from bench.report.outcomes import (
     Share,
@@ -27,7 +27,7 @@ from bench.report.outcomes import (
     scope,
     under_all,
 )
-from bench.report.ranking import Terms, counted, ranks
+from bench.report.ranking import TIERS, Terms, counted, ranks
 from bench.results.records import length
 from bench.results.store import Row
 from bench.threat import Access
@@ -37,10 +37,7 @@ if TYPE_CHECKING:
     from bench.measure.measured import Measured
     from bench.plan.tasks import Task
 
-RANKS = (
-    "Ranks: an image stands where no query beat it and the final example is right when re-evaluated in float32; "
-    "exact McNemar on common images, Holm over all pairs, 5 %"
-)
+RANKS = f"{TIERS}; an image stands where no query beat it and the final example is right when re-evaluated in float32"
 
 
 class Measure(Protocol):
@@ -125,7 +122,7 @@ class Query:
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
         """How the ranks were found, where there are any to tell apart."""
-        return [RANKS] if sum(line.rank is not None for line in lines) > 1 else []
+        return [RANKS] if has_ranks(lines) else []
 
 
 def _within(budget: int, row: Row, again: bool, pooled: bool) -> Share:

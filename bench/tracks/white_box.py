@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.plan.cell import Cell
-from bench.report.line import Line
+from bench.report.line import Line, has_ranks
 from bench.report.outcomes import Share, clean, lasting, query_budget, standing
+from bench.report.ranking import TIERS
 from bench.results.store import Row
 from bench.threat import Access
 from bench.tracks.query import Measure, Query
 
-RANKS = (
+ROBUST = (
     "Robust: no point that an attack asked about was misclassified, and its final example is right when re-evaluated "
-    "in float32. Whoever has gradients can ask for scores and labels, too, so attacks with these count here as well. "
-    "Ranks: exact McNemar on common images, Holm over all pairs, 5 %"
+    "in float32. Whoever has gradients can ask for scores and labels, too, so attacks with these count here as well"
 )
 
 
@@ -41,7 +41,7 @@ class WhiteBox(Query):
         return f"clean {clean(row)} %, robust {standing(row, query_budget(row))} %"
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
-        return [RANKS] if lines else []
+        return [ROBUST, *([TIERS] if has_ranks(lines) else [])] if lines else []
 
 
 def _robust(row: Row, again: bool, pooled: bool) -> Share:
