@@ -119,4 +119,5 @@ def _write(value: Any) -> str:
     levels = value * 255 if isinstance(value, float) else 0.0
     if levels.is_integer() and 1 <= levels < 255 and len(repr(value)) > SHORT:  # 0.2 stays, though it is 51/255
         return f"{int(levels)}/255"
-    return value if isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) else repr(value)
+    bare = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value) and _literal(value) == value
+    return value if bare else repr(value)

@@ -25,6 +25,7 @@ from bench.spec import Spec, parse_chain
         ("'a (1) + b/attack.py:Mine'(k=1)", "a (1) + b/attack.py:Mine", {"k": 1}),
         ('"it\'s/attack.py:Mine"', "it's/attack.py:Mine", {}),
         ("C:/mine/attack.py:Mine", "C:/mine/attack.py:Mine", {}),
+        ("a(b='2', c='1.10', d='true', e='1/2')", "a", {"b": "2", "c": "1.10", "d": "true", "e": "1/2"}),
         ("tap(network='my dir/net.py:build(k=1)')", "tap", {"network": "my dir/net.py:build(k=1)"}),
     ],
 )
