@@ -13,12 +13,17 @@ def calibration_logits(model: nn.Module, calibration: Split) -> tuple[Tensor, Te
     """The logits of ``model`` on the calibration split, and its labels, where the model is."""
     if len(calibration) == 0:
         raise ConfigError("temperature is 'tuned' but there are no calibration images; give a number, such as 1.0")
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    device = device_of(model)
     split = calibration.to(device)
     with torch.inference_mode():
         batches = torch.split(torch.arange(len(split), device=device), 256)
         logits = torch.cat([model(split.pixels(rows)) for rows in batches])
     return logits, split.labels
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the weights of ``model`` are; the CPU where it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def straight_through(logits: Tensor, edited: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
+from defenses.streams import streams
 
 
 @defenses("output-noise")
@@ -57,10 +58,6 @@ class NoisyOutput(nn.Module):
         Raises:
             ValueError: no ``rng``, or one of another length.
         """
-        if rng is None or len(rng) != len(x):
-            raise ValueError(
-                f"output-noise got {'no' if rng is None else len(rng)} random streams for {len(x)} images; call "
-                "model(x, rng) with a SampleRng that has one for each row, new at each query"
-            )
+        drawn = streams(rng, x, "output-noise")
         logits: Tensor = self.model(x)
-        return logits + rng.normal(logits.shape[1]).to(logits) * self.sigma
+        return logits + drawn.normal(logits.shape[1]).to(logits) * self.sigma

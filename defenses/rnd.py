@@ -10,6 +10,7 @@ from bench.errors import ConfigError
 from bench.protocols import Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
+from defenses.streams import streams
 
 
 @defenses("rnd")
@@ -58,11 +59,6 @@ class NoisyInput(nn.Module):
         Raises:
             ValueError: no ``rng``, or one of another length.
         """
-        if rng is None or len(rng) != len(x):
-            raise ValueError(
-                f"rnd got {'no' if rng is None else len(rng)} random streams for {len(x)} images; call model(x, rng) "
-                "with a SampleRng that has one for each row, new at each query"
-            )
-        noisy = x + rng.normal(*x.shape[1:]).to(x) * self.sigma
+        noisy = x + streams(rng, x, "rnd").normal(*x.shape[1:]).to(x) * self.sigma
         logits: Tensor = self.model(noisy.clamp(0, 1) if self.clip else noisy)
         return logits

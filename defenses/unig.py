@@ -17,7 +17,9 @@ from bench.protocols import Stage
 from bench.registry import defenses
 from bench.rng import SampleRng
 from defenses.features import features_of, last_linear
+from defenses.logits import device_of
 from defenses.memory import Memory, turns
+from defenses.streams import streams
 
 Variant = Literal["batch-of-one", "as-released", "stateless"]
 
@@ -103,7 +105,7 @@ class UniG:
         Raises:
             ConfigError: a network that does not end in a linear layer, or fewer calibration images than anchors.
         """
-        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        device = device_of(model)
         wanted = {"batch-of-one": STARTS + self.anchors - 1, "stateless": self.anchors, "as-released": 1}[self.variant]
         count = min(wanted, len(calibration))
         if count < self.anchors and self.variant != "as-released":
@@ -198,16 +200,12 @@ class Unified(nn.Module):
         Raises:
             ValueError: no ``rng``, or one of another length.
         """
-        if rng is None or len(rng) != len(x):
-            raise ValueError(
-                f"unig got {'no' if rng is None else len(rng)} random streams for {len(x)} images; call model(x, rng) "
-                "with a SampleRng that has one for each row, new at each query"
-            )
+        drawn = streams(rng, x, "unig")
 
         def scaled(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
             features: Tensor = inputs[0]
             with torch.autocast(features.device.type, enabled=False):  # which would put P into bf16
-                scale = self.scale(features.detach(), rng)
+                scale = self.scale(features.detach(), drawn)
             return (features * scale.to(features.dtype),)
 
         # For this call only: other cells serve the same network without this defense.
