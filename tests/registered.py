@@ -6,7 +6,7 @@ from bench.check.attack import BUDGET
 from bench.check.problem import build, network
 from bench.registry import Registry, attacks, defenses, parameters
 
-__all__ = ["BUDGET", "BY_STAGE", "LEARNERS", "QUERYING", "build", "network", "radius", "small"]
+__all__ = ["BUDGET", "BY_STAGE", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "radius", "small"]
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 _OWN = [name for name in attacks.names() if not name.endswith(":")]
@@ -16,8 +16,10 @@ QUERYING = [
     for name in [*_OWN, *FOREIGN] if name not in LEARNERS
     for norm in sorted(attacks.create(name).norms)
 ]  # fmt: skip
+# Of those that need to be told something about each network: what fits :func:`network` and :func:`build`.
+EXAMPLES = {"rfd": 'rfd(layer="2", sigma=0.1)'}
 BY_STAGE = {
-    stage: [name for name in defenses.names() if defenses.create(name).stage == stage]
+    stage: [EXAMPLES.get(name, name) for name in defenses.names() if defenses.create(name).stage == stage]
     for stage in ("data", "training", "output")
 }
 

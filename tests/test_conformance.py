@@ -15,7 +15,7 @@ from bench.check.verdict import Remark
 from bench.registry import attacks, defenses
 from bench.spec import Spec
 from bench.system.process_state import undisturbed
-from tests.registered import FOREIGN
+from tests.registered import EXAMPLES, FOREIGN
 
 SMALL_MODELS = ["cnn", "resnet20", "resnet20-at"]  # the others take long to make
 
@@ -23,7 +23,7 @@ SMALL_MODELS = ["cnn", "resnet20", "resnet20-at"]  # the others take long to mak
 def subjects() -> dict[str, Subject]:
     """Every component by name, an attack once for each of its norms."""
     names = [name for registry in (attacks, defenses) for name in registry.names() if not name.endswith(":")]
-    found = {name: subject(Spec.parse(name)) for name in [*names, *FOREIGN, *SMALL_MODELS]}
+    found = {name: subject(Spec.parse(EXAMPLES.get(name, name))) for name in [*names, *FOREIGN, *SMALL_MODELS]}
     attacking = {f"{name}-{norm}": in_norm(each, norm) for name, each in found.items() for norm in each.norms}
     return {**attacking, **{name: each for name, each in found.items() if each.kind != "attack"}}
 
