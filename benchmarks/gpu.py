@@ -44,6 +44,7 @@ from torch import Tensor, nn
 
 from bench import numerics
 from bench.dataset import Dataset, Split
+from bench.errors import ConfigError
 from bench.measure.pipeline import Pipeline, deploy
 from bench.metrics import calibration_error
 from bench.models import resolve
@@ -541,7 +542,12 @@ def costs(here: Here) -> None:
         defense: Any = defenses.create(name)
         fold = not getattr(defense, "needs_batch_norm", False)
         model = numerics.fast(network, specimens, fold).module
-        served = ServedModel(defense(model, calibration, 0).eval(), random=defense.random, batch_size=4096)
+        try:
+            module = defense(model, calibration, 0).eval()
+        except ConfigError as error:  # it has to be told something about each network
+            here.log.say(f"  {name}: left out, {error}")
+            continue
+        served = ServedModel(module, random=defense.random, batch_size=4096)
         figures = {}
         for count in here.scale.costs:
             x = here.images(data, count).pixels()

@@ -12,6 +12,7 @@ from bench.cli.new import _text
 from bench.errors import ConfigError
 from bench.registry import attacks, defenses, models
 from bench.spec import Spec
+from tests.registered import BY_STAGE
 from tests.test_cli import bench
 
 NOISE = ("logits = self.model(x) ", "import torch; logits = self.model(x) + torch.randn(len(x), 1) ")
@@ -205,6 +206,6 @@ def test_another_process(edits, words, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in defenses.names() if defenses.create(name).stage == "output"])
+@pytest.mark.parametrize("name", BY_STAGE["output"])
 def test_registered_output_defenses_stand_the_probes(name):
     assert [verdict for verdict in check(name) if verdict.failed] == []
