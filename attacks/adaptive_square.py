@@ -2,9 +2,10 @@
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from bench.errors import ConfigError
 from bench.losses import margin, probability
 from bench.oracle import Oracle, Rules
 from bench.ranges import Few
-from bench.registry import attacks
+from bench.registry import added, attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
@@ -64,18 +65,20 @@ def exploring(chance: float, held: Tensor, value: Tensor, memory: Tensor, rng: S
 
 
 def annealing(
-    heat: float, cooling: float, patience: int, held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng
-) -> tuple[Tensor, Tensor]:
+    heat: float, cooling: float, patience: int, in_a_row: bool,
+    held: Tensor, value: Tensor, memory: Tensor, rng: SampleRng,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Take what lowers the margin, and a rise with probability exp(-rise / temperature).
 
     The temperature is ``heat * cooling^t`` at the t-th proposal since the last heating, which follows ``patience``
-    refusals. ``memory`` is ``patience * t`` plus the refusals since then.
+    refusals, ``in_a_row`` or not. ``memory`` is ``patience * t`` plus the refusals that count.
     """
     temperature = heat * cooling ** (memory // patience)
     exponential = -(1 - rng.fork("anneal").uniform()).log()  # of mean 1
     taken = value - held < temperature * exponential
     refused = ~taken & ~value.isnan()
     after = memory + patience + refused.long()
+    after = torch.where(taken, after - memory % patience, after) if in_a_row else after
     after = torch.where(refused & (memory % patience == patience - 1), 0, after)
     return taken, torch.where(value.isnan(), memory, after)
 
@@ -112,7 +115,11 @@ class _AdaptiveSquare(ABC):
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
         values, rule = self.tactic()
-        return Square(p_init=self.p_init).search(oracle, x, y, threat, rng, values, rule)
+        return self.square(threat.norm).search(oracle, x, y, threat, rng, values, rule)
+
+    def square(self, norm: Norm) -> Square:
+        """Whose proposals these are."""
+        return Square(p_init=self.p_init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +133,41 @@ class _Jumping(_AdaptiveSquare):
     def __post_init__(self) -> None:
         _above_zero("jump", self.jump)
         super().__post_init__()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _OfDLD(_AdaptiveSquare):
+    """Tactics of the code of the Dashed Line Defense, whose constants ``preset=dld`` takes, and with them its search.
+
+    There the schedule is stretched over the budget, p_init is 0.05 in linf and 0.3 in l2, and windows never reach the
+    last row and column.
+    """
+
+    preset: Literal["dld"] | None = added(None)
+
+    paper: ClassVar[str] = DLD
+    constants: ClassVar[Mapping[str, float]]  # what ``preset=dld`` stands for
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether the schedule follows the budget, so that smaller budgets cannot be read off this run."""
+        return self.preset == "dld"
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in fields(self) if getattr(self, field.name) != field.default]
+        if self.preset and (others := [name for name in given if name != "preset"]):
+            raise ConfigError(f"preset={self.preset} fixes {', '.join(others)}; leave out the one or the other")
+        super().__post_init__()
+
+    def constant(self, name: str) -> Any:
+        """The parameter ``name``, or what the preset has for it."""
+        return self.constants[name] if self.preset else getattr(self, name)
+
+    def square(self, norm: Norm) -> Square:
+        """Whose proposals these are."""
+        if not self.preset:
+            return super().square(norm)
+        return Square(p_init={"linf": 0.05, "l2": 0.3}[norm], rescale=True, edges="reference")
 
 
 @attacks("bi-square")
@@ -190,7 +232,7 @@ class SwitchSquare(_AdaptiveSquare):
 
 @attacks("reverse-square")
 @dataclass(frozen=True, kw_only=True)
-class ReverseSquare(_AdaptiveSquare):
+class ReverseSquare(_OfDLD):
     """Square that after more than ``patience`` refusals in a row takes the proposal and turns round, first downwards.
 
     Each sample pursues its own direction. Taking that proposal moves the incumbent off the extremum on which it sits;
@@ -199,13 +241,14 @@ class ReverseSquare(_AdaptiveSquare):
     Args:
         p_init: as for :class:`BiSquare`.
         patience: refusals in a row that are borne; the default is ours.
+        preset: ``dld`` takes all constants of that code: 23 refusals, and its search (:class:`_OfDLD`).
 
     Source: the tactic ``reverse`` of the public code of the Dashed Line Defense.
     """
 
     patience: int = 10
 
-    paper: ClassVar[str] = DLD
+    constants: ClassVar[Mapping[str, float]] = {"patience": 23}
 
     def __post_init__(self) -> None:
         _at_least_one("patience", self.patience)
@@ -213,24 +256,25 @@ class ReverseSquare(_AdaptiveSquare):
 
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
-        return margin, partial(reversing, self.patience)
+        return margin, partial(reversing, self.constant("patience"))
 
 
 @attacks("explore-square")
 @dataclass(frozen=True, kw_only=True)
-class ExploreSquare(_AdaptiveSquare):
+class ExploreSquare(_OfDLD):
     """Square that takes any proposal with probability ``chance``, drawn from the sample's stream.
 
     Args:
         p_init: as for :class:`BiSquare`.
         chance: probability with which a proposal is taken whatever its margin, 0 to 1; the default is ours.
+        preset: ``dld`` takes all constants of that code: a chance of 0.5, and its search (:class:`_OfDLD`).
 
     Source: the tactic ``explore`` of the public code of the Dashed Line Defense.
     """
 
     chance: float = 0.1
 
-    paper: ClassVar[str] = DLD
+    constants: ClassVar[Mapping[str, float]] = {"chance": 0.5}
 
     def __post_init__(self) -> None:
         if not 0 <= self.chance <= 1:
@@ -239,12 +283,12 @@ class ExploreSquare(_AdaptiveSquare):
 
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
-        return margin, partial(exploring, self.chance)
+        return margin, partial(exploring, self.constant("chance"))
 
 
 @attacks("annealing-square")
 @dataclass(frozen=True, kw_only=True)
-class AnnealingSquare(_AdaptiveSquare):
+class AnnealingSquare(_OfDLD):
     """Square by simulated annealing: a rise of the margin is taken with probability exp(-rise / temperature).
 
     The temperature falls by a factor with each proposal. After ``patience`` refusals it is back at ``heat``.
@@ -254,6 +298,8 @@ class AnnealingSquare(_AdaptiveSquare):
         heat: the first temperature, in units of the margin.
         cooling: factor on the temperature for each proposal, above 0 and at most 1.
         patience: refusals, in a row or not, after which a sample is heated again. All three defaults are ours.
+        preset: ``dld`` takes all constants of that code: heat 25, cooling 0.997, heated again after more than 20
+            refusals in a row, and its search (:class:`_OfDLD`).
 
     Source: the tactic ``sa`` of the public code of the Dashed Line Defense.
     """
@@ -262,7 +308,7 @@ class AnnealingSquare(_AdaptiveSquare):
     cooling: float = 0.98
     patience: int = 50
 
-    paper: ClassVar[str] = DLD
+    constants: ClassVar[Mapping[str, float]] = {"heat": 25.0, "cooling": 0.997, "patience": 21}
 
     def __post_init__(self) -> None:
         _above_zero("heat", self.heat)
@@ -273,7 +319,8 @@ class AnnealingSquare(_AdaptiveSquare):
 
     def tactic(self) -> tuple[Values, Rule]:
         """The margin as it is shown, under the rule of this attack."""
-        return margin, partial(annealing, self.heat, self.cooling, self.patience)
+        heat, cooling, patience = (self.constant(name) for name in ("heat", "cooling", "patience"))
+        return margin, partial(annealing, heat, cooling, patience, self.preset == "dld")
 
 
 @attacks("confidence-square")
@@ -358,7 +405,7 @@ class EOTSquare(_AdaptiveSquare):
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
         values, rule = self.tactic()
-        return Square(p_init=self.p_init).search(_Averaged(oracle, self.draws), x, y, threat, rng, values, rule)
+        return self.square(threat.norm).search(_Averaged(oracle, self.draws), x, y, threat, rng, values, rule)
 
 
 class _Averaged:

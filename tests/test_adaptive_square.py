@@ -115,7 +115,8 @@ def test_a_misclassified_proposal_ends_the_sample_whatever_the_rule_says(attack)
 
 RULES = {
     "bi": partial(both_ways, 3), "up": partial(upward, 3), "switch": partial(switching, 3),
-    "reverse": partial(reversing, 2), "explore": partial(exploring, 1.0), "annealing": partial(annealing, 9.0, 0.9, 20),
+    "reverse": partial(reversing, 2), "explore": partial(exploring, 1.0),
+    "annealing": partial(annealing, 9.0, 0.9, 20, False),
 }  # fmt: skip
 
 
@@ -146,17 +147,62 @@ def test_exploring_takes_a_rise_with_its_chance(chance):
 @pytest.mark.parametrize(("rise", "proposals"), [(0.5, 0), (2.0, 0), (0.5, 3), (0.1, 10)])
 def test_annealing_takes_a_rise_with_the_chance_of_its_temperature(rise, proposals):
     expected = math.exp(-rise / (1.5 * 0.8**proposals))
-    share, after = share_taken(partial(annealing, 1.5, 0.8, 7), rise, 7 * proposals + 6)
+    share, after = share_taken(partial(annealing, 1.5, 0.8, 7, False), rise, 7 * proposals + 6)
     assert abs(share - expected) < 4 * math.sqrt(expected * (1 - expected) / 20_000)
     assert set(after.tolist()) == {0, 7 * (proposals + 1) + 6}  # the seventh refusal heats, an acceptance cools
 
 
 def test_annealing_counts_refusals_and_heats_after_them():
-    rule, memory, temperatures = partial(annealing, 1e-3, 0.5, 3), 0, []
+    rule, memory, temperatures = partial(annealing, 1e-3, 0.5, 3, False), 0, []
     for rise in (1, -1, 1, 1, 1):  # refused, taken, refused, refused: heated
         temperatures.append(1e-3 * 0.5 ** (memory // 3))
         memory = share_taken(rule, rise, memory, n=1)[1].item()
     assert temperatures == [1e-3, 5e-4, 2.5e-4, 1.25e-4, 1e-3]
+
+
+def test_refusals_in_a_row_are_forgotten_at_an_acceptance():
+    rule, memory, temperatures = partial(annealing, 1e-3, 0.5, 3, True), 0, []
+    for rise in (1, 1, -1, 1, 1, 1, 1):
+        temperatures.append(1e-3 * 0.5 ** (memory // 3))
+        memory = share_taken(rule, rise, memory, n=1)[1].item()
+    assert temperatures == [1e-3, 5e-4, 2.5e-4, 1.25e-4, 6.25e-5, 3.125e-5, 1e-3]
+
+
+class TestPresetOfDLD:
+    def test_reverse_bears_23_refusals_and_takes_the_24th(self):
+        _, rule = ReverseSquare(preset="dld").tactic()
+        held, memory, rng = torch.tensor([1.0]), torch.tensor([0]), SampleRng.create(0, torch.arange(1), "attack")
+        found = []
+        for _ in range(25):
+            accepted, memory = rule(held, held + 1, memory, rng)
+            found.append(accepted.item())
+        assert found == [False] * 23 + [True, True]  # from then on upwards
+
+    def test_explore_takes_half(self):
+        _, rule = ExploreSquare(preset="dld").tactic()
+        assert share_taken(rule, 9.0)[0] == pytest.approx(0.5, abs=4 * 0.5 / math.sqrt(20_000))
+
+    def test_annealing_starts_at_25_cools_by_three_in_a_thousand_and_heats_after_more_than_20_in_a_row(self):
+        _, rule = AnnealingSquare(preset="dld").tactic()
+        share, after = share_taken(rule, 25.0)
+        assert share == pytest.approx(math.exp(-1), abs=0.02)
+        cooled = share_taken(rule, 25.0, 21 * 100)[0]
+        assert cooled == pytest.approx(math.exp(-1 / 0.997**100), abs=0.02)
+        assert set(after.tolist()) == {21, 22}
+        assert share_taken(rule, 1e9, 21 * 7 + 19, n=1)[1].item() == 21 * 8 + 20
+        assert share_taken(rule, 1e9, 21 * 7 + 20, n=1)[1].item() == 0
+        assert share_taken(rule, -1.0, 21 * 7 + 20, n=1)[1].item() == 21 * 8
+
+    def test_the_search_is_that_of_the_code(self):
+        for attack in (ReverseSquare(preset="dld"), ExploreSquare(preset="dld"), AnnealingSquare(preset="dld")):
+            assert attack.rescaled
+            assert attack.square("linf") == Square(p_init=0.05, rescale=True, edges="reference")
+            assert attack.square("l2").p_init == 0.3
+        assert not ReverseSquare().rescaled
+
+    def test_other_constants_beside_it_are_refused(self):
+        with pytest.raises(ConfigError, match="preset=dld fixes p_init, patience; leave out the one or the other"):
+            ReverseSquare(preset="dld", p_init=0.1, patience=5)
 
 
 PLAIN = {
