@@ -106,7 +106,7 @@ BOARDS = {
     "query-imagenet v1": "0470f73e",
     "white-box-cifar10-small v1": "dc5952c9",
     "white-box-cifar10 v1": "a7d9ac68",
-    "white-box-digits v1": "41128a41",
+    "white-box-digits v2": "80f03a0d",
 }
 
 
