@@ -15,8 +15,8 @@ from bench.dataset import Dataset, Split, grey_levels
 from bench.entries.folder import NETWORKS
 from bench.entries.remade import Unknown, data_of
 from bench.errors import BenchError
+from bench.measure.keys import data_defense, release_key
 from bench.measure.perturbation import in_words, perturbation
-from bench.measure.pipeline import data_defense, release_key
 from bench.plan.tasks import Loader
 from bench.protection import check_release
 from bench.release.contact_sheet import contact_sheet, sheet

@@ -15,8 +15,9 @@ from bench.entries.folder import NETWORKS
 from bench.entries.remade import Unknown, Untrue, data_of, plain, remade
 from bench.errors import RefereeError, StoreError
 from bench.measure.judgement import Judgement, judge
+from bench.measure.keys import release_key
 from bench.measure.perturbation import perturbation
-from bench.measure.pipeline import Pipeline, release_key
+from bench.measure.pipeline import Pipeline
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
 from bench.plan.cell import Cell

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from bench.measure.pipeline import Pipeline, Progress, recipe_key, release_key
+from bench.measure.keys import recipe_key, release_key
+from bench.measure.pipeline import Pipeline, Progress
 from bench.plan.tasks import Task
 
 

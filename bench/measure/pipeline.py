@@ -1,6 +1,5 @@
 """From the training images of a cell to what its attack meets: a released data set, or a served model."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,12 +17,12 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
+from bench.measure.keys import learner_key, recipe_key, release_key
 from bench.measure.probe import ROUNDED, difference
 from bench.measure.search import check_outside, in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.oracle.served import ServedModel, Target, as_module
-from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Task, weights_hash
 from bench.precision import Numerics
 from bench.protection import check_release, declared_threat
@@ -217,7 +216,7 @@ class Pipeline:
 
     def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
-        return self._job(task, _learner_key(task), progress)
+        return self._job(task, learner_key(task), progress)
 
     @contextmanager
     def attacking(self, task: Task, positions: Sequence[int]) -> Iterator[Scratch]:
@@ -228,7 +227,7 @@ class Pipeline:
         if any("stateful" in part.traits for part in (task.cell.model, *task.cell.defense)):
             yield Scratch()
             return
-        with scratch(self.folder / "unfinished" / f"{_learner_key(task)}-{_piece(positions)}", self._code) as kept:
+        with scratch(self.folder / "unfinished" / f"{learner_key(task)}-{_piece(positions)}", self._code) as kept:
             yield kept
             kept.clear()
 
@@ -246,7 +245,7 @@ class Pipeline:
     def sweep(self, done: Iterable[Task]) -> None:
         """Drop unfinished work that nothing can go on from; learners and attacks of cells that are ``done`` need none.
         """
-        ended = {_learner_key(task) for task in done}
+        ended = {learner_key(task) for task in done}
 
         def finished(key: str) -> bool:
             return key.partition("-")[0] in ended or self._path(key).exists()
@@ -428,39 +427,6 @@ def deploy(
         served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
         random = defense.random
     return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts, desk=desk)
-
-
-def data_defense(cell: Cell) -> Component | None:
-    """The defense of ``cell`` that releases training images, if there is one."""
-    return next((component for component in cell.defense if component.stage == "data"), None)
-
-
-def release_key(cell: Cell) -> str:
-    """A hash of all that decides the protected training images of ``cell``, which has a data defense."""
-    defense = data_defense(cell)
-    assert defense is not None
-    recipe = {"data": cell.data_hash, "defense": asdict(defense), "seed": cell.seed}
-    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def _learner_key(task: Task) -> str:
-    """The name of the unfinished work of a learner, and with a number behind it of a shard of an attack."""
-    return task.cell.key[:32]
-
-
-def recipe_key(task: Task) -> str:
-    """A hash of all that decides the weights of the network of ``task``."""
-    cell = task.cell
-    early = [defense for defense in cell.defense if defense.stage != "output"]
-    recipe: dict[str, Any] = {
-        "data": cell.data_hash,
-        "model": asdict(cell.model),
-        "weights": cell.weights_hash,
-        "defenses": [asdict(defense) for defense in early],
-        "learner": getattr(attacks.create("standard"), "version", 1),
-        "seed": cell.seed if not task.architecture.trained else 0,
-    }
-    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def _piece(positions: Sequence[int]) -> str:

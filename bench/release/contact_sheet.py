@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d
 
 from bench.dataset import Dataset, Split, grey_levels
+from bench.measure.keys import data_defense, release_key
 from bench.measure.perturbation import in_words, perturbation
-from bench.measure.pipeline import Pipeline, data_defense, release_key
+from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
 from bench.report.escape import in_terminal
 from bench.system.files import keep_file, slug

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure.pipeline import Pipeline, recipe_key
+from bench.measure.keys import recipe_key
+from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
 from bench.results.store import Store
 from bench.run.timing import seconds_of_training, seconds_per_query

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from bench.measure.inspection import Inspector
+from bench.measure.keys import recipe_key
 from bench.measure.needs import needs
-from bench.measure.pipeline import Pipeline, recipe_key
+from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
 from bench.results.provenance import provenance
 from bench.results.shards import Shard

@@ -1,0 +1,48 @@
+"""What unfinished and finished work of a cell is called: hashes of all that decides it, so that cells share it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from hashlib import sha256
+from typing import Any
+
+from bench.plan.cell import Cell, Component
+from bench.plan.tasks import Task
+from bench.registry import attacks
+
+
+def data_defense(cell: Cell) -> Component | None:
+    """The defense of ``cell`` that releases training images, if there is one."""
+    return next((component for component in cell.defense if component.stage == "data"), None)
+
+
+def release_key(cell: Cell) -> str:
+    """A hash of all that decides the protected training images of ``cell``, which has a data defense."""
+    defense = data_defense(cell)
+    assert defense is not None
+    recipe = {"data": cell.data_hash, "defense": asdict(defense), "seed": cell.seed}
+    return _digest(recipe)
+
+
+def learner_key(task: Task) -> str:
+    """The name of the unfinished work of a learner, and with a number behind it of a shard of an attack."""
+    return task.cell.key[:32]
+
+
+def recipe_key(task: Task) -> str:
+    """A hash of all that decides the weights of the network of ``task``."""
+    cell = task.cell
+    early = [defense for defense in cell.defense if defense.stage != "output"]
+    recipe: dict[str, Any] = {
+        "data": cell.data_hash,
+        "model": asdict(cell.model),
+        "weights": cell.weights_hash,
+        "defenses": [asdict(defense) for defense in early],
+        "learner": getattr(attacks.create("standard"), "version", 1),
+        "seed": cell.seed if not task.architecture.trained else 0,
+    }
+    return _digest(recipe)
+
+
+def _digest(recipe: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]
