@@ -67,6 +67,8 @@ ATTACK: Declarations = {
     "fine_scores": _yes_or_no(),
     "most_queries": Declaration("1000, or as many as it asks at most", _whole),
     "check": Declaration("a method check(classes, shape)", callable),
+    "fit": Declaration("a method fit(model, data, threat, job)", callable),
+    "apply": Declaration("a method apply(x, threat, fitted)", callable),
     "sources": Declaration('("resnet20", "cnn"), the models it works on', lambda value: isinstance(value, tuple)),
     "replays": Declaration('"apgd", the attack whose examples it takes', lambda value: isinstance(value, str)),
 }  # fmt: skip

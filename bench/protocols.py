@@ -4,7 +4,7 @@ Every component is a frozen dataclass of its hyper-parameters, with a ``version`
 and a ``paper`` that says where it comes from.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
@@ -21,6 +21,7 @@ from bench.threat import Access, Norm, Threat
 
 if TYPE_CHECKING:
     from bench.oracle import Oracle
+    from bench.oracle.surrogate import Surrogate
 
 
 @runtime_checkable
@@ -70,6 +71,26 @@ class Job:
     watch: Callable[[nn.Module, int], None] | None = None
     note: Callable[[str, float], None] = lambda name, value: None
     scratch: Scratch = field(default_factory=Scratch)
+
+
+@runtime_checkable
+class FittedAttack(Attack, Protocol):
+    """An attack that learns from other images than it attacks, once for each network and seed, and then asks little.
+
+    Whoever has the methods ``fit`` and ``apply`` is one.
+    """
+
+    def fit(self, model: "Surrogate", data: Dataset, threat: Threat, job: Job) -> Mapping[str, Tensor]:
+        """What it comes to on the images of ``data``, which holds no test images; found at ``oracle.fitted``.
+
+        ``model`` is what ``oracle.surrogate`` holds: the undefended network or those that the attack names, in plain
+        float32, to work on at will. Single numbers, tensors of shape (), are kept as figures of the row as well.
+        """
+        ...
+
+    def apply(self, x: Tensor, threat: Threat, fitted: Mapping[str, Tensor]) -> Tensor:
+        """What ``fitted`` makes of images (B, C, H, W) of any class, each by itself; inside the ball and the box."""
+        ...
 
 
 @runtime_checkable

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from bench.check.attack import fitted
 from bench.dataset import Dataset, Split
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses
 from bench.rng import SampleRng
+from bench.threat import Threat
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
 from tests.registered import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
@@ -35,7 +37,9 @@ def attacked(name: str, norm: str, device: torch.device, began: Callable[[], Non
     x = torch.rand(4, 3, 15, 15, generator=torch.Generator().manual_seed(1))
     y = network()(x).argmax(1)
     model, x, y, ids = network().to(device), x.to(device), y.to(device), torch.arange(4).to(device)
-    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, **asks_for(attack, model))
+    known = fitted(attack, Threat(norm, radius(norm), attack.access, BUDGET), device=device)
+    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, fitted=known,
+                     **asks_for(attack, model))  # fmt: skip
     began()
     x_adv = attack_with(attack, oracle, x, y, ids=ids)
     return x_adv.cpu(), oracle.ledger.first_hit.cpu(), oracle.ledger.forwards.cpu()

@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
+from bench.check.attack import fitted
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, defenses
 from bench.rng import SampleRng
+from bench.threat import Threat
 from bench.training import Recipe
 from tests.problems import asks_for, attack_with, referee
 from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
@@ -30,7 +32,9 @@ def attacked(name: str, norm: str, device: torch.device) -> torch.Tensor:
     model = network().double()
     y = model(x).argmax(1)
     model, x, y, ids = model.to(device), x.to(device), y.to(device), torch.arange(12, device=device)
-    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, **asks_for(attack, model))
+    known = fitted(attack, Threat(norm, radius(norm), attack.access, BUDGET), device=device)
+    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, fitted=known,
+                     **asks_for(attack, model))  # fmt: skip
     x_adv = attack_with(attack, oracle, x, y, ids=ids)
     assert x_adv.is_cuda == (device.type == "cuda")
     assert (lp_norm(x_adv - x, norm) <= radius(norm) + 1e-6).all()

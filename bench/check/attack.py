@@ -2,23 +2,27 @@
 
 import copy
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bench.check.problem import CLASSES, SAMPLES, images, network
+from bench.check.problem import CLASSES, SAMPLES, images, network, others
 from bench.check.subject import Subject
 from bench.check.verdict import Broken, Remark, Rules, require
 from bench.norms import lp_norm
 from bench.oracle import NEVER, Referee
 from bench.oracle.ledger import Ledger
 from bench.oracle.served import ServedModel
+from bench.oracle.surrogate import Surrogate
+from bench.protocols import FittedAttack, Job
 from bench.rng import SampleRng
 from bench.rules import rules_of
 from bench.threat import Norm, Threat
 
+CPU = torch.device("cpu")
 BUDGET = 25
 RADIUS: dict[Norm, float] = {"linf": 0.02, "l2": 0.2, "l1": 2.0, "l0": 3.0}  # at which some samples of the problem fall
 ALONE = 0, 4, 7, 11  # samples that are attacked alone, too
@@ -29,17 +33,29 @@ AMPLE = 4 * BUDGET  # queries there: some attacks begin outside the ball
 def attacked(
     attack: Any, norm: Norm, x: Tensor, y: Tensor, eps: float,
     *, model: nn.Module | None = None, seed: int = 0, ids: Tensor | None = None, budget: int = BUDGET,
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Ledger]:  # fmt: skip
-    """The final examples of ``attack`` on the tiny problem, and what the referee has written down."""
+    """The final examples of ``attack`` on the tiny problem, and what the referee has written down.
+
+    ``known`` is what it was fitted to before.
+    """
     model = network() if model is None else model
     ids = torch.arange(len(x)) if ids is None else ids
     threat, rules = Threat(norm, eps, attack.access, budget), rules_of(attack)
+    known = known or fitted(attack, threat, seed)
     referee = Referee(
         ServedModel(model), x, y, threat, SampleRng.create(seed, ids, "defense"), rules=rules, classes=CLASSES,
-        surrogate=ServedModel(model) if rules.surrogate else None, attack="it",
+        surrogate=ServedModel(model) if rules.surrogate else None, fitted=known, attack="it",
     )  # fmt: skip
     stream = SampleRng.create(seed, ids, "attack")
     return referee.finish(attack(referee.oracle, x, y, threat, stream)), referee.ledger
+
+
+def fitted(attack: Any, threat: Threat, seed: int = 0, device: torch.device = CPU) -> Mapping[str, Tensor] | None:
+    """What ``attack`` comes to on other images of the tiny problem, where it is fitted."""
+    if not isinstance(attack, FittedAttack):
+        return None
+    return attack.fit(Surrogate([network()]).to(device).eval(), others(), threat, Job(seed, device))
 
 
 def stays_inside(subject: Subject) -> str:
@@ -125,8 +141,9 @@ def sees_no_batch(subject: Subject) -> str:
     x, y = images()
     x, model, few = x.double(), network().double(), torch.tensor(ALONE)
     for norm in subject.norms:
-        whole = attacked(subject.component, norm, x.clone(), y.clone(), RADIUS[norm], model=model)[1]
-        alone = [attacked(subject.component, norm, x[i], y[i], RADIUS[norm], model=model, ids=i)[1]
+        known = fitted(subject.component, Threat(norm, RADIUS[norm], subject.component.access, BUDGET))
+        whole = attacked(subject.component, norm, x.clone(), y.clone(), RADIUS[norm], model=model, known=known)[1]
+        alone = [attacked(subject.component, norm, x[i], y[i], RADIUS[norm], model=model, ids=i, known=known)[1]
                  for i in few.split(1)]  # fmt: skip
         for what in ("first_hit", "forwards"):
             differ = torch.cat([getattr(ledger, what) for ledger in alone]) != getattr(whole, what)[few]

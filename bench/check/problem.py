@@ -5,7 +5,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from bench.dataset import Dataset
+from bench.dataset import Dataset, Split
 from bench.registry import datasets
 
 SAMPLES, SHAPE, CLASSES = 12, (3, 15, 15), 6  # what attacks meet
@@ -25,6 +25,14 @@ def images() -> tuple[Tensor, Tensor]:
     x = torch.rand(SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         return x, network()(x).argmax(1)
+
+
+def others() -> Dataset:
+    """Images like :func:`images`, with no class that means anything, for attacks that are fitted."""
+    x = torch.rand(2 * SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(2))
+    split = Split(x, torch.arange(len(x)) % CLASSES)
+    nothing = split.subset(slice(0))
+    return Dataset("others", tuple(map(str, range(CLASSES))), split, nothing, nothing)
 
 
 @cache

@@ -15,10 +15,11 @@ from bench.measure.measured import records_of
 from bench.models.lent import own
 from bench.norms import lp_norm
 from bench.oracle import Referee
+from bench.oracle.quantise import eight_bit
 from bench.oracle.served import Target
 from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
-from bench.protocols import Attack
+from bench.protocols import Attack, FittedAttack
 from bench.rng import SampleRng
 from bench.rules import rules_of
 from bench.scratch import Scratch
@@ -38,7 +39,8 @@ def attack_served(
     The attack meets the searched numbers through the oracle; clean images and final examples are judged in plain ones,
     and what the defense changes is measured against the undefended network, where there is one. Attacks with a
     surrogate are given that, or the networks that they name, and what they ask of those is counted together, for all
-    images alike. What a service that tells labels or the best classes leaves open, such as margins, is no column.
+    images alike. What an attack that is fitted makes of any image is judged, too, misclassified or not. What a service
+    that tells labels or the best classes leaves open, such as margins, is no column.
     Samples that are misclassified when clean fell at query 0 and are not attacked. ``on_final`` is given the final
     examples (B, C, H, W), as they were judged.
 
@@ -68,7 +70,8 @@ def attack_served(
         surrogate = replace(networks[0], module=made_on)
     referee = Referee(
         target.searched, x[todo], y[todo], cell.threat, noise[todo], quantise=cell.quantise, rules=rules,
-        classes=len(task.data.classes), surrogate=surrogate, exact=target.plain if target.searched.coarse else None,
+        classes=len(task.data.classes), surrogate=surrogate, fitted=target.fitted,
+        exact=target.plain if target.searched.coarse else None,
         scratch=scratch, attack=cell.attack.spec,
         on_spent=lambda spent: on_spent(saved + spent),
     )  # fmt: skip
@@ -105,9 +108,25 @@ def attack_served(
     }
     if not scores:
         del table["best_margin"]
-    if rules.surrogate:
+    if rules.surrogate and target.fitted is None:
         share = torch.zeros_like(clean.margin).index_fill(0, todo, 1 / max(len(todo), 1))
         table |= {"surrogate_forwards": made_on.forwards * share, "surrogate_backwards": made_on.backwards * share}
+    if target.fitted is not None and not _remembers(task, target):
+        table["applied_pred"] = _applied(task, target, x, y, noise.fork("applied"))
     stage = torch.full_like(y, -1).index_copy(0, todo, ledger.stage)
     names = [referee.stages[number] if number >= 0 else "" for number in stage.tolist()]
     return records_of(task.data.test, rows, table, task).assign(fell_to=names)
+
+
+def _remembers(task: Task, target: Target) -> bool:
+    """Whether a question more would change the model, or cost something."""
+    return target.plain.desk is not None or any("stateful" in part.traits for part in task.cell.defense)
+
+
+def _applied(task: Task, target: Target, x: Tensor, y: Tensor, noise: SampleRng) -> Tensor:
+    """The class (B,) of what the attack, which is fitted, makes of each image of ``x``, misclassified or not."""
+    attack, threat = cast(FittedAttack, task.attack), task.cell.threat
+    assert target.fitted is not None
+    moved = attack.apply(x.clone(), threat, target.fitted)
+    moved = eight_bit(moved, x, threat, threat.eps) if task.cell.quantise else moved
+    return judge(target.plain, moved, y, noise).prediction

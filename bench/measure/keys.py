@@ -1,4 +1,4 @@
-"""What unfinished and finished work of a cell is called: hashes of all that decides it, so that cells share it."""
+"""What the work that cells share is called, finished or not: hashes of all that decides it."""
 
 import json
 from collections.abc import Mapping
@@ -42,6 +42,15 @@ def recipe_key(task: Task) -> str:
         "seed": cell.seed if not task.architecture.trained else 0,
     }
     return _digest(recipe)
+
+
+def fit_key(task: Task) -> str:
+    """A hash of all that decides what the attack of ``task``, which is fitted, comes to on other images."""
+    cell, attack = task.cell, task.cell.attack
+    return _digest({
+        "attack": (attack.spec, attack.version, attack.params), "norm": cell.threat.norm, "eps": cell.threat.eps,
+        "data": cell.data_hash, "networks": [recipe_key(owner) for owner in task.sources or (task,)], "seed": cell.seed,
+    })  # fmt: skip
 
 
 def _digest(recipe: Mapping[str, Any]) -> str:

@@ -38,6 +38,8 @@ def records_of(test: Split, rows: Tensor, table: dict[str, Tensor], task: Task) 
     beat the sample where several took turns; it is "" where none did, and for single attacks. ``unconfirmed`` counts
     the hits in bf16 that float32 has denied, after which the search went on. ``surrogate_forwards`` and
     ``surrogate_backwards`` are the mean passes of an attacked sample through the networks that its example was made on.
+    ``applied_pred`` is the class of what an attack that was fitted makes of the image, also of one that was
+    misclassified when clean.
     """
     cell = task.cell
     identity = {

@@ -1,22 +1,27 @@
-"""What has to be made before a cell can be measured: released images and trained networks, which cells share."""
+"""What has to be made before a cell can be measured, and what cells share of it: released images, trained networks, and
+what attacks are fitted to.
+"""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from bench.measure.keys import recipe_key, release_key
+from bench.measure.keys import fit_key, recipe_key, release_key
 from bench.measure.pipeline import Pipeline, Progress
 from bench.plan.tasks import Task
+from bench.protocols import FittedAttack
 
 
 @dataclass(frozen=True)
 class Need:
-    """The released images (``release``) or the trained network of ``task``, which cells of the same ``key`` share.
+    """The released images of ``task``, its trained network or the fit of its attack; cells of one ``key`` share it.
 
     ``after`` are the keys of what it is made of.
     """
 
     key: str
     task: Task
-    release: bool
+    what: Literal["release", "network", "fit"]
     after: frozenset[str] = frozenset()
 
     def make(self, pipeline: Pipeline, progress: Progress) -> None:
@@ -25,16 +30,26 @@ class Need:
         Raises:
             Held: another process is at it.
         """
-        (pipeline.released if self.release else pipeline.train)(self.task, progress)
+        makers: dict[str, Callable[[Task, Progress], object]] = {
+            "release": pipeline.released, "network": pipeline.train, "fit": pipeline.fitted,
+        }  # fmt: skip
+        makers[self.what](self.task, progress)
 
 
 def needs(task: Task) -> list[Need]:
-    """All that ``task`` needs, in the order in which it can be made: of its sources, then its own."""
-    found = [need for source in task.sources for need in needs(source)]
-    made_of: frozenset[str] = frozenset()
+    """All that ``task`` needs, in the order in which it can be made: of its sources, its own, then of its attack."""
+    found = [need for owner in (*task.sources, task) for need in _of_network(owner)]
+    if isinstance(task.attack, FittedAttack):
+        found.append(Need(fit_key(task), task, "fit", after=frozenset(need.key for need in found)))
+    return found
+
+
+def _of_network(task: Task) -> list[Need]:
+    """What has to be made before the network of ``task`` can be attacked."""
+    found = []
     if task.chain.data is not None:
-        found.append(Need(release_key(task.cell), task, release=True))
-        made_of = frozenset({found[-1].key})
+        found.append(Need(release_key(task.cell), task, "release"))
     if task.trains and task.attack.access != "training-data":  # a learner trains a network of its own
-        found.append(Need(recipe_key(task), task, release=False, after=made_of))
+        made_of = frozenset(need.key for need in found)
+        found.append(Need(recipe_key(task), task, "network", after=made_of))
     return found

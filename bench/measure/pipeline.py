@@ -17,16 +17,17 @@ from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.diagnostics import Watch
 from bench.measure.isolated import Deployment, in_own_process
-from bench.measure.keys import learner_key, recipe_key, release_key
+from bench.measure.keys import fit_key, learner_key, recipe_key, release_key
 from bench.measure.probe import ROUNDED, difference
 from bench.measure.search import check_outside, in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
 from bench.models.weights import put_weights
 from bench.oracle.served import ServedModel, Target, as_module
+from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task, weights_hash
 from bench.precision import Numerics
 from bench.protection import check_release, declared_threat
-from bench.protocols import Job, ServiceModel
+from bench.protocols import FittedAttack, Job, ServiceModel
 from bench.registry import attacks, code_hash
 from bench.scratch import Scratch, scratch, sweep
 from bench.service import Asked, Desk, Journal
@@ -77,6 +78,7 @@ class Pipeline:
             RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
         """
         mode = mode_of(task, self.device)
+        fitted = self.fitted(task, lambda done, total: None)
         sources = tuple(self.undefended(source, "plain") for source in task.sources)
         self.train(task, lambda done, total: None)
         assert self._last is not None
@@ -88,7 +90,7 @@ class Pipeline:
                 check_outside(task, searched, plain)
                 bare = task.service and task.chain.output is None  # there is nothing behind it
                 fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
-                yield Target(searched, plain, fast, undefended, sources, self.isolates(task))
+                yield Target(searched, plain, fast, undefended, sources, self.isolates(task), fitted)
         except BaseException:
             self._last = None  # the next cell makes its own
             raise
@@ -214,6 +216,24 @@ class Pipeline:
         network = numerics.plain(network.to(self.device))
         self._last = _Network(key, network, contents(network))
 
+    def fitted(self, task: Task, progress: Progress) -> Mapping[str, Tensor] | None:
+        """What the attack of ``task`` was fitted to, by now if not before; ``None`` for one that is not fitted.
+
+        Raises:
+            RefereeError: it has come to something else than tensors, or has changed data that other cells share.
+        """
+        if not isinstance(task.attack, FittedAttack):
+            return None
+        key = fit_key(task)
+        if (kept := kept_tensors(self._path(key), key)) is not None:
+            return kept
+        model = Surrogate([self.undefended(owner, "plain").module for owner in task.sources or (task,)])
+        with self._job(task, key, progress) as job:
+            made = as_tensors(task.attack.fit(model.eval(), task.data.lent(), task.cell.threat, job), task)
+            self.check_data(task)
+            keep_tensors(self._path(key), made, key)
+        return made
+
     def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
         return self._job(task, learner_key(task), progress)
@@ -329,9 +349,12 @@ class Pipeline:
         return self._path(key).is_file()
 
     def made_for(self, task: Task) -> list[Path]:
-        """The files of the trained network and of the released images of ``task``, as far as they were made here."""
+        """The files of the trained network and the released images of ``task`` and of what its attack was fitted to,
+        as far as they were made here.
+        """
         keys = [recipe_key(task)] if task.trains else []
         keys += [release_key(task.cell)] if task.chain.data else []
+        keys += [fit_key(task)] if isinstance(task.attack, FittedAttack) else []
         return [self._path(key) for key in keys if self.has(key)]
 
     def files(self, key: str) -> list[Path]:
@@ -398,6 +421,20 @@ def kept_weights(network: nn.Module, build: Callable[[], nn.Module], x: Tensor, 
             "logits): a hook, an attribute or a layer around it would be lost when it is kept; train weights alone"
         )
     return bare
+
+
+def as_tensors(made: object, task: Task) -> Mapping[str, Tensor]:
+    """What the attack of ``task`` has come to when it was fitted.
+
+    Raises:
+        RefereeError: no tensors by their names, or some that are not finite.
+    """
+    if not isinstance(made, Mapping) or not all(isinstance(value, Tensor) for value in made.values()):
+        raise RefereeError(f"the fit of {task.cell.attack.label} gave a {type(made).__name__}; give tensors by name")
+    broken = [name for name, value in made.items() if not value.isfinite().all()]
+    if broken:
+        raise RefereeError(f"the fit of {task.cell.attack.label} gave {broken[0]} with NaN or infinity in it")
+    return {name: value.detach().cpu() for name, value in made.items()}
 
 
 def _diagnostics(task: Task, released: Dataset, job: Job) -> Watch | None:

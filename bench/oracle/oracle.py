@@ -1,6 +1,6 @@
 """What an attack holds."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NoReturn
 
 import torch
@@ -48,6 +48,15 @@ class Oracle:
             AccessError: the attack does not declare that it works on a surrogate.
         """
         return self.__referee.surrogate
+
+    @property
+    def fitted(self) -> Mapping[str, Tensor]:
+        """What the method ``fit`` of the attack has made of other images.
+
+        Raises:
+            AccessError: it has none.
+        """
+        return self.__referee.fitted
 
     def active(self) -> Tensor:
         """The rows (n,) worth asking about, to be read only; empty when the attack is over.

@@ -1,6 +1,6 @@
 """The oracle as one of several attacks in turn meets it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NoReturn
 
 import torch
@@ -42,6 +42,11 @@ class Part(Oracle):
     def surrogate(self) -> ServedModel:
         """See :attr:`Oracle.surrogate`."""
         return self._oracle.surrogate
+
+    @property
+    def fitted(self) -> Mapping[str, Tensor]:
+        """See :attr:`Oracle.fitted`."""
+        return self._oracle.fitted
 
     def active(self) -> Tensor:
         """See :meth:`Oracle.active`."""

@@ -1,7 +1,7 @@
 """The referee: judges every query, and keeps the ledger."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hashlib import sha256
 
 import torch
@@ -51,6 +51,7 @@ class Referee:
         rules: what the attack declares.
         classes: how many the data have.
         surrogate: what an attack whose rules have ``surrogate`` works on, in plain float32.
+        fitted: what an attack that is fitted came to on other images.
         exact: ``model`` in plain float32, which confirms the hits of one in coarser numbers.
         falls: whether a misclassified query ends a sample; not where examples are made for another model.
         scratch: what is done by attacks that take turns, so that a run that is killed goes on from there.
@@ -70,6 +71,7 @@ class Referee:
         rules: Rules = COMMON,
         classes: int | None = None,
         surrogate: ServedModel | None = None,
+        fitted: Mapping[str, Tensor] | None = None,
         exact: ServedModel | None = None,
         falls: bool = True,
         scratch: Scratch | None = None,
@@ -90,7 +92,7 @@ class Referee:
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
         self._quantise, self._rules, self._classes = quantise, rules, classes
         self._surrogate, self._exact, self.attack, self._on_spent = surrogate, exact, attack, on_spent
-        self._falls, self._scratch = falls, scratch or Scratch()
+        self._fitted, self._falls, self._scratch = fitted, falls, scratch or Scratch()
         self.reach = math.inf if rules.minimal or rules.lookahead else threat.eps  # how far queries may go
         self._margin = math.inf if rules.lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
@@ -106,6 +108,13 @@ class Referee:
         if self._surrogate is None:
             raise AccessError(f"{self.attack} asked for the undefended network; declare rules = Rules(surrogate=True)")
         return self._surrogate
+
+    @property
+    def fitted(self) -> Mapping[str, Tensor]:
+        """See :attr:`Oracle.fitted`."""
+        if self._fitted is None:
+            raise AccessError(f"{self.attack} asked for what it was fitted to; give it the methods fit and apply")
+        return self._fitted
 
     @property
     def classes(self) -> int:

@@ -84,7 +84,7 @@ class Target:
     """What an attack is aimed at, and the undefended network behind it, if there is one: a service has none.
 
     Each of them in the numbers that attacks search in, and in plain float32, which results are judged in. ``isolated``
-    tells whether the defense acts in a process of its own.
+    tells whether the defense acts in a process of its own. ``fitted`` is what an attack that is fitted came to.
     """
 
     searched: ServedModel
@@ -93,6 +93,7 @@ class Target:
     undefended: ServedModel | None
     sources: tuple[ServedModel, ...] = ()  # the networks that the attack names to work on, in plain numbers
     isolated: bool = False
+    fitted: Mapping[str, Tensor] | None = None
 
     @property
     def numbers(self) -> Mapping[str, Any]:

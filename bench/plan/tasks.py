@@ -26,6 +26,7 @@ from bench.protocols import (
     DataDefense,
     DatasetSource,
     Defense,
+    FittedAttack,
     Learner,
     OutputDefense,
     TrainingDefense,
@@ -176,6 +177,10 @@ def _task(
         check_service(service, chain.output is not None, cast(Attack, attack), grid.quantise)
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
+    if isinstance(attack, FittedAttack) and not len(data.train) + len(data.calibration):
+        raise ConfigError(
+            f"this attack is fitted on other images than it attacks, and {grid.dataset} has none; add training images"
+        )
     if hasattr(attack, "check"):
         attack.check(len(data.classes), data.test.shape)
     if grid.quantise and not learns:

@@ -123,6 +123,15 @@ def _statistic(name: str) -> Callable[[Row], float]:
     return _of_queries(lambda hits, budget: query_statistics(hits, budget)[name])
 
 
+def _fooled(row: Row) -> float:
+    return float((column(row, "applied_pred") != column(row, "clean_pred")).mean())
+
+
+def _dominance(classes: int) -> Callable[[Row], float]:
+    """The share of images that fall into the ``classes`` most frequent ones."""
+    return lambda row: float(np.sort(np.bincount(column(row, "applied_pred")))[-classes:].sum() / row.n)
+
+
 def _size(name: str) -> Callable[[Row], float]:
     """The mean of a column over the samples that were attacked."""
 
@@ -215,6 +224,18 @@ FIGURES: tuple[Figure, ...] = (
         "forward and backward passes of each attacked image through the networks that its example was made on",
         "attack", "{:.0f}",
     ),
+    Figure("fooling", "fooled", "%", "lower", ("applied_pred", "clean_pred"), _fooled,
+           "images, also those misclassified when clean, that a perturbation for all images gives another class",
+           "attack", "{:.1f}", 100),
+    *(Figure(f"dominance_{classes}", f"top {classes}", "%", "lower", ("applied_pred",), _dominance(classes),
+             f"images with that perturbation in the most frequent {'class' if classes == 1 else f'{classes} classes'}",
+             "attack", "{:.1f}", 100) for classes in (1, 3, 5)),
+    Figure("fit_fooling", "fooled in fit", "%", "lower", ("fit_fooling",), _stored("fit_fooling"),
+           "held-out training images that it gives another class in the network that it was fitted to", "attack",
+           "{:.1f}", 100),
+    Figure("fit_fooling_unclipped", "unclipped", "%", "lower", ("fit_fooling_unclipped",),
+           _stored("fit_fooling_unclipped"), "the same of sums that are not clamped to the box, which no service is "
+           "asked about", "attack", "{:.1f}", 100),
     Figure(
         "median_distance", "distance", "norm of the threat", "higher", (*HITS, "best_distance"), _median_distance,
         "median distance of the nearest misclassified query of a minimum-norm attack, of all attacked images; a search "

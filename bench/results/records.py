@@ -38,6 +38,7 @@ KNOWN: Mapping[str, Column] = {
     "restarts_used": Column("whole", 0),  # of rows from before it was dropped: it held what the attack was allowed
     "clean_pred": Column("whole", 0),
     "twin_pred": Column("whole", 0),
+    "applied_pred": Column("whole", 0),
     **{f"{when}_share": Column("real", 0, 1) for when in ("clean", "final")},
     **{f"{when}_confidence": Column("real", 0, 1, nan=True) for when in ("clean", "final")},
     **{f"{when}_brier": Column("real", 0, 2, nan=True) for when in ("clean", "final")},

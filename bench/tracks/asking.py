@@ -27,6 +27,7 @@ def measure(task: Task, positions: Sequence[int], tools: Tools, progress: Progre
     """
     for needed in (*task.sources, task):
         tools.pipeline.train(needed, progress.epochs)
+    tools.pipeline.fitted(task, progress.epochs)
     seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
     with tools.pipeline.attacking(task, positions) as kept, tools.pipeline.asking(task, positions) as asked:
         measured = _measured(task, positions, tools, progress, kept)
@@ -56,11 +57,17 @@ def _measured(
             tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
         if opens:
             figures, findings = tools.inspect(task, deployed)
+            figures = {**figures, **_of_fit(target)}
             findings = [*findings, *_testimony(witnesses)]  # after all have been asked
     training = tools.pipeline.curves(task) if opens else ()
     isolated = None if task.chain.output is None else target.isolated
     records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
     return Measured(records, figures, findings, target.numbers, training, isolated, examples)
+
+
+def _of_fit(target: Target) -> dict[str, float]:
+    """What an attack that was fitted says of that in single numbers."""
+    return {f"fit_{name}": float(value) for name, value in (target.fitted or {}).items() if value.ndim == 0}
 
 
 def _unasked(target: Target, held: ExitStack) -> Target:
