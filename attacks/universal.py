@@ -42,7 +42,7 @@ class Universal(Sourced, ABC):
         clipped: whether the fit sees images with the perturbation clamped to the box, as the served model does.
     """
 
-    images: Count = 5000
+    images: Count = 3000
     held_out: Count = 500
     data: Literal["train", "noise"] = "train"
     clipped: bool = False
@@ -50,6 +50,11 @@ class Universal(Sourced, ABC):
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     most_queries: ClassVar[int] = 1
+
+    @property
+    def most_images(self) -> int:
+        """How many training images it looks at, at most."""
+        return self.images + self.held_out
 
     @abstractmethod
     def search(self, model: Surrogate, fitting: Split, held: "HeldOut", threat: Threat, job: Job) -> Tensor:
@@ -204,6 +209,7 @@ class UniversalNoise(Universal):
         else:
             drawn = rng.coins(*fitting.shape) if self.kind == "corner" else rng.uniform(*fitting.shape)
             found = threat.eps * (2 * drawn.float() - 1)
+        job.progress(1, 1)
         return found.to(job.device)
 
 

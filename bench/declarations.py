@@ -67,6 +67,7 @@ ATTACK: Declarations = {
     "fine_scores": _yes_or_no(),
     "most_queries": Declaration("1000, or as many as it asks at most", _whole),
     "check": Declaration("a method check(classes, shape)", callable),
+    "most_images": Declaration("5000, or as many training images as it is fitted on at most", _whole),
     "fit": Declaration("a method fit(model, data, threat, job)", callable),
     "apply": Declaration("a method apply(x, threat, fitted)", callable),
     "sources": Declaration('("resnet20", "cnn"), the models it works on', lambda value: isinstance(value, tuple)),

@@ -77,7 +77,8 @@ class Job:
 class FittedAttack(Attack, Protocol):
     """An attack that learns from other images than it attacks, once for each network and seed, and then asks little.
 
-    Whoever has the methods ``fit`` and ``apply`` is one.
+    Whoever has the methods ``fit`` and ``apply`` is one. ``most_images`` says how many training images it looks at, at
+    most, for those who plan a run.
     """
 
     def fit(self, model: "Surrogate", data: Dataset, threat: Threat, job: Job) -> Mapping[str, Tensor]:

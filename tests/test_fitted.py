@@ -1,6 +1,7 @@
 """Attacks that are fitted: once for each network and seed, on images that are not attacked, and found again."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,11 @@ from bench.protocols import Job
 from bench.registry import datasets
 from bench.report.figures import figures
 from bench.report.outcomes import failure
+from bench.results.store import Store
+from bench.run.estimate import estimate
 from bench.run.executor import Local
 from bench.run.processes import Processes
+from bench.run.timing import seconds_of_fit
 from bench.scratch import Scratch
 from bench.system.interrupt import Stopped
 from bench.threat import Threat
@@ -31,6 +35,7 @@ from tests.test_runner import grid
 OWN = """
 import os
 from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 import torch
@@ -132,6 +137,12 @@ def test_its_key_is_of_all_that_decides_it_and_of_nothing_else():
     assert len({fit_key(task) for task in other} | {key}) == len(other) + 1
 
 
+def test_a_network_is_fitted_on_once_whether_it_is_attacked_or_a_source():
+    attacked, by_transfer = planned(), planned("fg-uap(from=cnn(width=8))")
+    assert fit_key(replace(by_transfer, sources=(attacked,))) == fit_key(attacked)
+    assert fit_key(replace(by_transfer, sources=(attacked, *by_transfer.sources))) != fit_key(attacked)
+
+
 def test_without_from_it_is_a_control_and_with_it_an_attack():
     assert planned().cell.attack.control
     assert not planned("fg-uap(from=cnn(width=8))").cell.attack.control
@@ -201,3 +212,14 @@ def test_figures_of_universal_perturbations_are_those_of_all_images(net, tmp_pat
     counts = records["applied_pred"].value_counts().to_numpy()
     assert [found[f"dominance_{k}"] for k in (1, 3, 5)] == [counts[:k].sum() / 50 for k in (1, 3, 5)]
     assert {"fit_fooling", "fit_fooling_unclipped"} <= set(found)
+
+
+def test_a_plan_counts_a_fit_at_the_first_cell_that_needs_it(monkeypatch, net, tmp_path):
+    timed = []
+    monkeypatch.setattr("bench.run.estimate.seconds_of_fit", lambda task, device: timed.append(task) or 7.0)
+    tasks = grid(attack=["uap", "universal-noise", "noise"], defense=["none", "rounding"], n=5, model=[net])
+    plans = estimate(tasks, Store(tmp_path), torch.device("cpu"), 5)
+    assert sorted(plan.training for plan in plans) == [0.0] * 4 + [7.0] * 2
+    assert len(timed) == 2
+    monkeypatch.undo()
+    assert 0 < seconds_of_fit(timed[0], torch.device("cpu")) < 60

@@ -45,11 +45,16 @@ def recipe_key(task: Task) -> str:
 
 
 def fit_key(task: Task) -> str:
-    """A hash of all that decides what the attack of ``task``, which is fitted, comes to on other images."""
+    """A hash of all that decides what the attack of ``task``, which is fitted, comes to on other images.
+
+    Whose network that is on, the attacked one or a source, makes no difference.
+    """
     cell, attack = task.cell, task.cell.attack
+    told = {name: value for name, value in attack.params.items() if name != "from"}
     return _digest({
-        "attack": (attack.spec, attack.version, attack.params), "norm": cell.threat.norm, "eps": cell.threat.eps,
-        "data": cell.data_hash, "networks": [recipe_key(owner) for owner in task.sources or (task,)], "seed": cell.seed,
+        "attack": (attack.name, attack.version, told or attack.spec), "norm": cell.threat.norm,
+        "eps": cell.threat.eps, "data": cell.data_hash, "seed": cell.seed,
+        "networks": [recipe_key(owner) for owner in task.sources or (task,)],
     })  # fmt: skip
 
 

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import torch
 
-from bench.measure.keys import recipe_key
+from bench.measure.keys import fit_key, recipe_key
 from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
+from bench.protocols import FittedAttack
 from bench.results.store import Store
-from bench.run.timing import seconds_of_training, seconds_per_query
+from bench.run.timing import seconds_of_fit, seconds_of_training, seconds_per_query
 from bench.tracks import track_of
 
 
@@ -18,8 +19,8 @@ class Estimate:
     """The most that a cell can still cost: samples to run, queries for them, and seconds to ask those.
 
     Samples that fall early cost less. ``seconds`` are ``None`` for a service, whose time is its own. ``training`` are
-    those of the training that this cell is the first to need, 0 where it needs none or another cell has made it,
-    ``None`` where it could not be timed.
+    those of the training and of the fit of an attack that this cell is the first to need, 0 where it needs none or
+    another cell has made it, ``None`` where it could not be timed.
     """
 
     task: Task
@@ -66,7 +67,20 @@ class _Trainings:
         self.timings: dict[tuple[object, ...], float | None] = {}
 
     def needed(self, task: Task) -> float | None:
-        """The seconds that ``task`` adds."""
+        """The seconds that ``task`` adds, of its training and of fitting its attack."""
+        training, fit = self._training(task), self._fit(task)
+        return None if training is None or fit is None else training + fit
+
+    def _fit(self, task: Task) -> float | None:
+        if not isinstance(task.attack, FittedAttack):
+            return 0.0
+        key = fit_key(task)
+        if key in self.counted or self.pipeline.has(key):
+            return 0.0
+        self.counted.add(key)
+        return seconds_of_fit(task, self.device)
+
+    def _training(self, task: Task) -> float | None:
         learns = not task.cell.threat.asks
         key = task.cell.key if learns else recipe_key(task)
         if not (learns or task.trains) or key in self.counted or (not learns and self.pipeline.has_network(task)):

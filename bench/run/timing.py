@@ -4,14 +4,15 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from bench.dataset import Dataset
 from bench.measure.pipeline import deploy
+from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
-from bench.protocols import Job
+from bench.protocols import FittedAttack, Job
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.system.process_state import undisturbed
@@ -60,30 +61,43 @@ def seconds_of_training(task: Task, device: torch.device) -> float | None:
     Returns:
         ``None`` for one that cannot train on few images, or does not tell how far it is.
     """
-    train = task.chain.training or attacks.create("standard") if task.cell.threat.asks else task.attack
+    train: Any = task.chain.training or attacks.create("standard") if task.cell.threat.asks else task.attack
+    return _seconds_of(lambda data, job: train(task.build, data.lent(), job), task, device, len(task.data.train))
+
+
+def seconds_of_fit(task: Task, device: torch.device) -> float | None:
+    """Of fitting the attack of ``task`` on other images: all epochs, as :func:`seconds_of_training` times them."""
+    attack = cast(FittedAttack, task.attack)
+    model = Surrogate([owner.build() for owner in task.sources or (task,)]).to(device).eval()
+    most = min(getattr(attack, "most_images", len(task.data.train)), len(task.data.train))
+    return _seconds_of(lambda data, job: attack.fit(model, data.lent(), task.cell.threat, job), task, device, most)
+
+
+def _seconds_of(begin: Callable[[Dataset, Job], object], task: Task, device: torch.device, most: int) -> float | None:
+    """Of work on ``most`` training images in epochs."""
     share = len(task.data.calibration) / max(len(task.data.train), 1)
 
     epochs = 0
 
-    def begin(count: int) -> float:
+    def timed(count: int) -> float:
         nonlocal epochs
         seen = replace(
             task.data, train=task.data.train.subset(slice(count)),
             calibration=task.data.calibration.subset(slice(max(round(share * count), 1))),
         )  # fmt: skip
-        seconds, epochs = _epoch(train, task, seen, device)
+        seconds, epochs = _epoch(lambda job: begin(seen, job), task.cell.seed, device)
         return seconds
 
     try:
         with undisturbed(), training_threads():
-            each = _per_image(begin, len(task.data.train))
+            each = _per_image(timed, most)
     except Exception:  # whatever a component makes of so few images
         return None
-    return epochs * each * len(task.data.train)
+    return epochs * each * most
 
 
-def _epoch(train: Any, task: Task, data: Dataset, device: torch.device) -> tuple[float, int]:
-    """The seconds of an epoch of training on ``data``, of the second where there are two; and of how many.
+def _epoch(begin: Callable[[Job], object], seed: int, device: torch.device) -> tuple[float, int]:
+    """The seconds of an epoch of what ``begin`` begins, of the second where there are two; and of how many.
 
     Epochs are told in equal portions: one that ends the training early tells of all that were left.
     """
@@ -96,7 +110,7 @@ def _epoch(train: Any, task: Task, data: Dataset, device: torch.device) -> tuple
 
     begun = time.perf_counter()
     with suppress(_Enough):
-        train(task.build, data.lent(), Job(task.cell.seed, device, progress))
+        begin(Job(seed, device, progress))
     (_, _, began), (_, total, ended) = [(0, 0, begun), *told][-2:]
     return (ended - began) / max(told[0][0], 1), total
 
