@@ -23,7 +23,7 @@ from bench.system.files import cache_folder, keep_file
 
 Value = TypeVar("Value")
 REGISTRIES: tuple[Registry[Any], ...] = (attacks, defenses, models, datasets)
-TOLD = ("access", "norms", "paper", "random", "stage")  # declarations that readers ask for
+TOLD = ("access", "knows", "norms", "paper", "random", "stage")  # declarations that readers ask for
 KEPT = 8  # files of other code, such as that of other checkouts
 
 

@@ -10,8 +10,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal, NamedTuple, get_args
 
-from bench.errors import nearest
+from bench.errors import ConfigError, nearest
 from bench.rules import Rules
+from bench.spec import Spec
 from bench.threat import Access, Norm
 
 Stage = Literal["data", "training", "output"]  # of a pipeline, where a defense acts
@@ -45,6 +46,18 @@ def _whole(value: object) -> bool:
 
 def _are_norms(value: object) -> bool:
     return isinstance(value, frozenset | set | tuple) and bool(value) and set(value) <= set(get_args(Norm))
+
+
+def _are_attacks(value: object) -> bool:
+    """Whether these are names of attacks, with arguments or without, as suites write them."""
+    return isinstance(value, tuple) and all(isinstance(name, str) and _reads(name) for name in value)
+
+
+def _reads(name: str) -> bool:
+    try:
+        return bool(Spec.parse(name))
+    except ConfigError:
+        return False
 
 
 def _is_radius(value: object) -> bool:
@@ -82,6 +95,7 @@ OUTPUT_DEFENSE: Declarations = {
     "by_sample": _yes_or_no(),
     "needs_batch_norm": _yes_or_no(),
     "outside": _yes_or_no(),
+    "knows": Declaration('("decode-square", "square(loss=dlr)"), the attacks that know it', _are_attacks),
 }
 DATA_DEFENSE: Declarations = {
     **TRAINING_DEFENSE,

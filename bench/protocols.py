@@ -155,6 +155,8 @@ class OutputDefense(Protocol):
     where it depends on earlier queries (properties, too); tables mark both. ``by_sample = True`` where these are the
     queries of the same sample alone, as its random numbers tell. ``needs_batch_norm = True`` where it works on the
     network's batch-norms, which fast numbers fold away otherwise.
+    ``knows = ("decode-square",)`` names the attacks that know it, with the arguments that matter: on the query track it
+    is ranked only where it has met them.
     ``outside = True`` where all it does with the network is to call it: it looks at no layer and no weight and sets no
     hook, so another library may answer for it.
     """

@@ -122,6 +122,8 @@ class AAALinear(_AAA):
 
     step: Positive = 1.0
 
+    knows: ClassVar[tuple[str, ...]] = ("decode-square",)
+
     def target(self, offset: float) -> Target:
         """:func:`linear_target` with the parameters of this form."""
         return partial(linear_target, interval=self.interval, step=self.step, offset=offset)
@@ -142,6 +144,8 @@ class AAASine(_AAA):
     """
 
     amplitude: float = 0.7
+
+    knows: ClassVar[tuple[str, ...]] = ("switch-square",)  # its margins are not to be found again
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -44,6 +44,7 @@ class RandomLogitScaling:
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = True
     outside: ClassVar[bool] = True
+    knows: ClassVar[tuple[str, ...]] = ("square(loss=dlr)",)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Random Logit Scaling, openreview CXafPv4aAG"
 

@@ -34,6 +34,7 @@ class Rounding:
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
     outside: ClassVar[bool] = True
+    knows: ClassVar[tuple[str, ...]] = ("rays",)  # classes are all that it keeps
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "ours, a baseline"
 

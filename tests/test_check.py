@@ -37,6 +37,8 @@ PLANTED = [
     ("output", ('"ours"', '""'), "declarations", "paper"),
     ("output", ("version: ClassVar = 1 ", "version: ClassVar = 0 "), "declarations", "version is 0"),
     ("output", ('"""Tell an attacker one decimal of each logit."""', ""), "declarations", "no docstring"),
+    ("output", ('"ours"', '"ours"; knows = ("sqare",)'), "known", "did you mean 'square'?"),
+    ("output", ('"ours"', '"ours"; knows = ("standard",)'), "known", "trains on data and asks nothing"),
     ("data", ("levels + 1, *", "levels + 9, *"), "ball, order and labels", "outside its linf ball"),
     ("data", ("data.train.labels)", "data.train.labels.flip(0))"), "ball, order and labels", "changed labels"),
     ("data", ("images + noise", "images + 0 * noise"), "ball, order and labels", "as they were"),

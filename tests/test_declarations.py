@@ -47,6 +47,8 @@ DEFENSES = {
     ("output", "random = 'no'"): "declares random = 'no'; write random = False, or True",
     ("output", "random, statefull = False, True"): "declares statefull; did you mean 'stateful'?",
     ("output", "random, batch_dependent = False, 1"): "declares batch_dependent = 1; write batch_dependent = True or",
+    ("output", "random, knows = False, 'square'"): """declares knows = 'square'; write knows = ("decode-square", """,
+    ("output", "random, knows = False, ('square(',)"): "declares knows = ('square(',); write knows = (",
     ("data", "eps = 0.1"): 'does not declare norm; add norm = "linf" or',
     ("data", "norm = 'linf'"): "does not declare eps; add eps = 8 / 255, or the radius that it keeps to",
     ("data", "norm, eps = 'max', 0.1"): "declares norm = 'max'; write norm = ",

@@ -154,6 +154,53 @@ class TestRanksAreOfEqualConditions:
             assert title.startswith("digits · cnn · linf 8/255" + more)
 
 
+class TestWhoKnowsTheDefense:
+    """One that names attacks that know it is ranked where it has met them."""
+
+    def aware(self, hits: Sequence[int], attack: str = "square", *knows: str, **fields: Any) -> Row:
+        before = fixed(hits, "d", attack, **fields)
+        return pinned(before, defense=(replace(before.cell.defense[0], knows=knows or ("decode-square",)),))
+
+    def test_without_them_it_has_no_rank_a_sign_and_a_note(self):
+        rows = [fixed(FALLS), self.aware(STANDS)]
+        assert ranks(rows) == {"none": 1, "d": None}
+        assert "untried" in heads(rows)["d"].marks
+        shown = render(tables(rows), "md")
+        assert "∌ not met by an attack that knows it" in shown
+        assert "∌ d has not met decode-square" in shown
+
+    def test_with_them_it_has(self):
+        rows = [fixed(FALLS), self.aware(STANDS), self.aware(STANDS, "decode-square")]
+        assert ranks(rows) == {"d": 1, "none": 2}
+        assert "∌" not in render(tables(rows), "md")
+
+    @pytest.mark.parametrize(
+        ("attack", "rank"),
+        [("square(loss=dlr)", 1), ("square(p_init=0.3, loss=dlr)", 1), ("square", None), ("square(loss=ce)", None)],
+    )
+    def test_the_arguments_that_it_names_matter_and_no_others(self, attack, rank):
+        rows = [fixed(FALLS), self.aware(STANDS, "square", "square(loss=dlr)"),
+                self.aware(STANDS, attack, "square(loss=dlr)")]  # fmt: skip
+        assert ranks(rows)["d"] == rank
+
+    def test_a_few_samples_or_queries_are_no_trial(self):
+        for few in ({"budget": 2}, {}):
+            met = self.aware(STANDS if few else STANDS[:1], "decode-square", **few)
+            assert ranks([fixed(FALLS), self.aware(STANDS), met])["d"] is None
+
+    def test_what_a_row_says_of_a_defense_of_ours_does_not_count_and_a_foreign_name_is_no_crash(self):
+        cell = self.aware(STANDS).cell
+        assert Cell.from_json(json.loads(json.dumps(cell.as_json()))).defense[0].knows == ("decode-square",)
+        ours = replace(cell, defense=(Component("rls", stage="output"),))
+        assert Cell.from_json(ours.as_json()).defense[0].knows == ("square(loss=dlr)",)
+        assert replace(cell, defense=(replace(cell.defense[0], knows=()),)).key == cell.key
+        assert not Component("square").is_called("((")
+
+    def test_gradients_pass_by_what_a_defense_does_to_scores(self):
+        white = Threat("linf", 8 / 255, "gradients", 100)
+        assert ranks([fixed(FALLS, threat=white), self.aware(STANDS, threat=white)])["d"] == 1
+
+
 class TestAFigureBelongsToOneNetwork:
     halves = ([1] * 10 + [NEVER] * 10, [NEVER] * 10 + [1] * 10)
 

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from bench.check.problem import built, digits
 from bench.check.subject import Subject
 from bench.check.verdict import Broken, Remark, Rules, require, said
+from bench.errors import BenchError
 from bench.measure.audit import audit, confirm
 from bench.measure.finding import Finding
 from bench.measure.gradients import gradient_findings
 from bench.measure.inspection import relative_cost
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.pin import pin
+from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Threat
 
@@ -125,6 +127,21 @@ class _Closed(nn.Module):
         return logits
 
 
+def names_who_knows_it(subject: Subject) -> str:
+    """The attacks that it says know it are there, and ask a served model."""
+    knows = getattr(subject.component, "knows", ())
+    if not knows:
+        return Remark("does not declare knows, the attacks that know it, so it is ranked without them")
+    fix = "name attacks of bench ls attacks, with arguments that they take, or files of your own"
+    for name in knows:
+        try:
+            access = attacks.create(name).access
+        except BenchError as error:
+            raise Broken(f"knows names {name!r}: {error}", fix) from error
+        require(access != "training-data", f"knows names {name!r}, which trains on data and asks nothing", fix)
+    return f"ranked on the query track where it has met {' and '.join(knows)}"
+
+
 def has_gradients(subject: Subject) -> str:
     """A gradient reaches every image, finite and not zero."""
     rows = torch.arange(FEW)
@@ -212,6 +229,6 @@ def trial(subject: Subject) -> Tensor:
 
 RULES: Rules[Subject] = {
     "logits": answers, "random as declared": random_as_declared, "no view of the batch": sees_no_batch,
-    "outside": stays_outside, "gradients": has_gradients, "copies": is_copied,
+    "outside": stays_outside, "known": names_who_knows_it, "gradients": has_gradients, "copies": is_copied,
 }  # fmt: skip
 MORE: Rules[Subject] = {"probes": stands_probes, "time of a query": costs, "device": works_on_gpu}

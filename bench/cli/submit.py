@@ -10,7 +10,7 @@ from bench.cli.console import DataDir, Device, ModelDir, console, loader, path, 
 from bench.cli.console import device as find_device
 from bench.entries.about import read_about
 from bench.entries.folder import ENTRY, contents
-from bench.entries.plan import DEFAULTS, entry_suite
+from bench.entries.plan import DEFAULTS, entry_suite, untried
 from bench.entries.statement import entered_track
 from bench.errors import ConfigError, did_you_mean
 from bench.report.standings import tables
@@ -93,6 +93,11 @@ def submit(
     tasks = expand(plan, loader(data_dir, model_dir), limit)
     if (found := entered_track(task.cell for task in tasks)) != track:
         raise ConfigError(f"the suite {suite} is of the track {found}, not {track}; change --suite or --track")
+    for attack in untried([task.cell for task in tasks]) if track == "query" else ():
+        console.print(
+            f"{defense} says that {attack} knows it, which {suite} does not have: the entry will not be ranked",
+            style="yellow", soft_wrap=True,
+        )  # fmt: skip
     store = Store((work or Path("runs") / f"submit-{out.name}").resolve()).open()
     pipeline = Pipeline(store.root / "networks", where, batch_size)
     try:

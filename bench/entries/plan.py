@@ -28,6 +28,12 @@ def entry_suite(name: str, defense: str, models: Sequence[str]) -> Suite:
     return suite.model_copy(update={"grid": grids})
 
 
+def untried(cells: Sequence[Cell]) -> list[str]:
+    """The attacks that the defenses of ``cells`` say know them, and that ``cells`` lack: each bars them from a rank."""
+    named = dict.fromkeys(name for cell in cells for part in cell.defense for name in part.knows)
+    return [name for name in named if not any(cell.attack.is_called(name) for cell in cells)]
+
+
 class Met(NamedTuple):
     """An attack that a defense has to meet, or has met."""
 

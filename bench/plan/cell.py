@@ -8,8 +8,10 @@ from hashlib import sha256
 from typing import Any
 
 from bench.catalogue import declared, defaults, described
+from bench.errors import ConfigError
 from bench.precision import Numerics
 from bench.registry import Registry, attacks, datasets, defenses, models
+from bench.spec import Spec
 from bench.threat import Threat
 
 SHOWN = 6  # digits of the hash of a user's code
@@ -25,7 +27,8 @@ class Component:
     network, which no attacker of a service has. Who reads a row asks these and never the component itself, which may
     be anybody's code. Both are empty where nobody has said. ``title`` is what one has to write today for the same
     parameters, where a default has changed since. ``asks`` is how many queries an attack asks for where a sample never
-    falls, 0 where it does not say. None of the four is part of a cell's key.
+    falls, 0 where it does not say. ``knows`` names the attacks that know a defense. None of the five is part of a
+    cell's key.
     """
 
     spec: str
@@ -36,6 +39,7 @@ class Component:
     control: bool = False
     title: str = ""
     asks: int = 0
+    knows: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -61,10 +65,18 @@ class Component:
         params = json.dumps(self.params, sort_keys=True, default=str)
         return self.name if told else self.spec, str(self.version), params, *self.traits
 
+    def is_called(self, text: str) -> bool:
+        """Whether it has the name in ``text`` and all the arguments that stand there; it may have more."""
+        try:
+            wanted, said = Spec.parse(text), {**Spec.parse(self.spec).args, **self.params}
+        except ConfigError:  # of a row that somebody else has written
+            return False
+        return wanted.name == self.name and all(said.get(name) == value for name, value in wanted.args.items())
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Component":
         """The component that was written as plain values."""
-        return cls(**{**data, "traits": tuple(data["traits"])})
+        return cls(**{**data, "traits": tuple(data["traits"]), "knows": tuple(data.get("knows", ()))})
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Source:
     weights_hash: str = ""
 
 
-UNKEYED = ("stage", "control", "title", "asks")  # fields of components that follow from the others
+UNKEYED = ("stage", "control", "title", "asks", "knows")  # fields of components that follow from the others
 
 
 @dataclass(frozen=True)
@@ -198,9 +210,10 @@ class Cell:
         control &= not fields["sources"]
         fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
         fields["defense"] = tuple(
-            Component.from_json({**part, "stage": stage, "title": _title(defenses, part)})
+            Component.from_json({**part, "stage": stage, "knows": known, "title": _title(defenses, part)})
             for part in fields["defense"]
             for stage in [declared(defenses, part["spec"], "stage", "", part.get("stage"))]
+            for known in [declared(defenses, part["spec"], "knows", [], list(part.get("knows", ())))]
         )
         fields["threat"] = Threat(**fields["threat"])
         fields["ids"] = tuple(fields["ids"])

@@ -39,8 +39,8 @@ def pin(text: str, component: Any, *, hashed: bool = False) -> Component:
         return hashed or value in read
 
     shown = {key: _placeless(value, is_path) for key, value in params.items()}
-    asks = getattr(component, "most_queries", 0)
-    return Component(str(placeless(spec, is_path)), version, shown, traits, stage, control, asks=asks)
+    asks, knows = getattr(component, "most_queries", 0), getattr(component, "knows", ())
+    return Component(str(placeless(spec, is_path)), version, shown, traits, stage, control, asks=asks, knows=knows)
 
 
 def rewritten(component: Component, told: Mapping[str, str]) -> Component:

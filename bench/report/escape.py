@@ -32,7 +32,7 @@ _LATEX = {
     "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "◷": r"$\odot$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$", "÷": r"$\div$",
     "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "≈": r"$\approx$", "✓": r"$\surd$", "−": r"$-$", "◦": r"$\circ$",
-    "×": r"$\times$",
+    "×": r"$\times$", "∌": r"$\not\ni$",
 }  # fmt: skip
 
 

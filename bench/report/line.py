@@ -23,6 +23,7 @@ class Line:
     figures: dict[str, float] = field(default_factory=dict)  # of one row; see bench.report.figures
     lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
     error: str = ""  # the last line of what a failed row has raised
+    untried: tuple[str, ...] = ()  # attacks that know the defense and have not met it, where that bars its rank
     of: int = 0  # samples of its cell, where it has met only the ``n`` of them that other attacks had left
 
     @property

@@ -38,6 +38,12 @@ MARKS = (  # in the order in which they stand
     Mark("⊣", "curtailed", "fewer queries than the attack asks for, so that parts of it were never run", bars=True),
     Mark("⊂", "spared", "not met by every attack that the undefended model has met", bars=True),
     Mark("<", "short", "fewer queries, samples or seeds than the undefended model has met", bars=True),
+    Mark(
+        "∌",
+        "untried",
+        "not met by an attack that knows it, which it names itself (knows), with enough queries and samples",
+        bars=True,
+    ),
     Mark("∘", "older", "made with an older version of a component", bars=True),
     Mark(
         "∩", "cut", "ranked by the queries, samples and seeds that all have in common; its own figures are of more"

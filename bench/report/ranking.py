@@ -52,6 +52,16 @@ class Terms:
                 found.add("short")
         return frozenset(found)
 
+    def untried(self, rows: Sequence[Row]) -> tuple[str, ...]:
+        """The attacks that know a defense, with these rows, and that have not met it: it names them itself.
+
+        To meet it takes all samples of the terms, and at least the fewest queries that the terms give any attack.
+        """
+        least = min(self.budgets.values())
+        met = [row for row in rows if query_budget(row) >= least and set(self.ids).issubset(row.cell.ids)]
+        named = dict.fromkeys(name for row in rows for part in row.cell.defense for name in part.knows)
+        return tuple(name for name in named if not any(row.cell.attack.is_called(name) for row in met))
+
     def held(self, rows: Sequence[Row]) -> "Held":
         """How a served model with these rows stands on these terms.
 

@@ -56,6 +56,7 @@ class Query:
     pools: bool = True
     measures: str = "robust accuracy"
     good: Literal["high", "low"] = "high"
+    informed: bool = True  # whether a defense is ranked only where the attacks that know it have met it
     reading: str = (
         "The share of images that no query has beaten, each under whichever attack beats it soonest. High is good for "
         "the defense."
@@ -98,7 +99,10 @@ class Query:
         met = by_defense(rows)
         terms = Terms.of(met)
         worst = {name: worst_case(counted(members), columns) for name, members in met.items()}
-        worst = {name: replace(line, marks=line.marks | terms.bars(met[name])) for name, line in worst.items()}
+        for name, line in worst.items():
+            untried = terms.untried(met[name]) if self.informed else ()
+            marks = line.marks | terms.bars(met[name]) | ({"untried"} if untried else set())
+            worst[name] = replace(line, marks=marks, untried=untried)
         held = {name: terms.held(counted(met[name])) for name, line in worst.items() if not line.marks & UNRANKED}
         for name in [name for name, each in held.items() if each.undecided]:
             worst[name] = replace(worst[name], marks=worst[name].marks | {"incomplete"})
@@ -121,8 +125,9 @@ class Query:
         return worst_case(rows, self.columns(budgets)).shares
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
-        """How the ranks were found, where there are any to tell apart."""
-        return [RANKS] if has_ranks(lines) else []
+        """How the ranks were found, where there are any to tell apart; which attacks a defense has yet to meet."""
+        untried = [f"∌ {line.defense} has not met {' and '.join(line.untried)}" for line in lines if line.untried]
+        return [*([RANKS] if has_ranks(lines) else []), *untried]
 
 
 def _within(budget: int, row: Row, again: bool, pooled: bool) -> Share:

@@ -27,6 +27,7 @@ class WhiteBox(Query):
     name: str = "white-box"
     accesses: frozenset[Access] = frozenset({"gradients"})
     beside: frozenset[Access] = frozenset({"scores", "labels"})
+    informed: bool = False  # gradients pass by what a defense does to scores
     reading: str = (
         "The share of images that stand against every attack, by gradients or by queries. High is good for the defense."
     )
