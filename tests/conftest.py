@@ -22,3 +22,9 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("BENCH_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A folder of networks for tests that all train the same one and do not ask how: it is trained once."""
+    return tmp_path_factory.mktemp("networks")

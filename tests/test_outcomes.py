@@ -19,12 +19,12 @@ DEFENSES = ["none", "temperature(temperature=4)", "output-noise(sigma=2)"]
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, trained):
     """The rows of three defenses by name, their tasks, and what built them."""
     folder = tmp_path_factory.mktemp("outcomes")
     settings = {"dataset": "digits", "model": ["cnn(width=8)"], "n": 120, "eps": 0.15, "queries": 40}
     tasks = expand(load_suite(None, {**settings, "defense": DEFENSES, "attack": ["square"]}), Loader(None, None))
-    store, pipeline = Store(folder).open(), Pipeline(folder / "networks", torch.device("cpu"), 256)
+    store, pipeline = Store(folder).open(), Pipeline(trained, torch.device("cpu"), 256)
     run(tasks, store, pipeline, 50, 256, Silent())
     return {task.cell.defense_name: (store.row(task.cell), task) for task in tasks}, pipeline
 

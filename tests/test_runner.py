@@ -53,11 +53,10 @@ def test_stretches_cover_what_is_missing_and_nothing_else():
     assert list(stretches([0, 1, 5, 6, 9], 10)) == [(0, 2), (5, 7), (9, 10)]
 
 
-def test_batches_and_shards_change_nothing(tmp_path):
+def test_batches_and_shards_change_nothing(tmp_path, trained):
     tasks = grid(attack=["square"], defense=["none", "rnd(sigma=0.1)", "aaa-linear"], numerics="plain")
-    networks = tmp_path / "networks"
-    _, whole = run_in(tmp_path / "whole", tasks, networks=networks)
-    _, cut = run_in(tmp_path / "cut", tasks, shard_size=20, batch_size=16, networks=networks)
+    _, whole = run_in(tmp_path / "whole", tasks, networks=trained)
+    _, cut = run_in(tmp_path / "cut", tasks, shard_size=20, batch_size=16, networks=trained)
     for task in tasks:
         a, b = whole.row(task.cell), cut.row(task.cell)
         assert len(a.shards) == 1
@@ -70,14 +69,14 @@ def test_batches_and_shards_change_nothing(tmp_path):
         assert (a.records["first_hit"] > 0).sum() > 0  # somebody fell to a query
 
 
-def test_the_same_again_runs_nothing_and_more_runs_only_the_new(tmp_path):
+def test_the_same_again_runs_nothing_and_more_runs_only_the_new(tmp_path, trained):
     first = grid(attack=["square"], defense=["none"])
-    outcome, _ = run_in(tmp_path, first)
+    outcome, _ = run_in(tmp_path, first, networks=trained)
     assert (outcome.ran, outcome.kept, outcome.failed) == (1, 0, 0)
     files = {path: path.read_bytes() for path in tmp_path.rglob("*-*.*")}
-    outcome, _ = run_in(tmp_path, first)
+    outcome, _ = run_in(tmp_path, first, networks=trained)
     assert (outcome.ran, outcome.kept, outcome.failed) == (0, 1, 0)
-    outcome, _ = run_in(tmp_path, grid(attack=["square", "pgd"], defense=["none"]))
+    outcome, _ = run_in(tmp_path, grid(attack=["square", "pgd"], defense=["none"]), networks=trained)
     assert (outcome.ran, outcome.kept, outcome.failed) == (1, 1, 0)
     assert {path: path.read_bytes() for path in files} == files
 
@@ -91,9 +90,9 @@ def test_three_stages_run_in_one_chain(tmp_path):
     assert row.complete
 
 
-def test_records_hold_what_the_ledger_knows(tmp_path):
+def test_records_hold_what_the_ledger_knows(tmp_path, trained):
     tasks = grid(attack=["square"], defense=["rnd(sigma=0.3)"], n=60)
-    _, store = run_in(tmp_path, tasks)
+    _, store = run_in(tmp_path, tasks, networks=trained)
     records = store.row(tasks[0].cell).records
     wrong = records["clean_pred"] != records["y"]
     assert wrong.any()  # at this noise
@@ -106,9 +105,9 @@ def test_records_hold_what_the_ledger_knows(tmp_path):
     assert (records["clean_share"] % (1 / 16) == 0).all()
 
 
-def test_a_minimum_norm_attack_records_how_near_it_came(tmp_path):
+def test_a_minimum_norm_attack_records_how_near_it_came(tmp_path, trained):
     tasks = grid(attack=["rays", "square"], defense=["none"], n=60)
-    _, store = run_in(tmp_path, tasks)
+    _, store = run_in(tmp_path, tasks, networks=trained)
     records, others = (store.row(task.cell).records for task in tasks)
     assert others["best_distance"].isna().all()
     wrong, found = records["first_hit"] == 0, records["best_distance"].notna()
@@ -118,7 +117,7 @@ def test_a_minimum_norm_attack_records_how_near_it_came(tmp_path):
 
 
 def test_a_network_is_trained_once_and_found_again(tmp_path):
-    tasks = grid(attack=["square"], defense=["none"], n=10)
+    tasks = grid(attack=["square"], defense=["none"], n=10, model=["cnn(width=2)"])
     run_in(tmp_path / "a", tasks, networks=tmp_path / "networks")
     (file,) = (tmp_path / "networks").iterdir()
     before = file.stat().st_mtime_ns
@@ -128,16 +127,17 @@ def test_a_network_is_trained_once_and_found_again(tmp_path):
     assert again.equals(Store(tmp_path / "a").row(tasks[0].cell).records)
 
 
-def test_the_twin_of_a_defended_network_is_the_network_without_its_output_defense(tmp_path):
-    _, store = run_in(tmp_path, tasks := grid(attack=["transfer"], defense=["none", "aaa-linear"], numerics="plain"))
+def test_the_twin_of_a_defended_network_is_the_network_without_its_output_defense(tmp_path, trained):
+    tasks = grid(attack=["transfer"], defense=["none", "aaa-linear"], numerics="plain")
+    _, store = run_in(tmp_path, tasks, networks=trained)
     none, aaa = (store.row(task.cell).records["first_hit"] for task in tasks)
     assert list(none) == list(aaa)  # AAA keeps decisions
     assert 0 < (none == 1).sum() < len(none)
 
 
-def test_fast_numbers_leave_a_defense_the_batch_norms_that_it_needs(tmp_path):
+def test_fast_numbers_leave_a_defense_the_batch_norms_that_it_needs(tmp_path, trained):
     tasks = grid(attack=["noise"], defense=["dent"], queries=3, numerics="fast", n=10)
-    outcome, _ = run_in(tmp_path, tasks)
+    outcome, _ = run_in(tmp_path, tasks, networks=trained)
     assert outcome.ran == 1
 
 
