@@ -86,6 +86,13 @@ ATTACK: Declarations = {
     "sources": Declaration('("resnet20", "cnn"), the models it works on', lambda value: isinstance(value, tuple)),
     "replays": Declaration('"apgd", the attack whose examples it takes', lambda value: isinstance(value, str)),
 }  # fmt: skip
+CERTIFIER: Declarations = {
+    **LEARNER,
+    "norm": one_of(Norm, required=True),
+    "draws": Declaration("1000, or as many forward passes as an image costs", _whole, required=True),
+    "predict": Declaration("a method predict(network, x, rng, batch, draws, alpha)", callable, required=True),
+    "soften": Declaration("a method soften(network, x, rng, draws)", callable, required=True),
+}
 TRAINING_DEFENSE: Declarations = {"stage": one_of(Stage, required=True), **ANY}
 OUTPUT_DEFENSE: Declarations = {
     **TRAINING_DEFENSE,
@@ -103,14 +110,15 @@ DATA_DEFENSE: Declarations = {
     "eps": Declaration("8 / 255, or the radius that it keeps to", _is_radius, required=True),
     "needs_classes": _yes_or_no(),
 }
+ATTACKING: Mapping[object, Declarations] = {"training-data": LEARNER, "certificate": CERTIFIER}
 DEFENSES: Mapping[object, Declarations] = {
     "output": OUTPUT_DEFENSE, "training": TRAINING_DEFENSE, "data": DATA_DEFENSE,
 }  # fmt: skip
 
 
 def of_attack(component: object) -> Declarations:
-    """What ``component``, an attack or its class, declares; a learner has the access ``training-data``."""
-    return LEARNER if getattr(component, "access", None) == "training-data" else ATTACK
+    """What ``component``, an attack or its class, declares; learners and certifiers are told by their access."""
+    return ATTACKING.get(getattr(component, "access", None), ATTACK)
 
 
 def of_defense(component: object) -> Declarations:

@@ -56,6 +56,9 @@ class Attack(Protocol):
         ...
 
 
+Network = Callable[[Tensor], Tensor]  # logits (B, K) of images (B, C, H, W)
+
+
 @dataclass(frozen=True)
 class Job:
     """What a training run is given beside its data: where to run, its seed, and whom to tell about progress.
@@ -107,6 +110,67 @@ class Learner(Protocol):
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Certificates:
+    """What is proven of images: ``predicted`` is the answer of all within ``radius`` of each, unless it ``abstained``.
+
+    ``votes`` of the ``n`` draws are for that class, which ``n0`` other draws chose, and ``most`` is the radius had all
+    of the ``n`` been. Each proof fails with a probability of ``alpha`` at most. ``invalid`` where an answer was NaN or
+    infinite, which is a vote for nothing.
+    """
+
+    predicted: Tensor  # (B,) int64
+    radius: Tensor     # (B,) float64, in the norm of the certifier on the pixel scale; 0 where it abstained
+    abstained: Tensor  # (B,) bool
+    votes: Tensor      # (B,) int64
+    invalid: Tensor    # (B,) bool
+    n0: int
+    n: int
+    alpha: float
+    most: float
+
+
+@runtime_checkable
+class Certifier(Protocol):
+    """Proves within which radius no change of an image moves the answer; class attribute ``access = "certificate"``.
+
+    What it proves something of may be another classifier than the network it asks: ``certifier(network, ...)``
+    certifies that, ``predict`` answers as that does, and ``soften`` is what an attack on that can follow. None of them
+    keeps to the box [0, 1]: a proof holds outside of it, too.
+    """
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def norm(self) -> Norm: ...
+    @property
+    def draws(self) -> int:
+        """Forward passes that each image costs."""
+        ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def __call__(self, network: Network, x: Tensor, rng: SampleRng, batch: int) -> Certificates:
+        """Certify the images ``x`` (B, C, H, W), of which each draws from its stream in ``rng`` alone.
+
+        ``network`` gives logits (B, K) of at most ``batch`` images at once.
+        """
+        ...
+
+    def predict(self, network: Network, x: Tensor, rng: SampleRng, batch: int, draws: int, alpha: float) -> Tensor:
+        """The answers (B,) int64 at ``x`` by so many ``draws``, each wrong with a probability of ``alpha`` at most.
+
+        -1 where it abstains; with an ``alpha`` of 1 it says what it holds likeliest.
+        """
+        ...
+
+    def soften(self, network: Network, x: Tensor, rng: SampleRng, draws: int) -> Tensor:
+        """Probabilities (B, K) that stand for the answers at ``x`` and have a gradient, from so many ``draws``."""
         ...
 
 

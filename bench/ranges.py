@@ -25,6 +25,7 @@ Few = Annotated[int, BeforeValidator(_number), Field(ge=1, le=10_000)]  # of thi
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
+Level = Annotated[float, Field(gt=0, lt=1)]  # of a test or a bound
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Radius = Annotated[float, Field(ge=0, le=1)]  # in linf, on the pixel scale
 

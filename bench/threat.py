@@ -7,7 +7,7 @@ from typing import Literal, get_args
 from bench.errors import ConfigError
 
 Norm = Literal["l0", "l1", "l2", "linf"]
-Access = Literal["scores", "labels", "gradients", "training-data"]
+Access = Literal["scores", "labels", "gradients", "training-data", "certificate"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,8 @@ class Threat:
     """At most ``eps`` in ``norm``, inside the box [0, 1], with ``access`` and ``query_budget`` per sample.
 
     ``eps`` is on the pixel scale (``8/255``, not ``8``); for ``l0`` it counts pixels. ``query_budget`` is the number of
-    forward passes that one sample may cost, ``None`` where the attacker asks nothing (training data).
+    forward passes that one sample may cost, ``None`` where no attacker asks: on training data, and in a certificate,
+    which finds a radius for each sample and has none of its own.
 
     Raises:
         ConfigError: an unknown norm or access, or a radius or a budget that cannot be meant.
@@ -40,10 +41,14 @@ class Threat:
 
     @property
     def asks(self) -> bool:
-        """Whether the attacker asks a served model, question by question; otherwise it trains on released data."""
-        return self.access != "training-data"
+        """Whether an attacker asks a served model, question by question."""
+        return self.access in ("scores", "labels", "gradients")
 
     def __str__(self) -> str:
+        if self.access == "training-data":
+            return "released training data"
+        if self.access == "certificate":
+            return f"certified {self.norm}"
         return f"{self.norm} {format_eps(self.eps, self.norm)}"
 
 

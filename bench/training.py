@@ -42,7 +42,7 @@ class Selection(Protocol):
 
 
 RecipeName = Literal[
-    "sep", "ops", "fast-at", "n-fgsm", "grad-align", "gat", "free-at", "trades", "mart", "awp", "sub-at"
+    "sep", "ops", "fast-at", "n-fgsm", "grad-align", "gat", "free-at", "trades", "mart", "awp", "sub-at", "smoothing"
 ]  # fmt: skip
 
 # Recipes as papers' codes have them, for CIFAR-10; all train on pixels as they are, with flips and crops.
@@ -90,6 +90,10 @@ PUBLISHED: dict[RecipeName, dict[str, Any]] = {
     "sub-at": {  # Li et al., 2022, ``run.sh``: it stops before the rate first falls
         "epochs": 65, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 5e-4, "nesterov": False,
         "schedule": "steps", "milestones": (),
+    },
+    "smoothing": {  # Cohen et al., 2019, ``train.py`` and its list of experiments
+        "epochs": 90, "batch_size": 400, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (1 / 3, 2 / 3),
     },
 }  # fmt: skip
 

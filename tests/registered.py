@@ -6,14 +6,17 @@ from bench.check.attack import BUDGET
 from bench.check.problem import build, network
 from bench.registry import Registry, attacks, defenses, parameters
 
-__all__ = ["BUDGET", "BY_STAGE", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "radius", "small"]
+__all__ = [
+    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "radius", "small",
+]  # fmt: skip
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 _OWN = [name for name in attacks.names() if not name.endswith(":")]
+CERTIFIERS = [name for name in _OWN if attacks.create(name).access == "certificate"]
 LEARNERS = [name for name in _OWN if attacks.create(name).access == "training-data"]
 QUERYING = [
     (name, norm)
-    for name in [*_OWN, *FOREIGN] if name not in LEARNERS
+    for name in [*_OWN, *FOREIGN] if name not in [*LEARNERS, *CERTIFIERS]
     for norm in sorted(attacks.create(name).norms)
 ]  # fmt: skip
 # Of those that need to be told something about each network: what fits :func:`network` and :func:`build`.

@@ -16,7 +16,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
+from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, network, radius, small
 
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
@@ -80,6 +80,27 @@ def test_an_output_defense_answers_on_the_device_without_waiting(name):
     with pretended_gpu() as gpu:
         there = answer(GPU)
     assert torch.allclose(there, answer(torch.device("cpu")), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CERTIFIERS)
+def test_a_certifier_proves_the_same_on_the_device_and_waits_for_no_batch(name):
+    torch.manual_seed(0)
+    model = build().eval()
+
+    def certify(device: torch.device, batch: int) -> list[torch.Tensor]:
+        x, rng = few().test.pixels()[:4].to(device), SampleRng.create(0, torch.arange(4).to(device), "certificate")
+        with torch.no_grad():
+            found = small(name, attacks, n=60)(copy.deepcopy(model).to(device), x, rng, batch)
+        return [found.votes.cpu(), found.radius.cpu()]
+
+    waits = []
+    for batch in (120, 20):
+        with pretended_gpu() as gpu:
+            there = certify(GPU, batch)
+        waits.append(gpu.waited)
+    here = certify(torch.device("cpu"), 20)
+    assert all(torch.equal(one, other) for one, other in zip(there, here, strict=True))
+    assert waits[0] == waits[1], gpu.waits
 
 
 @pytest.mark.parametrize(

@@ -233,9 +233,9 @@ def test_a_curve_is_what_the_track_says_at_every_budget():
     members = [attacked("rnd", "square", 30), attacked("rnd", "rays", 40)]
     members[1] = replace(members[1], columns=members[1].records.iloc[::-1])
     drawn = curve("worst", members)
-    shares = track_of(members[0].cell).shares(members, drawn.queries.tolist())
-    assert drawn.share.tolist() == pytest.approx([shares[f"@{queries}"].value for queries in drawn.queries])
-    assert drawn.low.tolist() == pytest.approx([shares[f"@{queries}"].interval[0] for queries in drawn.queries])
+    shares = track_of(members[0].cell).shares(members, drawn.at.tolist())
+    assert drawn.share.tolist() == pytest.approx([shares[f"@{queries}"].value for queries in drawn.at])
+    assert drawn.low.tolist() == pytest.approx([shares[f"@{queries}"].interval[0] for queries in drawn.at])
 
 
 @pytest.mark.parametrize(

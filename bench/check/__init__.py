@@ -1,6 +1,6 @@
 """Whether a component keeps the contract: every rule asked on tiny data, in seconds and without a download."""
 
-from bench.check import attack, data, elsewhere, model, output, service, trainer
+from bench.check import attack, certifier, data, elsewhere, model, output, service, trainer
 from bench.check.common import says_what_it_is
 from bench.check.subject import Kind, Subject, subject
 from bench.check.verdict import Broken, Rules, Verdict, judge
@@ -12,14 +12,14 @@ from bench.system.user_code import named_file
 __all__ = ["RULES", "Broken", "Subject", "Verdict", "check", "subject"]
 
 RULES: dict[Kind, Rules[Subject]] = {
-    "attack": attack.RULES, "learner": trainer.RULES, "training defense": trainer.RULES, "data defense": data.RULES,
-    "output defense": output.RULES, "model": model.RULES, "service": service.RULES,
+    "attack": attack.RULES, "certifier": certifier.RULES, "learner": trainer.RULES, "training defense": trainer.RULES,
+    "data defense": data.RULES, "output defense": output.RULES, "model": model.RULES, "service": service.RULES,
 }  # fmt: skip
 
 MORE: dict[Kind, Rules[Subject]] = {"attack": {"time of a query": attack.costs}, "output defense": output.MORE}
 TRIALS: dict[Kind, elsewhere.Trial] = {
-    "attack": attack.trial, "learner": trainer.trial, "training defense": trainer.trial, "data defense": data.trial,
-    "output defense": output.trial, "model": model.trial, "service": service.trial,
+    "attack": attack.trial, "certifier": certifier.trial, "learner": trainer.trial, "training defense": trainer.trial,
+    "data defense": data.trial, "output defense": output.trial, "model": model.trial, "service": service.trial,
 }  # fmt: skip
 
 

@@ -17,9 +17,12 @@ from bench.spec import Spec
 from bench.system.user_code import named_file
 from bench.threat import Norm
 
-Kind = Literal["attack", "learner", "data defense", "training defense", "output defense", "model", "service"]
+Kind = Literal[
+    "attack", "learner", "certifier", "data defense", "training defense", "output defense", "model", "service"
+]
 
 FEWER = {"epochs": 1, "subspace_epochs": 1}  # of what trains, where nothing else is given
+FEWER_DRAWS = {"n": 1000}  # of certifiers
 FEWEST = {**FEWER, "checkpoints": 1, "steps": 2, "rounds": 1, "draws": 1, "adv_steps": 1}  # of data defenses
 
 
@@ -45,7 +48,9 @@ class Subject:
 
 def registry_of(kind: Kind) -> Registry[Any]:
     """Where components of this kind are."""
-    homes: dict[Kind, Registry[Any]] = {"attack": attacks, "learner": attacks, "model": models, "service": models}
+    homes: dict[Kind, Registry[Any]] = {
+        "attack": attacks, "learner": attacks, "certifier": attacks, "model": models, "service": models,
+    }  # fmt: skip
     return homes.get(kind, defenses)
 
 
@@ -105,7 +110,8 @@ def made(spec: Spec, registry: Registry[Any]) -> Any:
 
 def _kind(component: Any, registry: Registry[Any]) -> Kind:
     if registry is attacks:
-        return "learner" if component.access == "training-data" else "attack"
+        others: dict[str, Kind] = {"training-data": "learner", "certificate": "certifier"}
+        return others.get(component.access, "attack")
     kinds: dict[str, Kind] = {"data": "data defense", "training": "training defense", "output": "output defense"}
     assert set(kinds) == set(get_args(Stage))
     return kinds[component.stage]
@@ -113,7 +119,8 @@ def _kind(component: Any, registry: Registry[Any]) -> Kind:
 
 def _smaller(spec: Spec, registry: Registry[Any], kind: Kind) -> Spec:
     """``spec`` with fewer of what it counts, where that would take long and the user has not said how many."""
-    fewer = {"learner": FEWER, "training defense": FEWER, "data defense": FEWEST}.get(kind, {})
+    smaller = {"learner": FEWER, "training defense": FEWER, "data defense": FEWEST, "certifier": FEWER_DRAWS}
+    fewer = smaller.get(kind, {})
     known = parameters(registry.factory(spec.name)) or {}
     return Spec(spec.name, {**{key: value for key, value in fewer.items() if key in known}, **spec.args})
 

@@ -8,7 +8,7 @@ import typer
 from bench.cli.console import complain, console, path
 from bench.errors import ConfigError, did_you_mean
 from bench.report.plots import Style, draw
-from bench.report.portrait import portrait
+from bench.report.portrait import overview, portrait
 from bench.report.standings import tables
 from bench.results.store import Store
 from bench.system.files import slug
@@ -47,6 +47,10 @@ def plot(
                 measures = track_of(own[0].cell).measures
                 found = draw(portrait(own, lines), name, measures, stem, styles or get_args(Style))  # type: ignore[arg-type]
                 count += len(found)
+        if table.rows and not defense and (whole := overview(table.rows)):
+            track = track_of(table.rows[0].cell)
+            found = draw(whole, table.title, track.measures, out / slug(table.title) / "all", styles or get_args(Style))  # type: ignore[arg-type]
+            count += len(found)
     console.print(f"{count} pictures in {out}", soft_wrap=True)
     for error in damaged:
         complain(error)

@@ -15,7 +15,7 @@ from bench.entries.folder import NETWORKS
 from bench.entries.remade import Unknown, Untrue, data_of, plain, remade
 from bench.errors import RefereeError, StoreError
 from bench.measure.judgement import Judgement, judge
-from bench.measure.keys import release_key
+from bench.measure.keys import data_defense, release_key
 from bench.measure.perturbation import perturbation
 from bench.measure.pipeline import Pipeline
 from bench.norms import lp_norm
@@ -52,7 +52,10 @@ class Rescorer:
         cell = stored.shard.cell
         data = data_of(cell, self.loader)
         if not cell.threat.asks:
-            return list(self._release(data, cell, stored)), "what the learner reached: that needs its training"
+            unseen = "what was proven: that needs its draws" if cell.threat.access == "certificate" else (
+                "what the learner reached: that needs its training"
+            )
+            return list(self._release(data, cell, stored)), unseen
         ids = stored.shard.ids
         if cell.ids != sample_ids(data, len(cell.ids)):
             raise Untrue(f"its samples are not the {len(cell.ids)} that Parry takes of {cell.dataset.spec}")
@@ -108,7 +111,7 @@ class Rescorer:
         test, ids = data.test, torch.tensor(stored.shard.ids)
         if (stored.records["y"].to_numpy() != test.labels[ids].numpy()).any():
             yield "y is not the class of its sample"
-        if not cell.defense:
+        if data_defense(cell) is None:
             return
         key = release_key(cell)
         kept = kept_tensors(self.folder / NETWORKS / f"{key}.safetensors", key)

@@ -17,7 +17,7 @@ from bench.entries.validate import Report
 from bench.measure.pipeline import Pipeline
 from bench.plan.cell import Cell
 from bench.plan.tasks import Loader, Task
-from bench.report.outcomes import Share, clean, column, query_budget, restricted, standing, tested
+from bench.report.outcomes import Share, certified, clean, column, query_budget, restricted, standing, tested
 from bench.report.stats import holm, mcnemar
 from bench.results.store import Row, Store
 from bench.run.runner import Reporter
@@ -139,7 +139,7 @@ def _compare(stated: Row, again: Row, same_network: bool) -> Compared:
     ours = restricted(again, set(again.cell.ids))
     traits = {trait for part in (cell.attack, *cell.defense) for trait in part.traits}
     exact = same_network and not traits & {"random", "batch-dependent", "stateful"} and cell.threat.asks
-    measures = [clean, _stands] if cell.threat.asks else [tested]
+    measures = [clean, _stands] if cell.threat.asks else [_proven if cell.threat.access == "certificate" else tested]
     pairs = [(measure(theirs), measure(ours)) for measure in measures]
     differ = sum((a.right != b.right).astype(int) for a, b in pairs) > 0
     fell = column(theirs, "first_hit") != column(ours, "first_hit") if cell.threat.asks else np.zeros(0, dtype=bool)
@@ -148,6 +148,10 @@ def _compare(stated: Row, again: Row, same_network: bool) -> Compared:
     p = min(mcnemar(a.right, b.right) for a, b in pairs) * len(pairs)
     last = pairs[-1]
     return Compared(cell, last[0].n, int(differ.sum()), last[0].value, last[1].value, min(p, 1.0), exact)
+
+
+def _proven(row: Row) -> Share:
+    return certified(row, 0.0)
 
 
 def _stands(row: Row) -> Share:

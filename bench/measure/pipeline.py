@@ -28,7 +28,7 @@ from bench.plan.tasks import Task, weights_hash
 from bench.precision import Numerics
 from bench.protection import check_release, declared_threat
 from bench.protocols import FittedAttack, Job, ServiceModel
-from bench.registry import attacks, code_hash
+from bench.registry import code_hash
 from bench.scratch import Scratch, scratch, sweep
 from bench.service import Asked, Desk, Journal
 from bench.system.claims import Held, claim
@@ -80,17 +80,31 @@ class Pipeline:
         mode = mode_of(task, self.device)
         fitted = self.fitted(task, lambda done, total: None)
         sources = tuple(self.undefended(source, "plain") for source in task.sources)
+        with self._lending(task), self._defended(task, mode) as (searched, plain):
+            check_outside(task, searched, plain)
+            bare = task.service and task.chain.output is None  # there is nothing behind it
+            fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
+            yield Target(searched, plain, fast, undefended, sources, self.isolates(task), fitted)
+
+    @contextmanager
+    def bare(self, task: Task) -> Iterator[ServedModel]:
+        """The network of ``task`` by itself in plain numbers, in which what is proven of it holds.
+
+        Raises:
+            RefereeError: when the context ends, the network of ``task`` or its data are not what they were.
+        """
+        with self._lending(task):
+            yield self.undefended(task, "plain")
+
+    @contextmanager
+    def _lending(self, task: Task) -> Iterator[None]:
+        """Have the network of ``task`` ready to be copied, and see afterwards that it and the data are what they were.
+        """
         self.train(task, lambda done, total: None)
         assert self._last is not None
         try:
-            with (
-                _unchanged(task, self._last.module, self._last.contents),
-                self._defended(task, mode) as (searched, plain),
-            ):
-                check_outside(task, searched, plain)
-                bare = task.service and task.chain.output is None  # there is nothing behind it
-                fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
-                yield Target(searched, plain, fast, undefended, sources, self.isolates(task), fitted)
+            with _unchanged(task, self._last.module, self._last.contents):
+                yield
         except BaseException:
             self._last = None  # the next cell makes its own
             raise
@@ -301,7 +315,7 @@ class Pipeline:
             stored: nn.Module = task.build()
             put_weights(stored, kept, path)
             return stored
-        recipe: Any = task.chain.training or attacks.create("standard")
+        recipe: Any = task.trainer
         released = self.released(task, progress)
         with self._job(task, key, progress) as job:
             watch = _diagnostics(task, released, job)

@@ -136,6 +136,14 @@ class ResNet56(_CifarResNet):
     blocks = (9, 9, 9)
 
 
+@models("resnet110")
+class ResNet110(_CifarResNet):
+    """CIFAR ResNet-110 (section 4.2) as randomized smoothing has it: basic blocks, with projection shortcuts."""
+
+    blocks = (18, 18, 18)
+    projection = True
+
+
 @models("resnet18")
 class ResNet18(_CifarResNet):
     """ResNet-18 for small images: 64-128-256-512 channels, projection shortcuts, no pooling after the first layer."""

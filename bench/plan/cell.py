@@ -178,9 +178,7 @@ class Cell:
     def setting(self) -> str:
         """What cells of one table have in common: data set, model and threat."""
         place = f"{self.dataset.spec} · {self.model.spec}"
-        if not self.threat.asks:
-            return f"{place} · released training data"
-        return f"{place} · {self.threat}" + (" · 8-bit input" if self.quantise else "")
+        return f"{place} · {self.threat}" + (" · 8-bit input" if self.quantise and self.threat.asks else "")
 
     def __str__(self) -> str:
         parts = (self.dataset.spec, self.model.spec, self.defense_name, self.attack.spec)

@@ -54,7 +54,7 @@ class Board(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    track: Literal["query", "white-box", "data"]
+    track: Literal["query", "white-box", "certificate", "data"]
     version: Count
 
 

@@ -23,6 +23,7 @@ from bench.protection import declared_threat
 from bench.protocols import (
     Architecture,
     Attack,
+    Certifier,
     DataDefense,
     DatasetSource,
     Defense,
@@ -59,7 +60,7 @@ class Task:
     data: Dataset
     architecture: Architecture
     chain: Chain
-    attack: Attack | Learner
+    attack: Attack | Learner | Certifier
     model_dir: Path | None
     sources: tuple["Task", ...] = ()  # the networks that the attack works on, as if they were to be attacked
 
@@ -67,6 +68,13 @@ class Task:
     def trains(self) -> bool:
         """Whether a network has to be trained before anything can be attacked."""
         return not self.architecture.trained
+
+    @property
+    def trainer(self) -> Learner | TrainingDefense:
+        """Who trains a network of the cell: its learner, its training defense, or the standard training."""
+        if self.cell.threat.access == "training-data":
+            return cast(Learner, self.attack)
+        return self.chain.training or cast(Learner, attacks.create("standard"))
 
     @property
     def service(self) -> Service | None:
@@ -168,11 +176,16 @@ def _task(
     named = _by_stage([(defenses.shortest(str(spec)), made) for spec, made in zip(specs, made, strict=True)])
     chain = Chain(**{stage: component for stage, (_, component) in named.items()})  # type: ignore[arg-type]
     attack, service = attacks.create(attack_text), declared_by(architecture)
-    learns = attack.access == "training-data"
+    learns, certifies = (attack.access == access for access in ("training-data", "certificate"))
     texts = {stage: text for stage, (text, _) in named.items()}
     _check_training(learns, texts, architecture, model, grid.dataset, data)
-    released = declared_threat(chain.data) if chain.data else Threat("linf", 0.0, "training-data")
-    threat = released if learns else _served_threat(grid, cast(Attack, attack))
+    if certifies:
+        _check_certified(service, texts, model)
+        threat = Threat(cast(Certifier, attack).norm, 0.0, "certificate")
+    elif learns:
+        threat = declared_threat(chain.data) if chain.data else Threat("linf", 0.0, "training-data")
+    else:
+        threat = _served_threat(grid, cast(Attack, attack))
     if service:
         check_service(service, chain.output is not None, cast(Attack, attack), grid.quantise)
     n = min(grid.n, limit or grid.n)
@@ -183,7 +196,7 @@ def _task(
         )
     if hasattr(attack, "check"):
         attack.check(len(data.classes), data.test.shape)
-    if grid.quantise and not learns:
+    if grid.quantise and threat.asks:
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
         dataset=data_component,
@@ -272,6 +285,17 @@ def _check_training(
         )
     if not architecture.trained and len(data.train) == 0:
         raise ConfigError(f"{model} has no weights and {dataset} no training images; give weights or training images")
+
+
+def _check_certified(service: Service | None, texts: dict[str, str], model: str) -> None:
+    """Whether a certifier can prove something of what it meets, a network that answers alike whenever it is asked."""
+    if service:
+        raise ConfigError(f"a certifier asks a network thousands of times, and {model} is a service; name a network")
+    if "output" in texts:
+        raise ConfigError(
+            f"a certifier proves something of a network alone, so {texts['output']} has no say; use data or training "
+            "defenses, or none"
+        )
 
 
 def _load(text: str, source: DatasetSource, data_dir: Path | None) -> Dataset:

@@ -1,7 +1,7 @@
 """Our rows beside published figures, with everything that differs named."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
 from typing import Any, Literal
@@ -11,8 +11,8 @@ from bench.plan.cell import Cell, Component
 from bench.report.escape import in_markdown, markdown_table, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of
-from bench.report.outcomes import Share, clean, column, query_budget, robust, tested
-from bench.report.published import Figure, Published
+from bench.report.outcomes import Share, certified, clean, column, query_budget, robust, tested
+from bench.report.published import MEASURES, Figure, Published
 from bench.report.versions import by_version
 from bench.results.store import Row
 from bench.rules import NEVER
@@ -22,6 +22,8 @@ from bench.threat import format_eps
 Style = Literal["md", "csv", "json"]
 
 UNATTACKED = ("clean accuracy", "logit difference")
+CERTIFIED = ("certified accuracy", "average certified radius")
+LEARNT = "test accuracy"
 SAME_RADIUS = 0.02  # radii that differ by less, such as 0.031 and 8/255, compare; the difference is named
 
 
@@ -127,7 +129,7 @@ def render_matches(matches: Matches, published: Published, style: Style, show_mi
 def _same_setting(figure: Figure, cell: Cell) -> bool:
     """Whether data set, families of defense and attack, and threat of a figure are those of a cell."""
     spec = figure.spec
-    if cell.dataset.name != figure.dataset or cell.threat.asks == (figure.metric == "test accuracy"):
+    if cell.dataset.name != figure.dataset or figure.metric not in _metrics(cell):
         return False
     if spec.defense is None and (cell.defense or not _same_model(figure, cell)):
         return False
@@ -142,6 +144,13 @@ def _same_setting(figure: Figure, cell: Cell) -> bool:
         return True
     near = figure.eps is None or math.isclose(figure.eps, cell.threat.eps, rel_tol=SAME_RADIUS)
     return figure.norm == cell.threat.norm and near
+
+
+def _metrics(cell: Cell) -> Collection[str]:
+    """What is measured of cells of this kind."""
+    if cell.threat.access == "certificate":
+        return CERTIFIED
+    return set(MEASURES) - {LEARNT, *CERTIFIED} if cell.threat.asks else {LEARNT}
 
 
 def _beside(figure: Figure, row: Row, marks: frozenset[str], copies: Mapping[str, str]) -> Match | None:
@@ -168,6 +177,11 @@ def _measured(figure: Figure, row: Row, budget: int) -> tuple[float, tuple[float
             share = Share(~robust(row, budget).right[clean(row).right])
         case "failure rate":
             share = Share(robust(row, budget).right[clean(row).right])
+        case "certified accuracy":
+            share = certified(row, figure.eps or 0.0)
+        case "average certified radius":
+            radius = figures(row).get("ACR")
+            return None if radius is None else (radius, None)
         case "mean queries" | "median queries":
             hits = column(row, "first_hit").astype(float)
             hits[hits == NEVER] = math.inf
@@ -250,7 +264,7 @@ def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str,
             "published": f"{_cited(each.figure, sources)} {_short(each.figure)}",
             "there": _number(each.figure.value),
             "ours": _with_interval(each),
-            "diff": f"{each.difference:+.1f}",
+            "diff": f"{each.difference:+.{_digits(each.figure)}f}",
             "in": "" if each.inside is None else "yes" if each.inside else "no",
             "differs": " ".join(difference.what for difference in each.differences),
         }
@@ -301,6 +315,8 @@ def _short(figure: Figure) -> str:
     """The metric as tables head it: clean, @2500, success @2500, mean @2500."""
     name = {"robust accuracy": ""}.get(figure.metric, figure.metric).removesuffix(" accuracy").removesuffix(" rate")
     name = name.removesuffix(" queries")
+    if figure.metric == "certified accuracy":
+        return f"{name} r={figure.eps:g}"
     at = f"@{figure.queries}" if figure.queries and figure.metric not in UNATTACKED else ""
     return f"{name} {at}".strip() or "robust"
 
@@ -309,9 +325,14 @@ def _number(value: float) -> str:
     return f"{value:.4g}" if value < 1 else f"{value:.10g}"
 
 
+def _digits(figure: Figure) -> int:
+    """Of a value of ours, after the point."""
+    return 3 if figure.metric == "average certified radius" else 1
+
+
 def _with_interval(each: Match) -> str:
     if each.interval is None:
-        return f"{each.value:.1f}"
+        return f"{each.value:.{_digits(each.figure)}f}"
     low, high = each.interval
     digits = 0 if each.n < 1000 else 1
     return f"{each.value:.1f} [{low:.{digits}f}, {high:.{digits}f}]"

@@ -21,11 +21,11 @@ from bench.metrics import (
     query_curve_area,
     query_statistics,
 )
-from bench.report.outcomes import column, query_budget
+from bench.report.outcomes import certified_radius, column, query_budget
 from bench.results.store import Row
 from bench.rules import NEVER
 
-Place = Literal["defense", "attack", "learner", ""]
+Place = Literal["defense", "attack", "certifier", "learner", ""]
 HITS = ("first_hit",)
 
 
@@ -244,6 +244,11 @@ FIGURES: tuple[Figure, ...] = (
     ),
     Figure("expected_accuracy", "expected", "%", "higher", ("first_hit", "final_share"), _expected,
            "mean share of fresh evaluations of the final example that are right", "attack", "{:.1%}"),
+    Figure("ACR", "ACR", "l2, pixel scale", "higher", ("radius",), lambda row: float(certified_radius(row).mean()),
+           "average certified radius of all images, 0 where the certified class is wrong or none is", "certifier",
+           "{:.3f}"),
+    Figure("abstained", "abstained", "%", "lower", ("abstained",), _mean("abstained"),
+           "images of which the certifier says nothing", "certifier", "{:.1f}", 100),
     Figure("peak", "peak", "%", "lower", ("peak_test_accuracy",), _stored("peak_test_accuracy"),
            "test accuracy after the best epoch, chosen on the test images, which favours the learner", "learner",
            "{:.1f}", 100),

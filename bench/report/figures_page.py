@@ -23,6 +23,7 @@ that was trained on released data."""
 SECTIONS = {
     "defense": "What a defense does to its answers (query track)",
     "attack": "What the queries achieved (query track)",
+    "certifier": "What a certifier proves (certificate track)",
     "learner": "What a learner got from released data (data track)",
 }
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from bench.plan.cell import Cell
 from bench.report.comparison import SIGNIFICANT, Comparison, Samples, common_ids, compared, in_common, standing
+from bench.report.line import ordered
 from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust, seen
 from bench.report.stats import binomial_above, fisher_below, mcnemar
 from bench.results.store import Row
@@ -26,6 +27,7 @@ from bench.system.files import keep_file
 
 THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md says of what, and why
     "invalid-answers": 0.0,
+    "certificate-contradicted": 0.0,
     "constraint-violation": 1e-5,
     "hits-do-not-hold": 0.02,
     "search-is-blind": 0.01,
@@ -84,6 +86,10 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
         for flag, evidence in signs:
             shown = f"{evidence}, seed {seed}" if seed else evidence
             found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
+    for row in ordered(rows):
+        if sign := _certificate_contradicted(row):
+            defense = row.cell.defense_label
+            found.setdefault((defense, sign.flag), Flag(row.cell.setting, defense, *sign))
     return list(found.values())
 
 
@@ -174,6 +180,19 @@ def _invalid_answers(rows: Sequence[Row]) -> Sign | None:
     hurt = [column(row, "sample_id")[column(row, "invalid")] for row in rows if "invalid" in row.columns]
     count = len(set().union(*hurt))
     return Sign("invalid-answers", f"{count} attacked samples got NaN or infinite scores") if count else None
+
+
+def _certificate_contradicted(row: Row) -> Sign | None:
+    """RF-47: an attack within the certified radius of an image is answered otherwise, so its certificate is false."""
+    against = int(column(row, "contradicted").sum())
+    if not against:
+        return None
+    proven = int((column(row, "radius") > 0).sum())
+    return Sign(
+        "certificate-contradicted",
+        f"{row.cell.attack.spec}: {against} of {proven} certificates do not hold, an attack at 0.99 of the radius has "
+        "found another answer",
+    )
 
 
 def _constraint_violation(rows: Sequence[Row]) -> Sign | None:

@@ -24,6 +24,7 @@ class Line:
     lasting: dict[str, Share] = field(default_factory=dict)  # of random defenses; see bench.report.outcomes.lasting
     error: str = ""  # the last line of what a failed row has raised
     untried: tuple[str, ...] = ()  # attacks that know the defense and have not met it, where that bars its rank
+    says: str = ""  # the column that tells the most; without, the last one
     of: int = 0  # samples of its cell, where it has met only the ``n`` of them that other attacks had left
 
     @property
@@ -35,8 +36,10 @@ class Line:
     def left(self) -> tuple[str, Share] | None:
         """What is left in the end, under all queries, and the head of that column; nothing where nothing was measured.
 
-        That is the last share beside those on clean images and on final examples.
+        That is the last share beside those on clean images and on final examples, or the one that ``says`` the most.
         """
+        if self.says:
+            return (self.says, self.shares[self.says]) if self.shares[self.says].n else None
         measured = [(name, share) for name, share in self.shares.items() if share.n and name not in ("clean", "final")]
         return measured[-1] if measured else None
 

@@ -123,6 +123,26 @@ def tested(row: Row) -> Share:
     return Share(column(row, "final_pred") == column(row, "y"))
 
 
+RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # that papers print
+
+
+def certified_radius(row: Row) -> NDArray[Any]:
+    """(n,) within which each sample is proven right; 0 where it is wrong, or where the certifier abstained."""
+    return np.where(column(row, "final_pred") == column(row, "y"), column(row, "radius"), 0.0)
+
+
+def certified(row: Row, radius: float) -> Share:
+    """Proven right within ``radius`` at least."""
+    right = (column(row, "final_pred") == column(row, "y")) & ~column(row, "abstained").astype(bool)
+    return Share(right & (column(row, "radius") >= radius))
+
+
+def radii(rows: Sequence[Row]) -> list[float]:
+    """Of :data:`RADII`, those that the draws of ``rows`` could have proven."""
+    most = max((float(column(row, "radius_most").max(initial=0)) for row in rows), default=0.0)
+    return [radius for radius in RADII if radius <= most] or [0.0]
+
+
 def is_control(row: Row) -> bool:
     """Whether its attack works on the undefended network, which no attacker of a service has."""
     return row.cell.attack.control

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bench.report.escape import in_terminal
-from bench.report.portrait import CONTROL, PALETTE, WORST, Bar, Curve, Portrait, Reliability, shown
+from bench.report.portrait import CONTROL, PALETTE, WORST, Axis, Bar, Curve, Portrait, Reliability, shown
 from bench.system.extras import library
 from bench.system.files import keep_file
 
@@ -22,7 +22,8 @@ UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Softwa
 
 
 def draw(found: Portrait, title: str, measures: str, stem: Path, styles: Sequence[Style]) -> list[Path]:
-    """Draw what there is of ``found`` into ``STEM-queries``, ``STEM-attacks`` and ``STEM-calibration``, in each style.
+    """Draw what there is of ``found``, in each style: curves into ``STEM-queries`` or ``STEM-radius``, ``STEM-attacks``
+    and ``STEM-calibration``.
 
     Args:
         title: what stands above each picture.
@@ -46,7 +47,7 @@ def draw(found: Portrait, title: str, measures: str, stem: Path, styles: Sequenc
 
 def _figures(found: Portrait, title: str, measures: str) -> Iterator[tuple[str, Any]]:
     if found.curves:
-        yield "queries", _curves(shown(found.curves, MOST), title)
+        yield found.axis.name, _curves(shown(found.curves, MOST), found.axis, title)
     if found.bars:
         yield "attacks", _bars(found.bars, title, measures)
     if found.reliability:
@@ -60,16 +61,18 @@ def _axes(title: str, width: float, height: float) -> Any:
     return axes
 
 
-def _curves(curves: Sequence[Curve], title: str) -> Any:
+def _curves(curves: Sequence[Curve], axis: Axis, title: str) -> Any:
     axes = _axes(title, 6.4, 4)
     for place, each in enumerate(curves):
-        worst = place == 0 and len(curves) > 1
-        colour = WORST if worst else PALETTE[place % len(PALETTE)]
-        axes.plot(each.queries, 100 * each.share, color=colour, linewidth=2.5 if worst else 1.4, label=_text(each.name))
-        axes.fill_between(each.queries, 100 * each.low, 100 * each.high, color=colour, alpha=0.12, linewidth=0)
-    axes.set(xscale="log", ylim=(0, 100), xlabel="queries of each image", ylabel="robust accuracy (%)")
-    axes.xaxis.set_major_formatter(lambda queries, _: f"{queries:,.0f}")
-    axes.set_xlim(left=1)
+        colour = WORST if each.pooled else PALETTE[place % len(PALETTE)]
+        width = 2.5 if each.pooled else 1.4
+        axes.plot(each.at, 100 * each.share, color=colour, linewidth=width, label=_text(each.name))
+        axes.fill_between(each.at, 100 * each.low, 100 * each.high, color=colour, alpha=0.12, linewidth=0)
+    axes.set(ylim=(0, 100), xlabel=axis.title, ylabel=f"{axis.measures} (%)")
+    if axis.log:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda queries, _: f"{queries:,.0f}")
+    axes.set_xlim(left=1 if axis.log else 0)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return axes.figure
 

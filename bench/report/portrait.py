@@ -1,15 +1,16 @@
-"""A defense as pictures show it, in numbers: accuracy against queries, what each attack leaves, and calibration."""
+"""A defense as pictures show it, in numbers: accuracy against queries or radius, what attacks leave, calibration."""
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.metrics import BINS, calibration_bins
 from bench.report.line import Line, attack_label, hardest
-from bench.report.outcomes import column, is_control, network, query_budget
+from bench.report.outcomes import certified, column, is_control, network, query_budget, restricted
 from bench.report.ranking import counted
 from bench.report.stats import wilson_bounds
 from bench.results.store import Row
@@ -22,15 +23,39 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Axis:
+    """What curves run over: its ``name``, what stands below it, what ``measures`` of the images is shown, and
+    ``reading``, a place on it in words, with ``%{x}`` for the number."""
+
+    name: Literal["queries", "radius"]
+    title: str
+    measures: str
+    reading: str
+    about: str
+    log: bool = False
+
+
+QUERIES = Axis(
+    "queries", "queries of each image", "robust accuracy", "%{x} queries",
+    "Images that stand after so many queries, with 95 % intervals. Choose attacks in the legend.", log=True,
+)  # fmt: skip
+RADIUS = Axis(
+    "radius", "certified radius (l2, pixel scale)", "certified accuracy", "radius %{x}",
+    "Images that are right and proven to stay so within the radius, with 95 % intervals.",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Curve:
-    """Accuracy (k,) after each of so many ``queries`` (k,), with the ends of its 95 % interval."""
+    """Accuracy (k,) at places ``at`` (k,), with the ends of its 95 % interval; that of a worst case is ``pooled``."""
 
     name: str
-    queries: NDArray[np.int64]
+    at: Floats
     share: Floats
     low: Floats
     high: Floats
     control: bool = False
+    pooled: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +87,7 @@ class Portrait:
     curves: list[Curve]
     bars: list[Bar]
     reliability: list[Reliability]
+    axis: Axis = QUERIES  # of the curves
 
 
 def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
@@ -69,10 +95,18 @@ def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
 
     Where attacks met only what others had left, how soon samples fall to the worst of them is not known: no curves.
     """
+    if certificates := overview(rows):
+        return certificates
     served = [row for row in rows if query_budget(row) and row.n]
     whole = not any(row.partial for row in rows)
     asked = served if whole and any(name.startswith("@") for line in lines for name in line.shares) else []
     return Portrait(_curves(asked, lines), _bars(lines), _reliabilities(lines))
+
+
+def overview(rows: Sequence[Row]) -> Portrait | None:
+    """One picture of all defenses of a table: of certificates, which have one curve each; ``None`` of others."""
+    proven = [row for row in rows if row.n and row.cell.threat.access == "certificate"]
+    return Portrait(_certified_curves(proven), [], [], RADIUS) if proven else None
 
 
 def curve(name: str, rows: Sequence[Row]) -> Curve:
@@ -80,7 +114,7 @@ def curve(name: str, rows: Sequence[Row]) -> Curve:
     by_network: dict[int | None, list[Row]] = {}
     for row in rows:
         by_network.setdefault(network(row), []).append(row)
-    common = set.intersection(*(set(column(row, "sample_id").tolist()) for row in rows))
+    common = _common(rows)
     budget = max(query_budget(row) for row in rows)
     queries = np.unique(np.geomspace(1, budget, POINTS).round()).astype(int)
     hits = [np.sort(np.min([_hits(row, common) for row in members], axis=0)) for members in by_network.values()]
@@ -88,6 +122,31 @@ def curve(name: str, rows: Sequence[Row]) -> Curve:
     stand = np.mean([n - np.searchsorted(each, queries, side="right") for each in hits], axis=0)
     low, high = wilson_bounds(stand.round(), n)
     return Curve(name, queries, stand / max(n, 1), low, high, all(map(is_control, rows)))
+
+
+def _certified_curves(rows: Sequence[Row]) -> list[Curve]:
+    """Certified accuracy over the radius, of each defense with each of its certifiers; the highest curve first."""
+    pairs: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        pairs.setdefault((row.cell.defense_label, row.cell.attack.label), []).append(row)
+    several = len({defense for defense, _ in pairs}) > 1
+    found = [_certified_curve(f"{defense}, {certifier}" if several else certifier, members)
+             for (defense, certifier), members in pairs.items()]  # fmt: skip
+    return sorted(found, key=lambda each: -each.share.mean() * each.at[-1])
+
+
+def _certified_curve(name: str, rows: Sequence[Row]) -> Curve:
+    common = _common(rows)
+    at = np.linspace(0, max(float(column(row, "radius_most").max(initial=0)) for row in rows), POINTS)
+    whole = [restricted(row, common) for row in rows]
+    right = np.mean([[certified(row, radius).right.sum() for radius in at] for row in whole], axis=0)
+    low, high = wilson_bounds(right.round(), len(common))
+    return Curve(name, at, right / max(len(common), 1), low, high)
+
+
+def _common(rows: Sequence[Row]) -> set[int]:
+    """The samples that all ``rows`` have met, by their numbers."""
+    return set.intersection(*(set(column(row, "sample_id").tolist()) for row in rows))
 
 
 def _hits(row: Row, ids: set[int]) -> Floats:
@@ -102,7 +161,7 @@ def _curves(rows: Sequence[Row], lines: Sequence[Line]) -> list[Curve]:
     if not rows:
         return []
     single = sorted((curve(attack_label(row), [row]) for row in rows), key=lambda each: (each.control, each.share[-1]))
-    return single if len(rows) == 1 else [curve(lines[0].attack, counted(rows)), *single]
+    return single if len(rows) == 1 else [replace(curve(lines[0].attack, counted(rows)), pooled=True), *single]
 
 
 def _bars(lines: Sequence[Line]) -> list[Bar]:

@@ -1,23 +1,31 @@
 """Ranks: who stands better than whom where all have met the same attacks, queries, samples and seeds."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, aligned, is_control, network, query_budget, seen, standing, tested
-from bench.report.stats import holm, mcnemar_of
+from bench.report.stats import holm, mcnemar_of, paired_t
 from bench.results.store import Row
 
 SIGNIFICANT = 0.05
-TIERS = (
-    "Ranks are tiers: 1 + the number of defenses that are significantly better, so those that as many are better than "
-    "share one (exact McNemar on the worst case of common images, Holm over all pairs of the table, 5 %)"
-)
+Name = TypeVar("Name", bound=Hashable)
 Encounter = tuple[str, int]  # an attack or a learner, and its seed
+
+
+def tiers(test: str) -> str:
+    """What a reader of ranks by this ``test`` must know."""
+    return (
+        "Ranks are tiers: 1 + the number of defenses that are significantly better, so those that as many are better "
+        f"than share one ({test}, Holm over all pairs of the table, 5 %)"
+    )
+
+
+TIERS = tiers("exact McNemar on the worst case of common images")
 
 
 @dataclass(frozen=True)
@@ -122,8 +130,33 @@ class Held:
     undecided: bool = False
 
 
-def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
-    """Tiers, as :data:`TIERS` says.
+class Test(Protocol):
+    """How the outcomes of defenses (m, n), paired by sample, compare for the pairs ``one``, ``other`` (k,) of them: by
+    how much each first one is better (k,), of which the sign counts, and the p-value (k,) that it is not."""
+
+    def __call__(
+        self, outcomes: NDArray[Any], one: NDArray[Any], other: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]: ...
+
+
+def by_count(
+    outcomes: NDArray[Any], one: NDArray[Any], other: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A :class:`Test` on how many samples one stands alone, by exact McNemar."""
+    more = np.stack([(each > outcomes).sum(axis=1) for each in outcomes])  # (m, m)
+    return more[one, other] - more[other, one], mcnemar_of(more[one, other], more[other, one])
+
+
+def by_mean(
+    outcomes: NDArray[Any], one: NDArray[Any], other: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A :class:`Test` on the means, of outcomes that are more than right or wrong, by the paired t-test."""
+    pairs = [outcomes[a] - outcomes[b] for a, b in zip(one, other, strict=True)]
+    return np.array([pair.mean() for pair in pairs]), np.array([paired_t(pair) for pair in pairs])
+
+
+def ranks(standing: Mapping[Name, NDArray[Any]], test: Test = by_count) -> dict[Name, int]:
+    """Tiers, as :func:`tiers` says, by ``test``.
 
     A rank counts, it does not tell a pair apart: two ranks may differ by a third defense that is better than one only.
 
@@ -134,10 +167,9 @@ def ranks(standing: Mapping[str, NDArray[Any]]) -> dict[str, int]:
     if len(names) < 2:
         return dict.fromkeys(names, 1)
     right = np.stack([standing[name] for name in names])
-    more = np.stack([(each > right).sum(axis=1) for each in right])  # (m, m) samples that stand with the one alone
     one, other = np.triu_indices(len(names), 1)
-    clear = holm(mcnemar_of(more[one, other], more[other, one])) < SIGNIFICANT
-    worse = np.where(more[one, other] < more[other, one], one, other)[clear]
+    ahead, p_values = test(right, one, other)
+    worse = np.where(ahead < 0, one, other)[holm(p_values) < SIGNIFICANT]
     better = np.bincount(worse, minlength=len(names))
     return {name: 1 + int(count) for name, count in zip(names, better, strict=True)}
 

@@ -50,6 +50,18 @@ def mcnemar_of(more_a: NDArray[Any], more_b: NDArray[Any]) -> NDArray[np.float64
     return np.minimum(2 * tail, 1)
 
 
+def paired_t(differences: NDArray[Any]) -> float:
+    """Two-sided p-value that ``differences`` (n,), of two on the same samples, are 0 on average; 1 of fewer than two.
+
+    Source: Student, 1908, Biometrika 6(1).
+    """
+    n, mean = len(differences), float(np.mean(differences)) if len(differences) else 0.0
+    if n < 2 or mean == 0:
+        return 1.0
+    error = float(np.std(differences, ddof=1)) / np.sqrt(n)
+    return float(2 * special.stdtr(n - 1, -abs(mean) / error)) if error > 0 else 0.0
+
+
 def binomial_above(successes: int, n: int, share: float) -> float:
     """One-sided exact p-value that so many ``successes`` of ``n`` come of a ``share``, and not of a larger one."""
     return float(special.bdtrc(successes - 1, n, share)) if successes > 0 else 1.0

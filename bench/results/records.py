@@ -29,8 +29,16 @@ class Column(NamedTuple):
 
 LEARNED = {name: Column("whole", 0) for name in ("sample_id", "y", "final_pred")}  # that no records can do without
 ATTACKED = {**LEARNED, "first_hit": Column("whole", NEVER), "invalid": Column("truth")}  # nor any of an attack
+CERTIFIED = {
+    **LEARNED, "radius": Column("real", 0), "abstained": Column("truth"), "contradicted": Column("truth"),
+    "invalid": Column("truth"),
+}  # nor any of a certifier
 KNOWN: Mapping[str, Column] = {
     **ATTACKED,
+    **CERTIFIED,
+    "radius_most": Column("real", 0),
+    **{name: Column("whole", 0) for name in ("votes", "n0", "n")},
+    "alpha": Column("real", 0, 1),
     "seed": Column("whole"),
     "forwards": Column("whole", 0),
     "backwards": Column("whole", 0),
@@ -62,7 +70,8 @@ def check_records(records: Columns, cell: Cell, ids: Sequence[int]) -> None:
         ValueError: a column is missing, of another type or out of its range, or the samples, the seed, the version of
             the attack or the queries are not those of the cell. The message names the first of these.
     """
-    for name in ATTACKED if cell.threat.asks else LEARNED:
+    certifies = cell.threat.access == "certificate"
+    for name in ATTACKED if cell.threat.asks else CERTIFIED if certifies else LEARNED:
         if name not in records:
             raise ValueError(f"has no column {name}")
     for name, values in records.items():
@@ -76,6 +85,8 @@ def check_records(records: Columns, cell: Cell, ids: Sequence[int]) -> None:
         raise ValueError(f"is of another version of the attack than {cell.attack.version}")
     if cell.threat.asks:
         _check_queries(records, cell.threat.query_budget or 0)
+    if certifies:
+        _check_certificates(records)
 
 
 def joined(parts: Sequence[Columns]) -> dict[str, NDArray[Any]]:
@@ -127,3 +138,13 @@ def _check_queries(records: Columns, budget: int) -> None:
         raise ValueError("has samples that fell later than their last query")
     if "clean_pred" in records and ((hit == 0) != (records["clean_pred"] != records["y"])).any():
         raise ValueError("has samples that fell before any query although they were right when clean, or the reverse")
+
+
+def _check_certificates(records: Columns) -> None:
+    radius = records["radius"]
+    if (radius[records["abstained"]] > 0).any():
+        raise ValueError("has a radius where the certifier abstained")
+    if "radius_most" in records and (radius > records["radius_most"] + ROUNDING).any():
+        raise ValueError("has radii beyond what its draws can prove")
+    if {"votes", "n"} <= set(records) and (records["votes"] > records["n"]).any():
+        raise ValueError("has more votes than draws")

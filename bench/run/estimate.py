@@ -81,7 +81,7 @@ class _Trainings:
         return seconds_of_fit(task, self.device)
 
     def _training(self, task: Task) -> float | None:
-        learns = not task.cell.threat.asks
+        learns = track_of(task.cell).queries(task, 1) is None  # its cost is all training
         key = task.cell.key if learns else recipe_key(task)
         if not (learns or task.trains) or key in self.counted or (not learns and self.pipeline.has_network(task)):
             return 0.0

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -13,7 +13,6 @@ from bench.measure.pipeline import deploy
 from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
 from bench.protocols import FittedAttack, Job
-from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.system.process_state import undisturbed
 from bench.system.threads import training_threads
@@ -61,8 +60,7 @@ def seconds_of_training(task: Task, device: torch.device) -> float | None:
     Returns:
         ``None`` for one that cannot train on few images, or does not tell how far it is.
     """
-    train: Any = task.chain.training or attacks.create("standard") if task.cell.threat.asks else task.attack
-    return _seconds_of(lambda data, job: train(task.build, data.lent(), job), task, device, len(task.data.train))
+    return _seconds_of(lambda data, job: task.trainer(task.build, data.lent(), job), task, device, len(task.data.train))
 
 
 def seconds_of_fit(task: Task, device: torch.device) -> float | None:

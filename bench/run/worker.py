@@ -109,8 +109,10 @@ class Worker:
                     need.make(self._tools.pipeline, partial(_epochs, hear))
                     _check(code, task)
                     return
-                count = _Count(hear, task.cell.threat.query_budget or 0, len(unit.positions))
-                with track_of(task.cell).measure(task, unit.positions, self._tools, count) as measured:
+                track = track_of(task.cell)
+                each = task.cell.threat.query_budget or track.queries(task, 1) or 0
+                count = _Count(hear, each, len(unit.positions))
+                with track.measure(task, unit.positions, self._tools, count) as measured:
                     _check(code, task)
                     keep(self._finished(task, unit, measured, began))
         except (Held, Stopped, StoreError):

@@ -88,7 +88,7 @@ class Entry:
     @property
     def single(self) -> list[Line]:
         """The lines of one attack or learner each."""
-        return self.lines[1:] or self.lines
+        return self.lines[1:] or self.lines if track_of(self.rows[0].cell).heads else self.lines
 
     @property
     def hardest(self) -> str:
@@ -107,6 +107,8 @@ class Entry:
         only what others had left."""
         if any(line.of for line in self.single):
             return ""
+        if not track_of(self.rows[0].cell).heads:
+            return self.head.attack
         pools = track_of(self.rows[0].cell).pools
         known = [(line.left[1].value, line) for line in self.single if line.left and "control" not in line.marks]
         pick = min if pools else max
@@ -149,7 +151,7 @@ class Entry:
                 f"{part.name}: {', '.join(f'{key}={value}' for key, value in part.params.items())}"
                 for cell in cells for part in cell.defense if part.params
             ),
-            "threat": _listed(str(cell.threat) if cell.threat.asks else "released training data" for cell in cells),
+            "threat": _listed(str(cell.threat) for cell in cells),
             "precision": _listed(cell.numerics for cell in cells),
             "hardware": _listed(f"{fact.get('hardware', '')}, {fact.get('device', '')}" for fact in facts),
             "code": _listed(f"Parry {fact.get('parry', '')} at {str(fact.get('commit', ''))[:12]}" for fact in facts),

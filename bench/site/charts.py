@@ -10,35 +10,35 @@ from typing import Any
 from bench.report.collapse import collapse
 from bench.report.curves import LINES, Training
 from bench.report.escape import in_terminal
-from bench.report.portrait import CONTROL, PALETTE, WORST, Bar, Curve, Reliability
+from bench.report.portrait import CONTROL, PALETTE, WORST, Axis, Bar, Curve, Reliability
 
 VISIBLE = 5  # curves that are drawn at first; the legend shows the others
 LONGEST = 34  # letters of a name in a picture
 Figure = dict[str, Any]
 
 
-def curves_chart(curves: Sequence[Curve]) -> Figure:
-    """Accuracy against queries: a line and its band for each attack, the worst case thickest."""
+def curves_chart(curves: Sequence[Curve], axis: Axis) -> Figure:
+    """Accuracy along ``axis``: a line and its band for each attack, the worst case thickest."""
     data: list[Figure] = []
     for place, each in enumerate(curves):
-        worst = place == 0 and len(curves) > 1
-        colour = WORST if worst else CONTROL if each.control else PALETTE[place % len(PALETTE)]
-        queries, name = each.queries.tolist(), _text(each.name)
+        colour = WORST if each.pooled else CONTROL if each.control else PALETTE[place % len(PALETTE)]
+        at, name = each.at.round(4).tolist(), _text(each.name)
         shared = {"legendgroup": str(place), "visible": True if place < VISIBLE else "legendonly"}
         data.append({
-            **shared, "x": queries + queries[::-1], "y": _percent(each.high) + _percent(each.low[::-1]),
+            **shared, "x": at + at[::-1], "y": _percent(each.high) + _percent(each.low[::-1]),
             "fill": "toself", "fillcolor": _faint(colour), "line": {"width": 0}, "hoverinfo": "skip",
             "showlegend": False, "mode": "lines",
         })  # fmt: skip
         ends = [f"{100 * low:.0f} to {100 * high:.0f}" for low, high in zip(each.low, each.high, strict=True)]
         data.append({
-            **shared, "x": queries, "y": _percent(each.share), "text": ends, "name": name, "mode": "lines",
-            "line": {"color": colour, "width": 3.5 if worst else 2, "dash": "dot" if each.control else "solid"},
-            "hovertemplate": "%{x} queries: %{y:.1f} % [%{text}]",
+            **shared, "x": at, "y": _percent(each.share), "text": ends, "name": name, "mode": "lines",
+            "line": {"color": colour, "width": 3.5 if each.pooled else 2, "dash": "dot" if each.control else "solid"},
+            "hovertemplate": f"{axis.reading}: %{{y:.1f}} % [%{{text}}]",
         })  # fmt: skip
     axes = {
-        "xaxis": {"type": "log", "title": {"text": "queries of each image"}, "dtick": 1, "exponentformat": "none"},
-        "yaxis": {"range": [0, 100], "title": {"text": "robust accuracy (%)"}},
+        "xaxis": {"title": {"text": axis.title}, "exponentformat": "none",
+                  **({"type": "log", "dtick": 1} if axis.log else {"rangemode": "tozero"})},
+        "yaxis": {"range": [0, 100], "title": {"text": f"{axis.measures} (%)"}},
     }
     return {"data": data, "layout": {**axes, "hovermode": "closest"}}
 

@@ -38,18 +38,17 @@ class Column:
 
 def columns(board: Board) -> list[Column]:
     """All columns of a board, a cell for each of its entries."""
-    entries, pools = board.entries, board.track.pools
+    entries, words = board.entries, board.track.words
     last = next((entry.head.left[0] for entry in entries if entry.head.left), "")
-    worst, by_one = ("worst case", "strongest attack") if pools else ("best learner", "learner")
-    at = f" {last}" if last.startswith("@") else ""
+    at = f" {last}" if last.startswith(("@", "r=")) else ""
     found = [
         Column("rank", TIERS, "number",
                [_number(entry.head.rank) for entry in entries]),
         Column("defense", "", "name", [Cell(entry.label, entry.label) for entry in entries]),
-        Column(f"{worst}{at}", board.track.reading, "share", [_share(entry.left) for entry in entries]),
-        _shares("clean", "right before any attack" if pools else "what the learner gets from unprotected images",
+        Column(f"{words.main}{at}", board.track.reading, "share", [_share(entry.left) for entry in entries]),
+        _shares("clean", words.clean,
                 [_clean(entry) for entry in entries], wide=True),
-        Column(by_one, "by itself", "text",
+        Column(words.decisive, "by itself", "text",
                [Cell(Name.of(entry.decisive).short, entry.decisive) for entry in entries], wide=True),
         Column("flags", "red flags: each is a reason to look, none a verdict", "flags",
                [Cell(str(len(entry.flags) or ""), len(entry.flags)) for entry in entries], wide=True),
@@ -67,7 +66,12 @@ def _extra(board: Board) -> list[Column]:
     for name in heads:
         if name not in ("clean", "test", "robust"):
             shares = [entry.head.shares.get(name) for entry in entries]
-            found.append(_shares(name, "worst case", [_value(share) for share in shares], extra=True))
+            found.append(_shares(name, board.track.words.main, [_value(share) for share in shares], extra=True))
+    for figure in placed("certifier"):
+        values = [entry.head.extra.get(figure.name) for entry in entries]
+        if any(value is not None for value in values):
+            texts = [Cell("" if value is None else figure.text(value), _order(value)) for value in values]
+            found.append(Column(figure.label, figure.sentence, "number", texts))
     for figure in placed("defense"):
         values = [_least(entry, figure.name) for entry in entries]
         if any(value is not None for value in values):

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from bench.errors import StoreError
 from bench.report.escape import in_terminal
 from bench.report.marks import legend, signs
-from bench.report.outcomes import column, is_control, network, query_budget
+from bench.report.outcomes import certified, column, is_control, network, query_budget, radii
 from bench.results.store import Row
 from bench.rules import NEVER
 from bench.site import charts
@@ -78,7 +78,9 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
     """What each sample came to in each row, as plain data, so that a page can pair two entries sample by sample.
 
     ``hits`` holds the first query that beat a sample, 0 where it was wrong before any and -1 where none did; ``right``
-    a 1 for each sample whose final example is right. Rows that met the same samples share a list of ``ids``.
+    a 1 for each sample whose final example is right. Of certificates, ``radius`` is that of each sample, -1 where the
+    class is wrong or nothing is proven, and ``radii`` are those to compare at. Rows that met the same samples share a
+    list of ``ids``.
     """
     ids: dict[tuple[int, ...], int] = {}
     found = []
@@ -86,11 +88,13 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
         if not row.n:
             continue
         samples = tuple(column(row, "sample_id").tolist())
-        hits = column(row, "first_hit")
+        hits, certifies = column(row, "first_hit"), row.cell.threat.access == "certificate"
+        radius = {"radius": np.where(certified(row, 0.0).right, column(row, "radius").round(6), -1.0).tolist(),
+                  "radii": radii([row])} if certifies else {}  # fmt: skip
         found.append({
             "attack": in_terminal(row.cell.attack.spec), "seed": row.cell.seed, "network": network(row),
             "control": is_control(row), "budget": query_budget(row), "ids": ids.setdefault(samples, len(ids)),
-            "hits": hits.tolist(),
+            "hits": hits.tolist(), **radius,
             "right": "".join(np.where(column(row, "final_pred") == column(row, "y"), "1", "0").tolist()),
         })  # fmt: skip
     return {"never": NEVER, "ids": [list(samples) for samples in ids], "rows": found}

@@ -1,9 +1,11 @@
-"""The tracks: what differs between attacks on served models and attacks on released data, a file for each.
+"""The tracks: what differs between attacks on served models, certificates and attacks on released data, a file for
+each.
 
 A new track is a file here and an entry in :data:`TRACKS`.
 """
 
 from bench.plan.cell import Cell
+from bench.tracks.certificate import Certificate
 from bench.tracks.data import Data
 from bench.tracks.query import Query
 from bench.tracks.track import Progress, Tools, Track
@@ -11,7 +13,7 @@ from bench.tracks.white_box import WhiteBox
 
 __all__ = ["TRACKS", "Progress", "Tools", "Track", "track_of"]
 
-TRACKS: tuple[Track, ...] = (Query(), WhiteBox(), Data())  # in the order of their tables
+TRACKS: tuple[Track, ...] = (Query(), WhiteBox(), Certificate(), Data())  # in the order of their tables
 
 
 def track_of(cell: Cell) -> Track:

@@ -15,13 +15,16 @@ from bench.report.outcomes import Share, failure, restricted, scope, tested, und
 from bench.report.ranking import TIERS, Terms, ranks
 from bench.results.store import Row
 from bench.threat import Access
-from bench.tracks.track import Progress, Tools
+from bench.tracks.track import Progress, Tools, Words
 
 if TYPE_CHECKING:
     from bench.measure.measured import Measured
     from bench.plan.tasks import Task
 
 RANKS = f"{TIERS}; the worst case of a protection is the learner that gets most, and better is where that one is wrong"
+WORDS = Words(
+    "best learner", "learner", "learner", "What each learner gets", "what the learner gets from unprotected images"
+)
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,8 @@ class Data:
     accesses: frozenset[Access] = frozenset({"training-data"})
     beside: frozenset[Access] = frozenset()
     pools: bool = False
+    heads: bool = True
+    words: Words = WORDS
     measures: str = "test accuracy"
     good: Literal["high", "low"] = "low"
     reading: str = (

@@ -31,13 +31,14 @@ from bench.report.ranking import TIERS, Terms, counted, ranks
 from bench.results.records import length
 from bench.results.store import Row
 from bench.threat import Access
-from bench.tracks.track import Progress, Tools
+from bench.tracks.track import Progress, Tools, Words
 
 if TYPE_CHECKING:
     from bench.measure.measured import Measured
     from bench.plan.tasks import Task
 
 RANKS = f"{TIERS}; an image stands where no query beat it and the final example is right when re-evaluated in float32"
+WORDS = Words("worst case", "strongest attack", "attack", "What each attack leaves", "right before any attack")
 
 
 class Measure(Protocol):
@@ -54,6 +55,8 @@ class Query:
     accesses: frozenset[Access] = frozenset({"scores", "labels"})
     beside: frozenset[Access] = frozenset()
     pools: bool = True
+    heads: bool = True
+    words: Words = WORDS
     measures: str = "robust accuracy"
     good: Literal["high", "low"] = "high"
     informed: bool = True  # whether a defense is ranked only where the attacks that know it have met it

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from bench.plan.cell import Cell
 from bench.report.line import Line
@@ -41,6 +41,17 @@ class Progress(Protocol):
         ...
 
 
+class Words(NamedTuple):
+    """What web pages call things: the ``main`` share, the ``decisive`` one of those who get it, ``one`` of them, what
+    ``each`` of them does, and the ``clean`` share."""
+
+    main: str
+    decisive: str
+    one: str
+    each: str
+    clean: str
+
+
 class Track(Protocol):
     """The cells whose attacks have one of these ``accesses``; its rows stand in tables of their own."""
 
@@ -57,6 +68,13 @@ class Track(Protocol):
         """Whether all attacks together are one worst case, sample by sample."""
         ...
 
+    @property
+    def heads(self) -> bool:
+        """Whether a defense with several lines has one above them, which stands for all."""
+        ...
+
+    @property
+    def words(self) -> Words: ...
     @property
     def measures(self) -> str:
         """What its shares are of, in two words."""

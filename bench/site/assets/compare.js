@@ -97,6 +97,9 @@
       return { name, at, x: mean(x), y: mean(y), n: ids.length, more, less,
                ends: paired(x.map((each, place) => each - y[place])), p: mcnemar(more, less) };
     };
+    if (track === "certificate") {
+      return pairs[0][0].radii.map((each) => line(`r=${each}`, (row, place) => row.radius[place] >= each));
+    }
     if (track !== "query") return [line(track === "data" ? "test" : "robust", stands[track])];
     const most = Math.max(...pairs.map((pair) => pair.budget));
     const budgets = [...new Set([100, 1000].filter((each) => each < most).concat(most))];
@@ -181,7 +184,7 @@
     if (!ids.length) { said.textContent = "They have no attack and no sample in common."; return; }
     const counted = pairs.filter((pair) => !pair[0].control);
     const groups = Map.groupBy(pairs, (pair) => named(pair[0]));
-    const pooled = here.track !== "data" && new Set(counted.map((pair) => named(pair[0]))).size > 1;
+    const pooled = !["data", "certificate"].includes(here.track) && new Set(counted.map((pair) => named(pair[0]))).size > 1;
     const lines = [...groups].sort().flatMap(([name, group]) => versus(name, group, ids, here.track, !pooled));
     const worst = pooled ? versus(`worst of ${new Set(counted.map((pair) => named(pair[0]))).size}`, counted, ids, here.track, true) : [];
     said.textContent = `A = ${names[0]}, B = ${names[1]}: ${ids.length} images in common.`;

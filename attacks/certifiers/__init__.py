@@ -1,0 +1,1 @@
+"""Certifiers: in an attack's place, what proves that no attack within a radius succeeds."""
