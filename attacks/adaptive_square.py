@@ -83,18 +83,8 @@ def annealing(
     return taken, torch.where(value.isnan(), memory, after)
 
 
-def decoded(interval: float, logits: Tensor, y: Tensor) -> Tensor:
-    """The margin (n,) that AAA-linear with step 1 has mirrored inside its interval; negative ones are not edited.
-
-    A margin in [k tau, (k + 1) tau) is reported in (k tau, (k + 1) tau], and 0 for one just below tau.
-    """
-    reported = margin(logits, y)
-    centre = ((reported / interval).ceil().clamp(min=1) - 0.5) * interval
-    return torch.where(reported < 0, reported, 2 * centre - reported)
-
-
 @dataclass(frozen=True, kw_only=True)
-class _AdaptiveSquare(ABC):
+class AdaptiveSquare(ABC):
     """Square's proposals, with the schedule of a run of 10,000, under the tactic of a subclass."""
 
     p_init: float = 0.3
@@ -123,7 +113,7 @@ class _AdaptiveSquare(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Jumping(_AdaptiveSquare):
+class _Jumping(AdaptiveSquare):
     """Tactics of the AAA paper, which tell an interval's border by a jump of the margin."""
 
     jump: float = 3.0
@@ -131,12 +121,12 @@ class _Jumping(_AdaptiveSquare):
     paper: ClassVar[str] = AAA
 
     def __post_init__(self) -> None:
-        _above_zero("jump", self.jump)
+        above_zero("jump", self.jump)
         super().__post_init__()
 
 
 @dataclass(frozen=True, kw_only=True)
-class _OfDLD(_AdaptiveSquare):
+class _OfDLD(AdaptiveSquare):
     """Tactics of the code of the Dashed Line Defense, whose constants ``preset=dld`` takes, and with them its search.
 
     There the schedule is stretched over the budget, p_init is 0.05 in linf and 0.3 in l2, and windows never reach the
@@ -205,7 +195,7 @@ class UpSquare(_Jumping):
 
 @attacks("switch-square")
 @dataclass(frozen=True, kw_only=True)
-class SwitchSquare(_AdaptiveSquare):
+class SwitchSquare(AdaptiveSquare):
     """Square that turns round after ``patience`` refusals in a row, first downwards; made for AAA-sine.
 
     The incumbent stays where it is when the direction turns. Knows nothing of the interval.
@@ -311,7 +301,7 @@ class AnnealingSquare(_OfDLD):
     constants: ClassVar[Mapping[str, float]] = {"heat": 25.0, "cooling": 0.997, "patience": 21}
 
     def __post_init__(self) -> None:
-        _above_zero("heat", self.heat)
+        above_zero("heat", self.heat)
         if not 0 < self.cooling <= 1:
             raise ConfigError(f"cooling is {self.cooling:g}; it is a factor above 0 and at most 1")
         _at_least_one("patience", self.patience)
@@ -325,7 +315,7 @@ class AnnealingSquare(_OfDLD):
 
 @attacks("confidence-square")
 @dataclass(frozen=True, kw_only=True)
-class ConfidenceSquare(_AdaptiveSquare):
+class ConfidenceSquare(AdaptiveSquare):
     """Square on the probability of the label, which is the top one until the sample falls.
 
     AAA reverses the margin, but keeps the top confidence near a calibrated one, a monotone function of the true logits:
@@ -344,36 +334,9 @@ class ConfidenceSquare(_AdaptiveSquare):
         return probability, lower
 
 
-@attacks("decode-square")
-@dataclass(frozen=True, kw_only=True)
-class DecodeSquare(_AdaptiveSquare):
-    """Square on the margin behind AAA-linear: an attacker who knows the interval mirrors every margin back.
-
-    Exact where the solver of the defense reaches its target margin with step 1; AAA-sine cannot be inverted.
-
-    Args:
-        p_init: as for :class:`BiSquare`.
-        interval: the defense's interval (tau).
-
-    Source: our own; the mirror is its own inverse.
-    """
-
-    interval: float = 6.0
-
-    paper: ClassVar[str] = "ours"
-
-    def __post_init__(self) -> None:
-        _above_zero("interval", self.interval)
-        super().__post_init__()
-
-    def tactic(self) -> tuple[Values, Rule]:
-        """The decoded margin, under Square's own rule."""
-        return partial(decoded, self.interval), lower
-
-
 @attacks("eot-square")
 @dataclass(frozen=True, kw_only=True)
-class EOTSquare(_AdaptiveSquare):
+class EOTSquare(AdaptiveSquare):
     """Square against random defenses: each image is asked ``draws`` times, and the mean of the logits is compared.
 
     Every draw is a query. A sample falls when the mean of a call is misclassified, where plain Square ends at its first
@@ -426,6 +389,6 @@ def _at_least_one(name: str, value: int) -> None:
         raise ConfigError(f"{name} is {value}; it is a number of queries, at least 1")
 
 
-def _above_zero(name: str, value: float) -> None:
+def above_zero(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ConfigError(f"{name} is {value:g}; it is a difference of margins, above zero and finite")
