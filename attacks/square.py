@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor
 
-from attacks.windows import proposals
+from attacks.windows import Proposals, proposals
 from bench.errors import ConfigError
 from bench.losses import WITH_DLR, check_classes, margin
 from bench.norms import choose
@@ -133,9 +133,13 @@ class Square:
         return self.search(oracle, x, y, threat, rng, self._loss, lower)
 
     def search(
-        self, oracle: ScoreOracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule
+        self, oracle: ScoreOracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng, values: Values, rule: Rule,
+        beside: Callable[[Proposals, Tensor], Proposals] = lambda own, rows: own,
     ) -> Tensor:
-        """Square's proposals under any ``rule`` over any ``values``; returns each sample's incumbent (B, C, H, W)."""
+        """Square's proposals under any ``rule`` over any ``values``; returns each sample's incumbent (B, C, H, W).
+
+        ``beside(own, rows)`` may have others beside Square's ``own`` proposals for the samples ``rows`` (n,).
+        """
         inset = 1 if self.edges == "reference" else 0
         u = proposals(x, threat, inset).start(rng.fork("start"))
         first = oracle.scores(u)
@@ -146,7 +150,8 @@ class Square:
         p_init = P_INIT[threat.norm] if self.p_init is None else self.p_init
 
         rows = torch.arange(len(x), device=x.device)
-        search, labels, streams, work = proposals(x, threat, inset), y, rng, (u.clone(), best.clone(), memory.clone())
+        search, labels, streams = beside(proposals(x, threat, inset), rows), y, rng
+        work = u.clone(), best.clone(), memory.clone()
         for step in range(1, oracle.query_budget):
             active = oracle.active()
             if len(active) == 0:
@@ -154,7 +159,8 @@ class Square:
             if active is not rows:  # gather anew only when somebody has dropped out
                 u[rows], best[rows], memory[rows] = work
                 rows, labels, streams = active, y[active], rng[active]
-                search, work = proposals(x[active], threat, inset), (u[active], best[active], memory[active])
+                search = beside(proposals(x[active], threat, inset), rows)
+                work = u[active], best[active], memory[active]
             incumbent, held, known = work
             side = window_side(self._share(p_init, step - 1, oracle.query_budget), x.shape[2:])
             here = streams.fork(step)

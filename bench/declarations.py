@@ -75,6 +75,7 @@ ATTACK: Declarations = {
     "rules": Declaration("Rules(minimal=True), or another of bench.oracle.Rules",
                          lambda value: isinstance(value, Rules)),
     "batch_dependent": _yes_or_no(),
+    "whole_set": _yes_or_no(),
     "rescaled": _yes_or_no(),
     "top_scores": _yes_or_no(),
     "fine_scores": _yes_or_no(),

@@ -34,7 +34,8 @@ class Attack(Protocol):
     ``replays`` names an attack whose examples it takes; ``top_scores = True`` where it looks at the true class and the
     best other alone, so that a service may tell it the best few, and ``fine_scores = True`` where it compares scores so
     close that one that rounds them tells it nothing; ``batch_dependent = True`` where a sample's result depends on
-    the rest of its batch (foreign code), and ``rescaled = True`` where the schedule is stretched over the query budget.
+    the rest of its batch, ``whole_set = True`` as well where it learns from all samples of the cell, which are then
+    attacked together, and ``rescaled = True`` where the schedule is stretched over the query budget.
     A method ``check(classes, shape)`` may refuse data, of images (C, H, W), by a ConfigError before anything runs.
     """
 

@@ -11,7 +11,13 @@ __all__ = [
 ]  # fmt: skip
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
-_OWN = [name for name in attacks.names() if not name.endswith(":")]
+# Of those that need to be told something about each network, what fits :func:`network` and :func:`build`; of those that
+# train networks while they attack, what does so in no time.
+EXAMPLES = {
+    "rfd": 'rfd(layer="2", sigma=0.1)',
+    "query-net": "query-net(networks=2, network=cnn(width=2), first_steps=5, steps=1, fewest=3)",
+}
+_OWN = [EXAMPLES.get(name, name) for name in attacks.names() if not name.endswith(":")]
 CERTIFIERS = [name for name in _OWN if attacks.create(name).access == "certificate"]
 LEARNERS = [name for name in _OWN if attacks.create(name).access == "training-data"]
 QUERYING = [
@@ -19,8 +25,6 @@ QUERYING = [
     for name in [*_OWN, *FOREIGN] if name not in [*LEARNERS, *CERTIFIERS]
     for norm in sorted(attacks.create(name).norms)
 ]  # fmt: skip
-# Of those that need to be told something about each network: what fits :func:`network` and :func:`build`.
-EXAMPLES = {"rfd": 'rfd(layer="2", sigma=0.1)'}
 BY_STAGE = {
     stage: [EXAMPLES.get(name, name) for name in defenses.names() if defenses.create(name).stage == stage]
     for stage in ("data", "training", "output")

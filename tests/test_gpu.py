@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bench.check.attack import fitted
+from bench.check.problem import CLASSES
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
@@ -33,7 +34,7 @@ def attacked(name: str, norm: str, device: torch.device) -> torch.Tensor:
     y = model(x).argmax(1)
     model, x, y, ids = model.to(device), x.to(device), y.to(device), torch.arange(12, device=device)
     known = fitted(attack, Threat(norm, radius(norm), attack.access, BUDGET), device=device)
-    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, fitted=known,
+    oracle = referee(model, x, y, norm=norm, eps=radius(norm), budget=BUDGET, ids=ids, fitted=known, classes=CLASSES,
                      **asks_for(attack, model))  # fmt: skip
     x_adv = attack_with(attack, oracle, x, y, ids=ids)
     assert x_adv.is_cuda == (device.type == "cuda")

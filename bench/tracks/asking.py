@@ -50,8 +50,9 @@ def _measured(
     with tools.pipeline.serving(task) as target, ExitStack() as held:
         deployed = _unasked(target, held) if opens else target
         witnesses = _witnesses(task, target) if opens else ()
-        for first in range(0, len(ids), tools.batch_size):
-            part = ids[first : first + tools.batch_size]
+        at_once = len(ids) if getattr(task.attack, "whole_set", False) else tools.batch_size
+        for first in range(0, len(ids), at_once):
+            part = ids[first : first + at_once]
             met = target if first or not witnesses else _watched(target, *witnesses)
             told = partial(progress.queries, first)
             tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))

@@ -66,7 +66,7 @@ class Query:
     )
 
     def shard_size(self, task: "Task", size: int) -> int:
-        return size
+        return len(task.cell.ids) if getattr(task.attack, "whole_set", False) else size
 
     def measure(
         self, task: "Task", positions: Sequence[int], tools: Tools, progress: Progress
