@@ -23,7 +23,7 @@ BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
 WAITS = 14
 # More: a hundred free steps on the twin look, too; networks that are trained between two queries, which waits anyway.
-BETWEEN = {"transfer": 16, "query-net": 70}
+BETWEEN = {"transfer": 16, "query-net": 100}
 # Waits of one query: whose chain a row goes on with, and in which order; fingerprints, in a table of the host.
 REMEMBERING = {"unig": 6, "blacklight": 2}
 
