@@ -1,5 +1,8 @@
 """How often the intervals of tables hold the truth, and how often a comparison calls chance a difference.
 
+Of runs that may stop at any sample (`--until`) it is told how often a sequence misses the truth at one of them, which
+at most 5 % of all runs may, and what Wilson's interval and McNemar's test would do if they were looked at as often.
+
     python benchmarks/coverage.py
 
 Wilson's interval of one accuracy is counted out exactly, over all outcomes of n images. The paired interval of a
@@ -14,12 +17,17 @@ from scipy import stats as exact
 from tabulate import tabulate
 
 from bench.report.ranking import SIGNIFICANT
+from bench.report.sequence import capital, paired_sequence, sequence_bounds
 from bench.report.stats import holm, mcnemar_of, paired_bootstrap, wilson_bounds
+from bench.run.until import looks
 
 SIZES = (100, 200, 1000)
 SHARES = np.linspace(0.001, 0.999, 999)
 DISCORDANT = ((0.02, 0.02), (0.05, 0.05), (0.15, 0.05), (0.3, 0.3), (0.1, 0.0))  # right with A alone, with B alone
 DRAWS, TABLES = 2000, 2000
+RUNS, LONGEST = 2000, 1000  # simulated runs that may stop early, and the samples of a cell
+TRUTHS, DIFFERING = (0.02, 0.1, 0.3, 0.5, 0.9), (0.05, 0.2, 0.6)
+WIDTH = 0.1  # of the intervals at which they stop
 ATTACKS, BUDGETS = 10, (0.1, 0.5, 1.0, 2.0)
 
 
@@ -36,6 +44,38 @@ def main() -> None:
     lines = [{"images": n, "attacks that do differ": unequal, **_family(n, unequal, rng)}
              for n in SIZES[:2] for unequal in (0, ATTACKS // 2)]  # fmt: skip
     print(tabulate(lines, headers="keys", tablefmt="github", floatfmt=".1f"))
+
+    print(f"\n{RUNS} runs of up to {LONGEST} samples: in how many an interval misses p at any of them, in percent; and "
+          f"after how\nmany samples --until width={100 * WIDTH:g} stops on average\n")  # fmt: skip
+    print(tabulate([_sequences(p, rng) for p in TRUTHS], headers="keys", tablefmt="github", floatfmt=".1f"))
+    print(f"\nThe same of equal pairs: in how many runs they pass for different (p < {SIGNIFICANT}) at any sample\n")
+    print(tabulate([_pairs(share, rng) for share in DIFFERING], headers="keys", tablefmt="github", floatfmt=".1f"))
+
+
+def _sequences(p: float, rng: np.random.Generator) -> dict[str, float]:
+    """In how many runs an interval misses ``p``, with which each sample stands, and when they would have stopped."""
+    n = np.arange(1, LONGEST + 1)
+    right = (rng.random((RUNS, LONGEST)) < p).cumsum(axis=1)
+    missed = capital(right, n - right, p) >= -np.log1p(-0.95)
+    at = np.array(looks(LONGEST)) - 1
+    low, high = sequence_bounds(right[:, at], n[at])
+    narrow = high - low <= WIDTH
+    stops, place = narrow.any(axis=1), at[np.argmax(narrow, axis=1)]
+    ends = np.stack([wilson_bounds(right[:, each], each + 1) for each in range(LONGEST)], axis=-1)  # (2, runs, n)
+    wilson = (p < ends[0]) | (p > ends[1])
+    return {"p": 100 * p, "sequence": 100 * missed.any(axis=1).mean(), "Wilson": 100 * wilson.any(axis=1).mean(),
+            "Wilson, all samples alone": 100 * wilson[:, -1].mean(),
+            "samples": float(np.where(stops, place + 1, LONGEST).mean())}  # fmt: skip
+
+
+def _pairs(differing: float, rng: np.random.Generator) -> dict[str, float]:
+    """How often two that are right alone on as many samples, half of ``differing``, pass for different."""
+    drawn = rng.choice([1, 0, -1], p=[differing / 2, 1 - differing, differing / 2], size=(RUNS, LONGEST))
+    more, less = ((drawn == each).cumsum(axis=1) for each in (1, -1))
+    sequence = paired_sequence(drawn).p < SIGNIFICANT
+    fixed = mcnemar_of(more, less) < SIGNIFICANT
+    return {"differ": 100 * differing, "sequence": 100 * sequence.mean(), "McNemar": 100 * fixed.any(axis=1).mean(),
+            "McNemar, all samples alone": 100 * fixed[:, -1].mean()}  # fmt: skip
 
 
 def _one(n: int) -> dict[str, float | int]:

@@ -42,7 +42,10 @@ def records(
         keep_file(out, buffer.getvalue() or as_csv(table).encode())
         console.print(f"{len(table):,} samples of {len(rows)} cells written to {out}", soft_wrap=True)
     if partial:
-        warn(f"left out: {partial} cells that were run only on what other attacks had left; a full run completes them")
+        warn(
+            f"left out: {partial} cells that were run only on what other attacks had left, or stopped early; "
+            "a full run completes them"
+        )
     for error in damaged:
         complain(error)
     if damaged:

@@ -83,6 +83,9 @@ def run(
     worst_only: Annotated[
         bool, typer.Option("--worst-only", help="Run an attack only on what those before it have left, as ranks need.")
     ] = False,
+    until: Annotated[
+        str | None, typer.Option(help="Stop cells early: width=POINTS, of a 95 % interval, or ranked.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and its cost, run nothing.")] = False,
 ) -> None:
     """Run a grid of models, defenses and attacks, and print its table.
@@ -96,6 +99,7 @@ def run(
     from bench.run.estimate import estimate
     from bench.run.executor import Local
     from bench.run.runner import run as run_tasks
+    from bench.run.until import parse as parse_until
     from bench.service import Spent
     from bench.system.threads import TRAINING, use_spare_threads
 
@@ -106,6 +110,10 @@ def run(
     plan, share = load_suite(suite, overrides), Part.parse(part) if part else WHOLE
     if worst_only and part:
         raise ConfigError("--part with --worst-only; the attacks on a network wait for each other, so leave one out")
+    if until and (part or worst_only):
+        raise ConfigError(f"--until with {'--part' if part else '--worst-only'}; cells wait for what others come to, "
+                          "so leave one out")
+    rule = parse_until(until) if until else None
     devices = find_devices(device)
     where = devices[0]
     who = choose(executor, devices, workers, unit_timeout, address)
@@ -118,6 +126,8 @@ def run(
     tasks = expand(plan, loader(data_dir, model_dir), limit)
     if plan.board and (found := entered_track(task.cell for task in tasks)) != plan.board.track:
         raise ConfigError(f"{plan.label} is a board of the track {plan.board.track}, and its cells are of {found}")
+    if rule:
+        rule.check([task.cell for task in tasks])
     store = Store(out.resolve())
     if dry_run:
         _print_plan(plan.label, estimate(tasks, store, where, batch_size), where)
@@ -133,7 +143,8 @@ def run(
         pipeline.try_services(tasks)
         with Screen(console, len(tasks)) as screen:
             outcome = run_tasks(
-                tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout, worst_only
+                tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout, worst_only,
+                rule,
             )
     except Stopped as stop:
         why, how = (f": {stop}", "a larger --max-cost") if isinstance(stop, Spent) else ("", "the same command")

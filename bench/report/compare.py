@@ -16,6 +16,7 @@ from bench.report.same_attack import other_attack
 from bench.report.settings import by_setting
 from bench.report.stats import holm, mcnemar, paired_bootstrap
 from bench.report.versions import by_version
+from bench.results.records import length
 from bench.results.store import Row
 from bench.spec import parse_chain
 from bench.tracks import track_of
@@ -91,10 +92,11 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
 
     Raises:
         ConfigError: an unknown defense, the same one twice, or two that have no setting, attack, budget or sample in
-            common, or have met attacks that are written alike and are not the same.
+            common, have met attacks that are written alike and are not the same, or were stopped early.
     """
     rows = by_version(rows).newest
     a, b = (present(name, rows) for name in (a, b))
+    refuse_stopped(row for row in rows if row.cell.defense_title in (a, b))
     if a == b:
         raise ConfigError(f"both defenses are {a}; name two of {listed({row.cell.defense_title for row in rows})}")
     every = _sides(rows, a, b)
@@ -108,6 +110,20 @@ def duels(rows: Sequence[Row], a: str, b: str, budgets: Sequence[int] | None = N
             "(data, weights and numerics must be equal, too); run both in one suite"
         )
     return [duel(title, both, budgets, (a, b)) for title, both in common.items()]
+
+
+def refuse_stopped(rows: Iterable[Row]) -> None:
+    """Whether tests for a fixed number of samples may be asked of ``rows``.
+
+    Raises:
+        ConfigError: outcomes have decided how many samples one of them has.
+    """
+    if row := next((row for row in rows if row.stopped), None):
+        raise ConfigError(
+            f"{row.cell.defense_title} × {row.cell.attack.spec} was stopped early, after {length(row.prefix)} of "
+            f"{len(row.cell.ids)} samples, and intervals and tests here are for a fixed number; the same run without "
+            "--until completes it"
+        )
 
 
 def present(name: str, rows: Iterable[Row]) -> str:

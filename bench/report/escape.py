@@ -31,7 +31,8 @@ _LATEX = {
     "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
     "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "◷": r"$\odot$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$", "÷": r"$\div$",
-    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "≈": r"$\approx$", "✓": r"$\surd$", "−": r"$-$", "◦": r"$\circ$",
+    "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "⇥": r"$\mapsto$",
+    "≈": r"$\approx$", "✓": r"$\surd$", "−": r"$-$", "◦": r"$\circ$",
     "×": r"$\times$", "∌": r"$\not\ni$",
 }  # fmt: skip
 

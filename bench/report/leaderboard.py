@@ -66,6 +66,9 @@ def summary(row: Row) -> str:
     """A finished cell in one phrase."""
     if row.errors:
         return f"failed: {failure(row)}"
+    if row.stopped:
+        taken = f"{length(row.prefix)} of {len(row.cell.ids)} samples taken"
+        return f"{track_of(row.cell).summary(row)}, {taken}"
     if row.partial:
         return f"on {length(row.partial)} of {len(row.cell.ids)} samples, which other attacks had left"
     return track_of(row.cell).summary(row)

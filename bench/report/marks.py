@@ -33,6 +33,13 @@ MARKS = (  # in the order in which they stand
         bars=True,
         pooled=False,
     ),
+    Mark(
+        "⇥",
+        "sequence",
+        "run by --until, which stops when a figure is decided, here after n of its samples: the brackets are a 95 % "
+        "confidence sequence, which holds whenever that is, and ranks come of such a test on common samples",
+        partial=True,
+    ),
     Mark("✗", "failed", "failed; run again, or read the traceback in its .failed.json", bars=True, partial=True),
     Mark("!", "invalid", "the model answered NaN or infinity", bars=True, partial=True),
     Mark("⊣", "curtailed", "fewer queries than the attack asks for, so that parts of it were never run", bars=True),
@@ -100,8 +107,9 @@ def marks_of(row: Row) -> frozenset[str]:
     """What a reader of the figures of ``row`` must know, as names in :data:`MARKS`."""
     found = {
         "limited": row.cell.limited,
-        "incomplete": not row.complete and not row.partial,
-        "worst-only": bool(row.partial),
+        "incomplete": not row.complete and not row.partial and not row.stopped,
+        "worst-only": bool(row.partial) and not row.stopped,
+        "sequence": row.sequential,
         "failed": bool(row.errors),
         "invalid": bool(column(seen(row), "invalid").any()),
         "curtailed": query_budget(row) < row.cell.attack.asks,

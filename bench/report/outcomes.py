@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.report.sequence import confidence_sequence
 from bench.report.stats import wilson
-from bench.results.records import Columns, joined, length
+from bench.results.records import Columns, joined, length, rows_of
 from bench.results.store import Row
 from bench.rules import NEVER
 
@@ -23,10 +24,12 @@ class Share:
     """A share of samples, of one network or on average over several, each with its own outcome on every sample.
 
     The interval, 95 % Wilson, is that of the images; how far networks are apart is their standard deviation. Nothing
-    when there are no samples.
+    when there are no samples. Where outcomes have decided how many samples there are, it is that of a confidence
+    ``sequence``.
     """
 
     right: NDArray[np.bool_]  # (n,), or (networks, n)
+    sequence: bool = False
 
     @property
     def n(self) -> int:
@@ -52,7 +55,8 @@ class Share:
 
     @property
     def interval(self) -> tuple[float, float]:
-        return wilson(round(self.value * self.n) if self.n else 0, self.n)
+        successes = round(self.value * self.n) if self.n else 0
+        return (confidence_sequence if self.sequence else wilson)(successes, self.n)
 
     def __str__(self) -> str:
         return self.text()
@@ -80,7 +84,7 @@ def query_budget(row: Row) -> int:
 
 def clean(row: Row) -> Share:
     """Right before any attack."""
-    return Share(column(row, "first_hit") != 0)
+    return Share(column(row, "first_hit") != 0, row.sequential)
 
 
 def robust(row: Row, queries: int) -> Share:
@@ -88,12 +92,13 @@ def robust(row: Row, queries: int) -> Share:
     if queries > query_budget(row):
         return Share(np.zeros(0, dtype=bool))
     hit = column(row, "first_hit")
-    return Share((hit == NEVER) | (hit > queries))
+    return Share((hit == NEVER) | (hit > queries), row.sequential)
 
 
 def final(row: Row) -> Share:
     """Right when clean, and right on the final example, re-evaluated in plain float32."""
-    return Share((column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y")))
+    right = (column(row, "first_hit") != 0) & (column(row, "final_pred") == column(row, "y"))
+    return Share(right, row.sequential)
 
 
 def standing(row: Row, queries: int) -> Share:
@@ -104,7 +109,7 @@ def standing(row: Row, queries: int) -> Share:
     """
     held = robust(row, queries).right
     unseen = (column(row, "first_hit") == NEVER) & (column(row, "final_pred") != column(row, "y"))
-    return Share(held & ~unseen if len(held) else held)
+    return Share(held & ~unseen if len(held) else held, row.sequential)
 
 
 def lasting(row: Row, queries: int) -> Share:
@@ -115,12 +120,12 @@ def lasting(row: Row, queries: int) -> Share:
     """
     beaten_for_good = column(row, "final_pred") != column(row, "y")
     held = robust(row, queries).right
-    return Share(held | (clean(row).right & ~beaten_for_good) if len(held) else held)
+    return Share(held | (clean(row).right & ~beaten_for_good) if len(held) else held, row.sequential)
 
 
 def tested(row: Row) -> Share:
     """Right on clean test images, for the network that a learner has trained."""
-    return Share(column(row, "final_pred") == column(row, "y"))
+    return Share(column(row, "final_pred") == column(row, "y"), row.sequential)
 
 
 RADII = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)  # that papers print
@@ -148,6 +153,12 @@ def is_control(row: Row) -> bool:
     return row.cell.attack.control
 
 
+def taken(row: Row) -> Row:
+    """``row`` with the samples that it took in order, where it has stopped, as its records: then its shares have
+    intervals of a sequence."""
+    return Row(row.cell, row.prefix, row.shards) if row.stopped else row
+
+
 def seen(row: Row) -> Row:
     """``row`` with all that it has measured as its records: for what is said of single samples, never for a share."""
     return Row(row.cell, row.measured, row.shards) if row.partial else row
@@ -166,8 +177,7 @@ def _of_samples(records: Columns, ids: list[int]) -> Columns:
         return {}
     samples = records["sample_id"]
     kept = np.flatnonzero(np.isin(samples, ids))
-    kept = kept[np.argsort(samples[kept], kind="stable")]
-    return {name: values[kept] for name, values in records.items()}
+    return rows_of(records, kept[np.argsort(samples[kept], kind="stable")])
 
 
 def aligned(values: NDArray[Any], samples: NDArray[Any], wanted: Sequence[int], missing: Any) -> NDArray[Any]:
@@ -216,7 +226,8 @@ def under_all(networks: list[list[Row]], ids: Sequence[int], right: Callable[[Ro
     each = [_pooled(rows, np.asarray(ids), right) for rows in networks]
     if any((held & passed).any() for held, passed in each):
         return Share(np.zeros(0, dtype=bool))
-    return Share(each[0][0] if len(each) == 1 else np.stack([held for held, _ in each]))
+    sequence = any(row.sequential for rows in networks for row in rows)
+    return Share(each[0][0] if len(each) == 1 else np.stack([held for held, _ in each]), sequence)
 
 
 def _pooled(rows: list[Row], ids: NDArray[Any], right: Callable[[Row], Any]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -12,6 +12,7 @@ from bench.metrics import BINS, calibration_bins
 from bench.report.line import Line, attack_label, hardest
 from bench.report.outcomes import certified, column, is_control, network, query_budget, restricted
 from bench.report.ranking import counted
+from bench.report.sequence import sequence_bounds
 from bench.report.stats import wilson_bounds
 from bench.results.store import Row
 from bench.rules import NEVER
@@ -120,7 +121,8 @@ def curve(name: str, rows: Sequence[Row]) -> Curve:
     hits = [np.sort(np.min([_hits(row, common) for row in members], axis=0)) for members in by_network.values()]
     n = len(common)
     stand = np.mean([n - np.searchsorted(each, queries, side="right") for each in hits], axis=0)
-    low, high = wilson_bounds(stand.round(), n)
+    bounds = sequence_bounds if any(row.sequential for row in rows) else wilson_bounds
+    low, high = bounds(stand.round(), n)
     return Curve(name, queries, stand / max(n, 1), low, high, all(map(is_control, rows)))
 
 

@@ -1,4 +1,7 @@
-"""Ranks: who stands better than whom where all have met the same attacks, queries, samples and seeds."""
+"""Ranks: who stands better than whom where all have met the same attacks, queries, samples and seeds.
+
+Where a run has stopped early, a pair is compared on the samples that both have taken, by a test that holds at any time.
+"""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +10,10 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from bench.plan.order import in_order
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, aligned, is_control, network, query_budget, seen, standing, tested
+from bench.report.sequence import paired_sequence
 from bench.report.stats import holm, mcnemar_of, paired_t
 from bench.results.store import Row
 
@@ -32,7 +37,8 @@ TIERS = tiers("exact McNemar on the worst case of common images")
 class Terms:
     """What a defense must have met to be ranked: each attack under each seed, with so many queries, on these samples.
 
-    They are those of the undefended model, or of all defenses together where it is not there.
+    They are those of the undefended model, or of all defenses together where it is not there. ``ids`` come in the order
+    in which samples are taken.
     """
 
     budgets: Mapping[Encounter, int]
@@ -47,7 +53,8 @@ class Terms:
         budgets: dict[Encounter, int] = {}
         for row in rows:
             budgets[encounter(row)] = max(query_budget(row), budgets.get(encounter(row), 0))
-        return cls(budgets, tuple(sorted(set.intersection(*(set(row.cell.ids) for row in rows)))))
+        ids = sorted(set.intersection(*(set(row.cell.ids) for row in rows)))
+        return cls(budgets, tuple(ids[place] for place in in_order(ids)))
 
     def bars(self, rows: Sequence[Row]) -> frozenset[str]:
         """The marks of a defense, with these rows, that falls short of the terms."""
@@ -80,7 +87,7 @@ class Terms:
         seeds = {seed for _, seed in self.budgets}
         most = max(self.budgets.values())
         by_network: dict[int | None, list[tuple[NDArray[np.bool_], NDArray[np.bool_]]]] = {}
-        cut = self._more(rows)
+        cut, taken = self._more(rows), self._taken(rows)
         for row in rows:
             spec, seed = encounter(row)
             if (spec in common and (spec, seed) not in self.budgets) or (
@@ -94,15 +101,19 @@ class Terms:
             by_network.setdefault(network(row), []).append((stands, self._passed(row)))
         networks = [np.logical_and.reduce([stands for stands, _ in met]) for met in by_network.values()]
         passed = [np.logical_or.reduce([passed for _, passed in met]) for met in by_network.values()]
-        undecided = any((stands & by).any() for stands, by in zip(networks, passed, strict=True))
-        return Held(np.mean(networks, axis=0) if networks else np.zeros(0), cut, undecided)
+        undecided = any((stands & by & taken).any() for stands, by in zip(networks, passed, strict=True))
+        undecided |= len(self.ids) > 0 and not taken.any()
+        sequential = any(row.sequential for row in rows)
+        return Held(np.mean(networks, axis=0) if networks else np.zeros(0), taken, cut, undecided, sequential)
 
     def learned(self, rows: Sequence[Row]) -> "Held":
         """On how many of its networks a learner, with these rows, is wrong on each sample: what a protection is for."""
         on_terms = [row for row in rows if row.cell.seed in {seed for _, seed in self.budgets}]
         wrong = [~self._paired(row, tested(row)) for row in on_terms]
         cut = len(on_terms) < len(rows) or self._more(on_terms)
-        return Held(np.mean(wrong, axis=0) if wrong else np.zeros(0), cut)
+        taken, sequential = self._taken(on_terms), any(row.sequential for row in on_terms)
+        undecided = len(taken) > 0 and not taken.any()
+        return Held(np.mean(wrong, axis=0) if wrong else np.zeros(0), taken, cut, undecided, sequential)
 
     def _more(self, rows: Sequence[Row]) -> bool:
         """Whether the samples that all ``rows`` have met are more than those of the terms."""
@@ -111,6 +122,14 @@ class Terms:
     def _paired(self, row: Row, share: Share) -> NDArray[np.bool_]:
         """(n,) of the terms' samples, by their numbers; one that an attack has not met stands."""
         return aligned(share.right, row.measured.get("sample_id", np.zeros(0)), self.ids, True)
+
+    def _taken(self, rows: Sequence[Row]) -> NDArray[np.bool_]:
+        """(n,) of the terms' samples: those that all ``rows`` have, of which some have stopped early."""
+        taken = np.ones(len(self.ids), dtype=bool)
+        for row in rows:
+            if row.stopped:
+                taken &= np.isin(self.ids, row.measured.get("sample_id", ()))
+        return taken
 
     def _passed(self, row: Row) -> NDArray[np.bool_]:
         """(n,) of the terms' samples: whether they are of the cell of ``row``, and its attack was not run on them."""
@@ -122,12 +141,16 @@ class Terms:
 class Held:
     """By sample of the terms, the share of a defense's networks that stand; and whether its rows hold more.
 
-    ``undecided`` where a sample stands under all attacks that have met it, and one has not.
+    Where attacks have stopped early it says something of the samples alone that all of them have ``taken``. It is
+    ``undecided`` where one of these stands under all attacks that have met it, and one has not, or where there is none.
+    It is ``sequential`` where outcomes could have decided how many these are.
     """
 
     standing: NDArray[Any]  # (n,)
+    taken: NDArray[np.bool_]  # (n,)
     cut: bool
     undecided: bool = False
+    sequential: bool = False
 
 
 class Test(Protocol):
@@ -155,6 +178,27 @@ def by_mean(
     return np.array([pair.mean() for pair in pairs]), np.array([paired_t(pair) for pair in pairs])
 
 
+@dataclass(frozen=True)
+class AtAnyTime:
+    """A :class:`Test` as :func:`by_count`, but for pairs of which one is ``sequential`` (m,): on the samples that both
+    have ``taken`` (m, n), which come in their order, by :func:`bench.report.sequence.paired_sequence`."""
+
+    taken: NDArray[np.bool_]
+    sequential: NDArray[np.bool_]
+
+    def __call__(
+        self, outcomes: NDArray[Any], one: NDArray[Any], other: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        counts, p = by_count(outcomes, one, other)
+        ahead = counts.astype(float)
+        for each in np.unique(one[self.sequential[one] | self.sequential[other]]):
+            pairs = np.flatnonzero((one == each) & (self.sequential[each] | self.sequential[other]))
+            both = self.taken[each] & self.taken[other[pairs]]
+            ours, theirs = outcomes[each], outcomes[other[pairs]]
+            p[pairs], ahead[pairs] = paired_sequence(np.where(both, (ours > theirs).astype(int) - (ours < theirs), 0))
+        return ahead, p
+
+
 def ranks(standing: Mapping[Name, NDArray[Any]], test: Test = by_count) -> dict[Name, int]:
     """Tiers, as :func:`tiers` says, by ``test``.
 
@@ -163,15 +207,34 @@ def ranks(standing: Mapping[Name, NDArray[Any]], test: Test = by_count) -> dict[
     Args:
         standing: by defense, the outcome on each sample, paired by position; of several networks, their mean.
     """
+    return {name: 1 + len(by) for name, by in _beaten(standing, test).items()}
+
+
+def ranks_of(held: Mapping[str, Held]) -> dict[str, int]:
+    """The same of defenses that stand so on the terms of all."""
+    return {name: 1 + len(by) for name, by in beaten(held).items()}
+
+
+def beaten(held: Mapping[str, Held]) -> dict[str, frozenset[str]]:
+    """By which others each defense is beaten: those that are significantly better."""
+    some = {name: each for name, each in held.items() if len(each.standing)}
+    if not some:
+        return {}
+    taken, sequential = np.stack([each.taken for each in some.values()]), [each.sequential for each in some.values()]
+    return _beaten({name: each.standing for name, each in some.items()}, AtAnyTime(taken, np.array(sequential)))
+
+
+def _beaten(standing: Mapping[Name, NDArray[Any]], test: Test) -> dict[Name, frozenset[Name]]:
     names = [name for name in standing if len(standing[name])]
     if len(names) < 2:
-        return dict.fromkeys(names, 1)
-    right = np.stack([standing[name] for name in names])
+        return dict.fromkeys(names, frozenset())
     one, other = np.triu_indices(len(names), 1)
-    ahead, p_values = test(right, one, other)
-    worse = np.where(ahead < 0, one, other)[holm(p_values) < SIGNIFICANT]
-    better = np.bincount(worse, minlength=len(names))
-    return {name: 1 + int(count) for name, count in zip(names, better, strict=True)}
+    ahead, p_values = test(np.stack([standing[name] for name in names]), one, other)
+    found: dict[Name, set[Name]] = {name: set() for name in names}
+    for pair in np.flatnonzero(holm(p_values) < SIGNIFICANT):
+        better, worse = (one, other) if ahead[pair] > 0 else (other, one)
+        found[names[worse[pair]]].add(names[better[pair]])
+    return {name: frozenset(by) for name, by in found.items()}
 
 
 def counted(rows: Sequence[Row]) -> list[Row]:
@@ -185,7 +248,7 @@ def counted(rows: Sequence[Row]) -> list[Row]:
 
 def _covers(row: Row, other: Row) -> bool:
     """Whether ``row`` is a whole run of the same attack with more queries or samples than ``other``, and no fewer."""
-    same = row is not other and encounter(row) == encounter(other) and not marks_of(row) & UNRANKED
+    same = row is not other and encounter(row) == encounter(other) and not marks_of(row) & (UNRANKED | {"sequence"})
     if not same or ("rescaled" in row.cell.attack.traits and query_budget(row) != query_budget(other)):
         return False
     more = query_budget(row) >= query_budget(other) and set(row.cell.ids) >= set(other.cell.ids)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.errors import ConfigError
-from bench.report.compare import Duel, Sides, best_rows, duel, listed, present
+from bench.report.compare import Duel, Sides, best_rows, duel, listed, present, refuse_stopped
 from bench.report.outcomes import clean, query_budget, restricted, seen, standing, tested
 from bench.report.ranking import Encounter
 from bench.report.same_attack import differences, other_attack
@@ -47,6 +47,7 @@ def duels_of_runs(a: Run, b: Run, defense: str | None = None, budgets: Sequence[
     newest = [[replace(row, cell=spelling.alike(row.cell)) for row in by_version(run.rows).newest] for run in (a, b)]
     chosen = [_chosen(Run(run.name, rows), defense) for run, rows in zip((a, b), newest, strict=True)]
     plain = [[row for row in rows if not row.cell.defense] for rows in newest]
+    refuse_stopped(row for rows in (*chosen, *plain) for row in rows)
     settings = by_setting({id(row): row for rows in (*chosen, *plain) for row in rows}.values())
     common = {title: sides for title, members in settings.items() if all(sides := _among(members, chosen))}
     if not common:

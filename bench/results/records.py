@@ -107,6 +107,12 @@ def length(records: Columns) -> int:
     return len(next(iter(records.values()), ()))
 
 
+def rows_of(records: Columns, which: NDArray[Any]) -> Columns:
+    """The records of some samples: a mask (n,), or places in their order; nothing where there are none."""
+    kept = {name: values[which] for name, values in records.items()}
+    return kept if length(kept) else {}
+
+
 def frame(records: Columns) -> "pd.DataFrame":
     """The same as pandas has it."""
     import pandas as pd  # which is slow to come, and which tables need not

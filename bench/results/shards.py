@@ -29,7 +29,7 @@ from bench.results.records import Columns, check_records, frame
 if TYPE_CHECKING:
     import pandas as pd
 
-SCHEMAS = 1, 2  # the second of shards of chosen samples, which versions that do not know them refuse
+SCHEMAS = 1, 2, 3  # of a stretch, of chosen samples, of samples in order; versions that do not know one refuse it
 SHARDS = "[0-9]*-[0-9]*.json"  # of finished and of failed ones
 KEY_DIGITS = 8, 16  # of a cell's key, at the end of its folder's name: today, and in folders of version 0.1
 LARGEST_JSON, LARGEST_TABLE = 64 << 20, 1 << 30  # bytes; a million samples take about 10 and 150 MB
@@ -42,7 +42,9 @@ class Shard:
     """What a JSON file says: the cell, the stretch ``start:stop`` of its samples, and how it went.
 
     Of samples that were chosen by what other attacks had left, ``chosen`` holds the positions, from the first to the
-    last of the stretch; empty where all of it was measured.
+    last of the stretch; empty where all of it was measured. They are ``in_order`` where nothing chose them but
+    the order of the cell's samples, see :mod:`bench.plan.order`. ``until`` is what the run was to decide, where it
+    could have ended with any sample.
     """
 
     cell: Cell
@@ -55,6 +57,8 @@ class Shard:
     training: Sequence[Mapping[str, float]] = ()  # epoch by epoch, how the network was trained, in the first shard, too
     error: str | None = None  # the traceback of a failed shard
     chosen: tuple[int, ...] = ()
+    in_order: bool = False
+    until: str = ""
 
     @property
     def positions(self) -> Sequence[int]:
@@ -98,12 +102,13 @@ class Stored(NamedTuple):
 def write_json(shard: Shard, records_sha256: str | None) -> bytes:
     """The JSON file of a shard. Figures that are no finite number have not been measured and are left out."""
     content = {
-        "schema": SCHEMAS[bool(shard.chosen)],
+        "schema": _schema(bool(shard.chosen), shard.in_order),
         "key": shard.cell.key,
         "cell": shard.cell.as_json(),
         "start": shard.start,
         "stop": shard.stop,
         **({"chosen": list(shard.chosen)} if shard.chosen else {}),
+        **({"in_order": True, "until": shard.until} if shard.in_order else {}),
         "seconds": round(shard.seconds, 3),
         "figures": _finite_ones(shard.figures),
         "provenance": dict(shard.provenance),
@@ -147,6 +152,11 @@ def table_path(path: Path, records_sha256: str) -> Path:
     Two writers whose records differ in a last bit write two files, and the JSON in place names the one that is its own.
     """
     return path.with_name(f"{path.stem}-{records_sha256[:12]}.parquet")
+
+
+def _schema(chosen: bool, in_order: bool) -> int | None:
+    """The schema of a shard of chosen samples, or of a stretch; of what can be no shard, none."""
+    return None if in_order and not chosen else SCHEMAS[chosen + in_order]
 
 
 def _finite_ones(figures: Mapping[str, float]) -> dict[str, float]:
@@ -205,6 +215,8 @@ class _Stated:
     findings: list[_Finding] = field(default_factory=list)  # rows from before findings were stored have none
     training: list[_Epoch] = field(default_factory=list)
     chosen: list[int] = field(default_factory=list)
+    in_order: bool = False
+    until: str = ""
 
     def __post_init__(self) -> None:
         if not self.start < self.stop <= len(self.cell.ids):
@@ -213,6 +225,8 @@ class _Stated:
             sorted(set(self.chosen)) != self.chosen or (self.chosen[0], self.chosen[-1] + 1) != (self.start, self.stop)
         ):
             raise ValueError(f"the chosen samples do not ascend from {self.start} to {self.stop}")
+        if self.until and not self.in_order:
+            raise ValueError("what it was to decide is told of samples that do not come in order")
         if len(set(self.cell.ids)) != len(self.cell.ids):
             raise ValueError("a sample comes twice in the cell")
         if (self.error is None) != (self.records_sha256 is not None):
@@ -232,8 +246,8 @@ def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
         raise StoreError(f"{path} cannot be read ({type(error).__name__}); {REMEDY}") from None
     if not isinstance(schema, int):
         raise StoreError(f"{path} is no shard (schema is a {type(schema).__name__}); {REMEDY}")
-    if schema not in SCHEMAS or (schema == SCHEMAS[1]) != bool(content.get("chosen")):
-        known = " and ".join(map(str, SCHEMAS))
+    if schema != _schema(bool(content.get("chosen")), content.get("in_order") is True):
+        known = ", ".join(map(str, SCHEMAS))
         raise StoreError(f"{path} has schema {schema}, this version reads {known}; use the version that wrote it")
     if stated != _digest(content):
         raise StoreError(f"{path} was altered after it was written; {REMEDY}")
@@ -255,6 +269,8 @@ def _parse(path: Path, text: bytes) -> tuple[Shard, str | None]:
         findings=tuple(content.get("findings", ())),
         training=tuple(content.get("training", ())),
         chosen=tuple(content.get("chosen", ())),
+        in_order=content.get("in_order", False),
+        until=content.get("until", ""),
     )
     return shard, content["records_sha256"]
 

@@ -21,8 +21,9 @@ import numpy as np
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
+from bench.plan.order import in_order
 from bench.results.examples import examples_path, write_examples
-from bench.results.records import Columns, frame, joined, length
+from bench.results.records import Columns, frame, joined, length, rows_of
 from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
 from bench.results.spelling import Spelling
 from bench.system.files import keep_file, replace_file, slug
@@ -42,6 +43,11 @@ class Row:
     An attack that was run only on what others had left has met the hardest samples of its cell, so that no share of
     them says anything of the cell. Then ``columns`` is empty, and what was measured is ``partial``: for whoever takes
     the attacks together, sample by sample, and for nobody who takes this one by itself.
+
+    A row is ``sequential`` where outcomes could have decided how many samples it has: these were taken in an order that
+    knows nothing of them, until something was decided. Then intervals and tests have to hold whenever a run stops.
+    While it has not met all samples it has ``stopped``: ``columns`` are empty, what was measured is ``partial``, and
+    who wants the shares of its ``prefix``, which are shares of the cell, has to ask.
     """
 
     cell: Cell
@@ -75,6 +81,34 @@ class Row:
     def records(self) -> "pd.DataFrame":
         """Its records as pandas has them."""
         return frame(self.columns)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether what it holds was taken in order, and samples are left."""
+        return self.sequential and not self._covered
+
+    @cached_property
+    def sequential(self) -> bool:
+        """Whether outcomes could have decided how many samples it has. Who has run the rest of it, whatever came
+        before, has fixed their number again."""
+        finished = [shard for shard in self.shards if shard.error is None]
+        if any(shard.chosen and not shard.in_order for shard in finished):  # by what other attacks had left
+            return False
+        if self._covered:
+            return any(shard.until for shard in finished) and all(shard.until for shard in finished if shard.in_order)
+        return any(shard.in_order for shard in finished)
+
+    @cached_property
+    def _covered(self) -> bool:
+        return len(_positions(shard for shard in self.shards if shard.error is None)) == len(self.cell.ids)
+
+    @cached_property
+    def prefix(self) -> Columns:
+        """The records of the samples that come first in the order of the cell, as many as have run without a gap."""
+        ids = np.asarray(self.cell.ids)[in_order(self.cell.ids)]
+        has = np.isin(ids, self.measured.get("sample_id", ()))
+        first = ids[: len(ids) if has.all() else int(np.argmin(has))]
+        return rows_of(self.measured, np.isin(self.measured.get("sample_id", ()), first))
 
     @property
     def errors(self) -> list[str]:

@@ -17,8 +17,9 @@ from bench.results.shards import Shard
 from bench.results.store import Row, Store
 from bench.run.executor import Busy, Done, Event, Executor, Local, Lost, Pool, Told
 from bench.run.part import WHOLE, Part
-from bench.run.turns import AtOnce, Plan, Turns
+from bench.run.turns import AtOnce, Early, Plan, Turns
 from bench.run.units import Unit
+from bench.run.until import Rule
 from bench.run.waiting import Waiting
 from bench.run.worker import Finished
 from bench.system.claims import CLAIMS, Held, claim, present
@@ -80,6 +81,7 @@ def run(
     executor: Executor = LOCAL,
     unit_timeout: float | None = None,
     worst_only: bool = False,
+    until: Rule | None = None,
 ) -> Outcome:
     """Run every sample of every task that ``store`` does not hold; failed shards are tried again.
 
@@ -94,7 +96,8 @@ def run(
     the final example of each sample is kept, too.
 
     With ``worst_only`` the cells on one network take turns, each on what those before it have left; see
-    :mod:`bench.run.worst_only`.
+    :mod:`bench.run.worst_only`. With ``until`` they take samples in their order until that is decided; see
+    :mod:`bench.run.until`.
 
     Raises:
         StoreError: the store cannot be written or read.
@@ -103,7 +106,9 @@ def run(
     missing = {task.cell.key: store.missing(task.cell) for task in tasks}  # damage is found before anything runs
     done = [task for task in tasks if not missing[task.cell.key]]
     with stoppable() as check, present(store.root, lambda: pipeline.sweep(done)):
-        plan = Turns(tasks, store, shard_size) if worst_only else AtOnce(tasks, store, missing, shard_size, part)
+        plan: Plan = AtOnce(tasks, store, missing, shard_size, part)
+        if worst_only or until:
+            plan = Early(tasks, store, shard_size, until) if until else Turns(tasks, store, shard_size)
         cells = {task.cell.key: _CellWork(task) for task in tasks if task.cell.key in plan.cells}
         work = _Work(cells, store, pipeline, reporter, unit_timeout, plan)
         work.add(plan.first())
@@ -152,10 +157,12 @@ class _Work:
         self.failed_before: dict[Unit, int | None] = {}  # when, in ns
         self.broken: dict[str, str] = {}                 # by key of what cannot be made, why
         self.lost: Counter[Unit] = Counter()             # workers that a unit has cost
+        self.resting: list[str] = []                     # by key, cells that may get another turn
         self.looked = 0.0                                # when it was last seen what other runs are at
 
     def add(self, planned: Mapping[str, Sequence[Unit]]) -> None:
         """Let units of cells, by the keys of these, wait for a worker."""
+        self.resting = [key for key in self.resting if key not in planned]
         for key, units in planned.items():
             if units:
                 self._add(self.cells[key], units)
@@ -302,11 +309,21 @@ class _Work:
         cell = self.cells[unit.cell]
         cell.left.discard(unit)
         if not cell.left and not unit.makes:
+            self.resting.append(unit.cell)
+            planned = self.plan.after(unit.cell)
+            self._finish()
+            self.add(planned)
+
+    def _finish(self) -> None:
+        """Tell of the cells that are at rest and get no further turn."""
+        ended = [key for key in self.resting if self.plan.ended(key)]
+        for cell in map(self.cells.__getitem__, ended):
             self.reporter.finish(cell.task, self.store.row(cell.task.cell), cell.seconds)
-            self.add(self.plan.after(unit.cell))
+        self.resting = [key for key in self.resting if key not in ended]
 
     def _shard(self, unit: Unit, **facts: Any) -> Shard:
-        return Shard(self.cells[unit.cell].task.cell, unit.start, unit.stop, chosen=unit.chosen, **facts)
+        cell = self.cells[unit.cell].task.cell
+        return Shard(cell, unit.start, unit.stop, chosen=unit.chosen, in_order=unit.in_order, until=unit.until, **facts)
 
 
 def _last_of(said: str) -> str:

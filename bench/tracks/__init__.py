@@ -8,10 +8,10 @@ from bench.plan.cell import Cell
 from bench.tracks.certificate import Certificate
 from bench.tracks.data import Data
 from bench.tracks.query import Query
-from bench.tracks.track import Progress, Tools, Track
+from bench.tracks.track import Contested, Progress, Tools, Track
 from bench.tracks.white_box import WhiteBox
 
-__all__ = ["TRACKS", "Progress", "Tools", "Track", "track_of"]
+__all__ = ["TRACKS", "Contested", "Progress", "Tools", "Track", "track_of"]
 
 TRACKS: tuple[Track, ...] = (Query(), WhiteBox(), Certificate(), Data())  # in the order of their tables
 

@@ -123,7 +123,7 @@ def _line(rows: Sequence[Row], shown: Sequence[float], marks: frozenset[str] = f
              for figure in placed("certifier") if any(figure.name in each for each in found)}  # fmt: skip
     name = row.cell.attack.label + (f" · {len(rows)} networks" if len(rows) > 1 else "")
     n = next((share.n for share in shares.values()), 0)
-    marks = marks.union(*map(marks_of, rows))
+    marks = marks.union(*map(marks_of, rows), {"incomplete"} if any(row.stopped for row in rows) else ())
     error = next(filter(None, map(failure, rows)), "")
     one = row if len(rows) == 1 else None
     return Line(row.cell.defense_label, name, shares, n, marks, extra=extra, row=one, error=error, says="r=0")

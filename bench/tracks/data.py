@@ -11,8 +11,8 @@ from bench.plan.cell import Cell
 from bench.report.figures import figures, placed
 from bench.report.line import Line, attack_label, by_defense, has_ranks, with_rank
 from bench.report.marks import UNRANKED, marks_of
-from bench.report.outcomes import Share, failure, restricted, scope, tested, under_all
-from bench.report.ranking import TIERS, Terms, ranks
+from bench.report.outcomes import Share, failure, restricted, scope, taken, tested, under_all
+from bench.report.ranking import TIERS, Held, Terms, ranks_of
 from bench.results.store import Row
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools, Words
@@ -64,24 +64,19 @@ class Data:
         return {}
 
     def summary(self, row: Row) -> str:
-        return f"test accuracy {tested(row)} %"
+        return f"test accuracy {tested(taken(row))} %"
 
     def line(self, row: Row, budgets: Sequence[int]) -> Line:
         return _line(row)
 
     def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
         """Each protection under each learner; the learner that gets furthest decides, and low is good for the owner."""
-        met = by_defense(rows)
-        terms = Terms.of(met)
+        met = by_defense(list(map(taken, rows)))
         learners = {name: _by_learner(members) for name, members in met.items()}
         reached = {name: {each: learned(members) for each, members in of.items()} for name, of in learners.items()}
         best = {name: max(of_it, key=lambda learner: _known(of_it[learner].value)) for name, of_it in reached.items()}
-        marks = {
-            name: frozenset().union(terms.bars(members), *map(marks_of, members))
-            for name, members in met.items()
-        }
-        held = {name: terms.learned(learners[name][best[name]]) for name in best if not marks[name] & UNRANKED}
-        ranked = ranks({name: each.standing for name, each in held.items()})
+        marks, held = _standing(met, {name: learners[name][best[name]] for name in met})
+        ranked = ranks_of(held)
         unprotected = {learner: share.value for learner, share in reached.get("none", {}).items()}
         lines = []
         for name in sorted(best, key=lambda name: (ranked.get(name, len(best) + 1), reached[name][best[name]].value)):
@@ -110,11 +105,26 @@ class Data:
         return [RANKS] if has_ranks(lines) else []
 
 
+def _standing(
+    met: Mapping[str, Sequence[Row]], best: Mapping[str, Sequence[Row]]
+) -> tuple[dict[str, frozenset[str]], dict[str, Held]]:
+    """The marks of each protection, and how each stands that can be ranked, whose ``best`` learner has these rows."""
+    terms = Terms.of(met)
+    marks = {name: frozenset().union(terms.bars(rows), *map(marks_of, rows)) for name, rows in met.items()}
+    held = {name: terms.learned(best[name]) for name in met if not marks[name] & UNRANKED}
+    for name in [name for name, each in held.items() if each.undecided]:
+        marks[name] |= {"incomplete"}
+        del held[name]
+    return marks, held
+
+
 def _line(row: Row) -> Line:
     found = figures(row)
     extra = {figure.name: found[figure.name] for figure in placed("learner") if figure.name in found}
-    shares, n = {"test": tested(row)}, row.n
-    return Line(row.cell.defense_label, attack_label(row), shares, n, marks_of(row), extra=extra, error=failure(row))
+    shares, n, of = {"test": tested(row)}, row.n, len(row.cell.ids) * row.sequential
+    return Line(
+        row.cell.defense_label, attack_label(row), shares, n, marks_of(row), extra=extra, error=failure(row), of=of
+    )
 
 
 def _beside(unprotected: Mapping[str, float], learner: str) -> dict[str, float]:

@@ -25,9 +25,10 @@ from bench.report.outcomes import (
     restricted,
     robust,
     scope,
+    taken,
     under_all,
 )
-from bench.report.ranking import TIERS, Terms, counted, ranks
+from bench.report.ranking import TIERS, Held, Terms, counted, ranks_of
 from bench.results.records import length
 from bench.results.store import Row
 from bench.threat import Access
@@ -86,7 +87,7 @@ class Query:
         return {"eps": repr(cell.threat.eps)}
 
     def summary(self, row: Row) -> str:
-        budget = query_budget(row)
+        row, budget = taken(row), query_budget(row)
         return f"clean {clean(row)} %, robust @{budget} {robust(row, budget)} %"
 
     def columns(self, budgets: Sequence[int]) -> dict[str, Measure]:
@@ -94,12 +95,36 @@ class Query:
         return {f"@{budget}": partial(_within, budget) for budget in budgets}
 
     def line(self, row: Row, budgets: Sequence[int]) -> Line:
-        return _line(row, self.columns(shown([row], budgets)))
+        return _line(taken(row), self.columns(shown([row], budgets)))
 
     def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
         """Each defense under the worst of its attacks, then under each of them; the best defense first."""
         columns = self.columns(shown(rows, budgets))
-        met = by_defense(rows)
+        met = by_defense(list(map(taken, rows)))
+        worst, held = self._standing(met, columns)
+        ranked = ranks_of(held)
+
+        def order(name: str) -> tuple[float, ...]:
+            value = worst[name].shares[list(columns)[-1]].value
+            if name in ranked:
+                value = held[name].standing[held[name].taken].mean()
+            return ranked.get(name, len(worst) + 1), -float(value)
+
+        lines = []
+        for name in sorted(worst, key=order):
+            line = with_rank(worst[name], ranked.get(name), held.get(name))
+            lines.append(line)
+            if len(met[name]) > 1:
+                lines += [_line(row, columns) for row in met[name]]
+        return lines
+
+    def contest(self, rows: Sequence[Row]) -> dict[str, Held]:
+        return self._standing(by_defense(list(map(taken, rows))), self.columns(shown(rows, ())))[1]
+
+    def _standing(
+        self, met: Mapping[str, Sequence[Row]], columns: Mapping[str, Measure]
+    ) -> tuple[dict[str, Line], dict[str, Held]]:
+        """The worst case of each defense, and on the terms of all, how each stands that can be ranked."""
         terms = Terms.of(met)
         worst = {name: worst_case(counted(members), columns) for name, members in met.items()}
         for name, line in worst.items():
@@ -110,19 +135,7 @@ class Query:
         for name in [name for name, each in held.items() if each.undecided]:
             worst[name] = replace(worst[name], marks=worst[name].marks | {"incomplete"})
             del held[name]
-        ranked = ranks({name: each.standing for name, each in held.items()})
-
-        def order(name: str) -> tuple[float, ...]:
-            value = held[name].standing.mean() if name in ranked else worst[name].shares[list(columns)[-1]].value
-            return ranked.get(name, len(worst) + 1), -float(value)
-
-        lines = []
-        for name in sorted(worst, key=order):
-            line = with_rank(worst[name], ranked.get(name), held.get(name))
-            lines.append(line)
-            if len(met[name]) > 1:
-                lines += [_line(row, columns) for row in met[name]]
-        return lines
+        return worst, held
 
     def shares(self, rows: Sequence[Row], budgets: Sequence[int]) -> dict[str, Share]:
         return worst_case(rows, self.columns(budgets)).shares
@@ -149,7 +162,8 @@ def _line(row: Row, columns: Mapping[str, Measure]) -> Line:
     again = {name: share(row, again=True, pooled=False) for name, share in columns.items()} if random else {}
     return Line(
         row.cell.defense_label, attack_label(row), shares, length(row.measured), marks,
-        row=row, figures=figures(row), lasting=again, error=failure(row), of=len(row.cell.ids) * bool(row.partial),
+        row=row, figures=figures(row), lasting=again, error=failure(row),
+        of=len(row.cell.ids) if row.partial or row.sequential else 0,
     )  # fmt: skip
 
 
@@ -182,7 +196,8 @@ def worst_case(rows: Sequence[Row], columns: Mapping[str, Measure]) -> Line:
     name = f"worst of {len(attacks)}" if len(attacks) > 1 else next(iter(attacks))
     if len(networks) > 1:
         name += f" · {len(networks)} networks"
-    return Line(met[0].cell.defense_label, name, shares, len(common), marks, lasting=again)
+    planned = set.intersection(*(set(row.cell.ids) for row in met)) if any(row.sequential for row in met) else ()
+    return Line(met[0].cell.defense_label, name, shares, len(common), marks, lasting=again, of=len(planned))
 
 
 def _right(share: Measure, again: bool, row: Row) -> NDArray[np.bool_]:

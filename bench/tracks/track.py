@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, runtime_checkable
 
 from bench.plan.cell import Cell
 from bench.report.line import Line
 from bench.report.outcomes import Share
+from bench.report.ranking import Held
 from bench.results.store import Row
 from bench.threat import Access
 
@@ -129,4 +130,13 @@ class Track(Protocol):
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
         """What the reader of these lines must know."""
+        ...
+
+
+@runtime_checkable
+class Contested(Protocol):
+    """A track whose defenses are ranked by one worst case, sample by sample."""
+
+    def contest(self, rows: Sequence[Row]) -> dict[str, Held]:
+        """How each defense stands that can be ranked among ``rows``, which are of one setting, by its name."""
         ...

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from bench.plan.cell import Cell
 from bench.report.line import Line, has_ranks
-from bench.report.outcomes import Share, clean, lasting, query_budget, standing
+from bench.report.outcomes import Share, clean, lasting, query_budget, standing, taken
 from bench.report.ranking import TIERS
 from bench.results.store import Row
 from bench.threat import Access
@@ -39,6 +39,7 @@ class WhiteBox(Query):
         return f"{super().title(cell)} · white-box"
 
     def summary(self, row: Row) -> str:
+        row = taken(row)
         return f"clean {clean(row)} %, robust {standing(row, query_budget(row))} %"
 
     def notes(self, lines: Sequence[Line]) -> list[str]:
