@@ -1,7 +1,7 @@
 """MI-FGSM and its kin: examples of a surrogate that also beat other networks."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -13,10 +13,11 @@ from bench.norms import TINY, per_sample, project
 from bench.oracle import Oracle
 from bench.oracle.served import ServedModel
 from bench.ranges import Count, NonNegative, Positive, Whole
-from bench.registry import attacks
+from bench.registry import added, attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
+TRIES, FAR = 20, 4.0  # of a scale, and how far it goes in one of them
 SMALL = 64  # pixels; smaller images get a kernel of 3, others of 15
 
 
@@ -39,8 +40,12 @@ class MIFGSM(Sourced):
         kernel: side of the Gaussian that smooths gradients (TI); 0 is 3 for images below 64 pixels and 15 for others.
         neighbours: points around the image whose gradients correct that of the next step (VMI).
         reach: how far they are, in eps.
+        rmse: what is made equal beside the ball, so that methods can be compared whose changes are of different size in
+            l2. ``first-step`` scales the steps of each image until the first one has an RMSE of ``first`` eps;
+            ``i-fgsm`` scales the last iterate until its RMSE is that of I-FGSM, this attack without momentum or any
+            switch, whose passes count, too. Both to 1 %, or as near as ball and box allow.
 
-    Source: arXiv:1710.06081, algorithm 1.
+    Source: arXiv:1710.06081, algorithm 1; ``rmse`` follows Chen et al., 2021, arXiv:2102.10343, for steps of signs.
     """
 
     steps: Count = 10
@@ -52,6 +57,8 @@ class MIFGSM(Sourced):
     kernel: Whole = 1
     neighbours: Whole = 0
     reach: Positive = 1.5
+    rmse: Literal["free", "first-step", "i-fgsm"] = added("free")
+    first: Positive = added(0.125)
 
     access: ClassVar[Access] = "labels"
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
@@ -69,18 +76,29 @@ class MIFGSM(Sourced):
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's last iterate."""
-        size = threat.eps / self.steps
+        u = self._climb(oracle.surrogate, x, y, threat, rng)
+        if self.rmse == "i-fgsm":
+            plain = MIFGSM(steps=self.steps, momentum=0.0)._climb(oracle.surrogate, x, y, threat, rng)
+            u, _ = with_rmse(x, u - x, rmse(plain - x), threat)
+        oracle.labels(u)
+        return u
+
+    def _climb(self, model: ServedModel, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """The last iterate of each sample on ``model``."""
+        size = x.new_full((len(x), 1, 1, 1), threat.eps / self.steps)
         u, total, variance = x.clone(), torch.zeros_like(x), torch.zeros_like(x)
         for step in range(self.steps):
             here = rng.fork(step)
             at = u + size * self.momentum * total if self.nesterov else u
-            raw = self._gradient(oracle.surrogate, at, y, here)
+            raw = self._gradient(model, at, y, here)
             slope = self._smooth(raw + variance)
             total = self.momentum * total + slope / per_sample(slope.abs().flatten(1).mean(dim=1) + TINY)
             if self.neighbours:
-                variance = self._around(oracle.surrogate, at, y, threat, here) - raw
+                variance = self._around(model, at, y, threat, here) - raw
+            if self.rmse == "first-step" and step == 0:
+                wanted = x.new_full((len(x),), self.first * threat.eps)
+                _, size = with_rmse(x, size * total.sign(), wanted, threat, size)
             u = project(u + size * total.sign(), x, threat)
-        oracle.labels(u)
         return u
 
     def _around(self, model: ServedModel, u: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
@@ -126,6 +144,27 @@ class MIFGSM(Sourced):
         weight = bell[:, None] * bell / bell.sum() ** 2
         channels = gradient.shape[1]
         return F.conv2d(gradient, weight.expand(channels, 1, side, side), padding=side // 2, groups=channels)
+
+
+def rmse(delta: Tensor) -> Tensor:
+    """The root mean square (B,) of changes (B, C, H, W)."""
+    return delta.square().flatten(1).mean(dim=1).sqrt()
+
+
+def with_rmse(
+    x: Tensor, delta: Tensor, wanted: Tensor, threat: Threat, size: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """``x`` moved along ``delta`` (B, C, H, W) until the change has the RMSE ``wanted`` (B,), inside ball and box.
+
+    Returns:
+        The images, and ``size`` as many times as ``delta`` was taken (B, 1, 1, 1). Where ball or box do not let a
+        change become as large, both go as far as they can.
+    """
+    times = x.new_ones(len(x), 1, 1, 1)
+    for _ in range(TRIES):
+        moved = project(x + times * delta, x, threat)
+        times = times * per_sample(wanted / (rmse(moved - x) + TINY)).clamp(1 / FAR, FAR)
+    return project(x + times * delta, x, threat), times * size
 
 
 @attacks("di-fgsm")

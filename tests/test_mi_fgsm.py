@@ -1,10 +1,13 @@
 """The transfer family: each method by a plain loop, and what its switch does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from attacks.mi_fgsm import DIFGSM, MIFGSM, NIFGSM, SIFGSM, TIFGSM, VMIFGSM
+from attacks.mi_fgsm import rmse as root_mean_square
 from bench.errors import ConfigError
 from bench.rng import SampleRng
 from tests.problems import asks_for, attack_with, curved, images, referee
@@ -81,3 +84,32 @@ def test_impossible_parameters_are_refused():
     for arguments in ({"kernel": 4}, {"diversity": 1.5}, {"padded": 0.5}):
         with pytest.raises(ConfigError):
             MIFGSM(**arguments)
+
+
+FAIR = [
+    MIFGSM(steps=STEPS), NIFGSM(steps=STEPS), DIFGSM(steps=STEPS, padded=1.25), TIFGSM(steps=STEPS, kernel=3),
+    SIFGSM(steps=STEPS), VMIFGSM(steps=STEPS, neighbours=3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("attack", FAIR)
+def test_at_the_rmse_of_i_fgsm_changes_are_as_large_and_point_the_same_way(attack):
+    x_adv, _, x, _, _ = final(attack)
+    fair = final(replace(attack, rmse="i-fgsm"))[0]
+    plain = final(MIFGSM(steps=STEPS, momentum=0.0))[0]
+    wanted, size = root_mean_square(plain - x), root_mean_square(fair - x)
+    assert ((fair - x).abs() <= EPS + 1e-9).all()
+    least = (fair - x).abs().flatten(1).amin(dim=1) >= EPS - 1e-9  # at every end of the ball, which leaves no more
+    assert (((size / wanted - 1).abs() < 0.01) | least).all()
+    assert ((fair - x) * (x_adv - x) >= 0).all()
+
+
+@pytest.mark.parametrize("attack", FAIR)
+def test_the_first_step_has_the_rmse_that_is_asked_for(attack):
+    x_adv, _, x, _, _ = final(replace(attack, steps=1, rmse="first-step", first=0.5))
+    size = root_mean_square(x_adv - x) / EPS
+    assert ((size - 0.5).abs() < 0.005).all()
+
+
+def test_what_is_free_is_what_it_was():
+    assert torch.equal(final(MIFGSM(steps=STEPS))[0], final(MIFGSM(steps=STEPS, rmse="free", first=0.3))[0])
