@@ -1,19 +1,22 @@
-"""Square on the margins behind a defense that edits them interval by interval, by an attacker who knows how it does."""
+"""Square on the margins behind a defense that edits them interval by interval, by one who knows how or learns it."""
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from attacks.adaptive_square import AdaptiveSquare, above_zero
+from attacks.decoding import Edit, Undone, learned, scan
 from attacks.square import Rule, Values, lower
 from bench.errors import ConfigError
 from bench.losses import margin
+from bench.oracle import Oracle, Rules
 from bench.ranges import NonNegative
 from bench.registry import added, attacks
+from bench.rng import SampleRng
+from bench.threat import Threat
 
 
 @attacks("decode-square")
@@ -25,44 +28,56 @@ class DecodeSquare(AdaptiveSquare):
 
     Args:
         p_init: as for :class:`attacks.adaptive_square.BiSquare`.
-        interval: the defense's interval (tau).
+        interval: the defense's interval (tau). ``learned`` finds out first: 33 questions on the way to the negative of
+            each image tell each sample interval, height and offset for itself, or that nothing is edited.
         height: where DLD's two lines begin, as a share of the interval: 0.3 as released. At 1 there is one line, which
             falls through the whole interval: AAA's mirror.
         offset: by which AAA's borders are moved.
 
     Source: our own; the mirror is its own inverse, and the lines of DLD share no value.
+
+    Raises:
+        ConfigError: an offset beside two lines or beyond the interval, or what is learned is told, too.
     """
 
-    interval: float = 6.0
+    interval: float | Literal["learned"] = 6.0
     height: Annotated[float, Field(gt=0, le=1)] = added(1.0)
     offset: NonNegative = added(0.0)
 
     paper: ClassVar[str] = "ours"
 
+    @property
+    def rules(self) -> Rules:
+        """The line from which the edit is learned leaves the ball."""
+        return Rules(minimal=self.interval == "learned")
+
     def __post_init__(self) -> None:
-        above_zero("interval", self.interval)
-        if self.offset and not (self.height == 1 and self.offset < self.interval):
-            raise ConfigError(f"offset is {self.offset:g}; it moves AAA's borders (height=1) by less than the interval")
+        if self.interval == "learned":
+            if (self.height, self.offset) != (1, 0):
+                raise ConfigError("interval=learned learns height and offset, too; leave them out")
+        else:
+            above_zero("interval", self.interval)
+            if self.offset and not (self.height == 1 and self.offset < self.interval):
+                raise ConfigError(
+                    f"offset is {self.offset:g}; it moves AAA's borders (height=1) by less than the interval"
+                )
         super().__post_init__()
 
     def tactic(self) -> tuple[Values, Rule]:
-        """The decoded margin, under Square's own rule."""
-        return partial(decoded, self.interval, self.height, self.offset), lower
+        """The margin before the edit, under Square's own rule."""
+        if self.interval == "learned":
+            return margin, lower  # of an oracle that has undone it
+        return partial(decoded, Edit(self.interval, self.height, self.offset)), lower
+
+    def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
+        """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
+        if self.interval != "learned":
+            return super().__call__(oracle, x, y, threat, rng)
+        values, rule = self.tactic()
+        plain = Undone(oracle, y, learned(scan(oracle, x, y)))
+        return self.square(threat.norm).search(plain, x, y, threat, rng, values, rule)
 
 
-def decoded(interval: float, height: float, offset: float, logits: Tensor, y: Tensor) -> Tensor:
-    """The margins (n,) that are reported on one of two lines in each interval; negative ones are not edited.
-
-    Both lines begin at ``height`` (of the interval) above its border: one falls by ``height``, the other rises by the
-    rest. At height 1, a margin in [k tau, (k + 1) tau) is reported in (k tau, (k + 1) tau], and 0 for one just below
-    tau. With an ``offset`` the first interval ends there.
-    """
-    reported = margin(logits, y)
-    number = ((reported - offset) / interval).ceil() - 1
-    first = reported <= offset if offset else torch.zeros_like(reported, dtype=torch.bool)
-    border = torch.where(first, 0, offset + number.clamp(min=0) * interval)
-    width = torch.full_like(reported, interval).where(~first, offset)
-    falling = ((1 + height) * border + height * width - reported) / height
-    above = reported - border - height * width
-    true = falling.where(above <= 0, border + above / (1 - height)) if height < 1 else falling
-    return torch.where(reported < 0, reported, true)
+def decoded(edit: Edit, logits: Tensor, y: Tensor) -> Tensor:
+    """The margins (n,) behind ``edit``."""
+    return edit.undone(margin(logits, y))

@@ -32,7 +32,7 @@ class DashedLineDefense:
     the top one.
 
     The lines never share a value but where they begin, so whoever knows ``interval`` and ``height`` finds each true
-    margin in what is reported (``decode-square``), and a scan along a line finds these two.
+    margin in what is reported, and a scan along a line finds these two: ``decode-square(interval=learned)``.
 
     Gradients pass through the edit as if it were the identity (BPDA, Athalye et al., 2018).
 
@@ -51,6 +51,7 @@ class DashedLineDefense:
     stage: ClassVar[Stage] = "output"
     random: ClassVar[bool] = False
     outside: ClassVar[bool] = True
+    knows: ClassVar[tuple[str, ...]] = ("decode-square(interval=learned)",)
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Fu et al., AISTATS 2026, arXiv:2602.08679"
 

@@ -24,6 +24,7 @@ from attacks.adaptive_square import (
     upward,
 )
 from attacks.decode_square import DecodeSquare, decoded
+from attacks.decoding import Edit
 from attacks.square import Square, window_side
 from attacks.windows import Linf
 from bench.dataset import Split
@@ -286,9 +287,9 @@ def test_decoding_undoes_the_mirror_everywhere_even_at_the_ends_of_intervals():
     reported = linear_target(true, 6.0, 1.0)
     logits = torch.stack((reported, torch.zeros_like(reported)), dim=1)
     y = torch.zeros(len(true), dtype=torch.int64)
-    assert torch.allclose(decoded(6.0, 1.0, 0.0, logits, y), true, atol=1e-9)
-    assert decoded(6.0, 1.0, 0.0, torch.zeros(1, 2), y[:1]).item() == 6  # clamped there by the solver from just below
-    assert decoded(6.0, 1.0, 0.0, torch.tensor([[-2.0, 0.0]]), y[:1]).item() == -2
+    assert torch.allclose(decoded(Edit(6.0), logits, y), true, atol=1e-9)
+    assert decoded(Edit(6.0), torch.zeros(1, 2), y[:1]).item() == 6  # clamped there by the solver from just below
+    assert decoded(Edit(6.0), torch.tensor([[-2.0, 0.0]]), y[:1]).item() == -2
 
 
 @pytest.mark.parametrize(("interval", "height", "offset"), [(6, 0.3, 0), (4, 0.5, 0), (6, 1, 2.5), (4, 1, 3.9)])
@@ -296,14 +297,14 @@ def test_decoding_undoes_the_dashed_lines_and_a_moved_mirror(interval, height, o
     true = 30 * torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     edited = linear_target(true, interval, 1.0, offset) if height == 1 else dashed(true, interval, height, 0.04, 0.5)
     logits = torch.stack((edited, torch.zeros_like(edited)), dim=1)
-    assert torch.allclose(decoded(interval, height, offset, logits, torch.zeros(20_000, dtype=torch.int64)), true)
+    assert torch.allclose(decoded(Edit(interval, height, offset), logits, torch.zeros(20_000, dtype=torch.int64)), true)
 
 
 def test_decoding_for_aaa_gives_the_bits_that_committed_rows_were_made_with():
     reported = 40 * torch.rand(100_000, generator=torch.Generator().manual_seed(0)) - 5
     logits, y = torch.stack((reported, torch.zeros_like(reported)), dim=1), torch.zeros(100_000, dtype=torch.int64)
     centre = ((reported / 6.0).ceil().clamp(min=1) - 0.5) * 6.0
-    assert torch.equal(decoded(6.0, 1.0, 0.0, logits, y), torch.where(reported < 0, reported, 2 * centre - reported))
+    assert torch.equal(decoded(Edit(6.0), logits, y), torch.where(reported < 0, reported, 2 * centre - reported))
 
 
 def test_an_offset_beside_the_dashed_lines_is_refused():
