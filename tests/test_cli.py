@@ -346,6 +346,10 @@ def test_a_dry_run_counts_and_writes_nothing(means, tmp_path):
     ended = run("--out", tmp_path / "out", "--dry-run", "--limit", 5, model=means)
     assert ended.code == 0
     assert "custom: 1 cell, 100 queries at most" in ended.out
+    assert "aside" not in ended.out
+    for attack, aside in (("transfer", True), ("universal-noise", False)):  # whose fits are timed
+        ended = run("--out", tmp_path / "out", "--dry-run", "--limit", 5, model=means, attack=attack)
+        assert ("what attacks do on networks of their own aside" in ended.out) == aside
     assert not (tmp_path / "out").exists()
 
 

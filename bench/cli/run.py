@@ -17,6 +17,7 @@ from bench.report.flags import write_flags
 from bench.report.leaderboard import render
 from bench.report.standings import tables
 from bench.results.store import Store
+from bench.rules import rules_of
 from bench.run.part import WHOLE, Part
 from bench.run.progress import Screen, duration
 from bench.spec import Spec, parse_chain
@@ -192,12 +193,20 @@ def _print_plan(name: str, plans: "list[Estimate]", device: "torch.device") -> N
     told += [f"about {duration(trainings)} for trainings, of which a few images were timed"] if trainings else []
     told += [f"{untimed} {'training' if untimed == 1 else 'trainings'} that cannot be timed"] if untimed else []
     told += ["services aside"] if any(plan.seconds is None for plan in plans) else []
+    told += ["what attacks do on networks of their own aside"] if any(_on_their_own(plan) for plan in plans) else []
     told += ["data defenses aside"] if any(plan.task.chain.data and plan.samples for plan in plans) else []
     console.print(f"{name}: {cells}, {', '.join(told)}; nothing was run", soft_wrap=True)
     if price := sum(plan.queries * plan.task.service.price for plan in plans if plan.task.service):
         console.print(
             f"the queries to services cost {price:,.6g} at most; judging and probing come on top", soft_wrap=True
         )
+
+
+def _on_their_own(plan: "Estimate") -> bool:
+    """Whether the attack works on other networks than the one that it asks, or trains some, while it attacks."""
+    attack = plan.task.attack
+    surrogate = rules_of(attack).surrogate and not hasattr(attack, "fit")
+    return bool(plan.samples) and (surrogate or getattr(attack, "whole_set", False))
 
 
 def _times(plan: "Estimate") -> tuple[str, str]:
