@@ -21,8 +21,8 @@ class RandomNoiseDefense:
     ``clip`` puts the noisy image back into [0, 1], as the AAA and UniG evaluations do; the paper's own evaluation does
     not say, and BlackboxBench leaves it out.
 
-    With a network trained on such noise it is RND-GF: ``gaussian-training(sigma=0.02) + rnd(sigma=0.02)``, where the paper
-    tunes a trained network further.
+    With a network trained on such noise it is RND-GF: ``gaussian-training(sigma=0.02) + rnd(sigma=0.02)``, where the
+    paper tunes a trained network further.
 
     Source:
         Qin et al., NeurIPS 2021, arXiv:2104.11470: f(x + nu * N(0, I)).
