@@ -42,7 +42,8 @@ class Selection(Protocol):
 
 
 RecipeName = Literal[
-    "sep", "ops", "fast-at", "n-fgsm", "grad-align", "gat", "free-at", "trades", "mart", "awp", "sub-at", "smoothing"
+    "sep", "ops", "fast-at", "n-fgsm", "grad-align", "gat", "free-at", "trades", "mart", "awp", "sub-at", "smoothing",
+    "some",
 ]  # fmt: skip
 
 # Recipes as papers' codes have them, for CIFAR-10; all train on pixels as they are, with flips and crops.
@@ -93,6 +94,10 @@ PUBLISHED: dict[RecipeName, dict[str, Any]] = {
     },
     "smoothing": {  # Cohen et al., 2019, ``train.py`` and its list of experiments
         "epochs": 90, "batch_size": 400, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "nesterov": False,
+        "schedule": "steps", "milestones": (1 / 3, 2 / 3),
+    },
+    "some": {  # ``circular_teaching.py``; its batch of 256 is two copies of 128 images
+        "epochs": 150, "batch_size": 128, "optimizer": "sgd", "lr": 0.1, "weight_decay": 1e-4, "nesterov": False,
         "schedule": "steps", "milestones": (1 / 3, 2 / 3),
     },
 }  # fmt: skip

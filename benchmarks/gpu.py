@@ -532,7 +532,7 @@ def costs(here: Here) -> None:
     data = here.data()
     network, specimens = here.network(here.scale.networks[0], data), data.specimens(numerics.SPECIMENS).to(here.device)
     calibration, bare = data.calibration.to(here.device), numerics.fast(network, specimens).module
-    for name in (name for name in defenses.names() if defenses.create(name).stage == "output"):
+    for name in (name for name in defenses.names() if getattr(defenses.factory(name), "stage", "") == "output"):
         key = f"5 {name}"
         if key in here.log.figures:
             continue

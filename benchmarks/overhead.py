@@ -55,7 +55,8 @@ def main() -> None:
 
 def querying() -> list[str]:
     """Every attack that asks for scores or labels and has only the served model to ask, ours first."""
-    ours = [name for name in attacks.names() if not name.endswith(":")]
+    named = [name for name in attacks.names() if not name.endswith(":")]
+    ours = [name for name in named if getattr(attacks.factory(name), "access", "") != "certificate"]
     created = {name: attacks.create(name) for name in (*ours, *FOREIGN)}
     return [
         name

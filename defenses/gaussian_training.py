@@ -1,10 +1,12 @@
 """Gaussian training: what makes a network of use to randomized smoothing."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from bench.dataset import Dataset
 from bench.protocols import Job, Stage
@@ -25,7 +27,7 @@ class GaussianTraining(Trainer):
         Cohen, Rosenfeld and Kolter, ICML 2019, arXiv:1902.02918, section 3.3.
     """
 
-    sigma: Positive = 0.25
+    sigma: Positive
 
     stage: ClassVar[Stage] = "training"
     version: ClassVar[int] = 1
@@ -33,8 +35,13 @@ class GaussianTraining(Trainer):
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
-        return self.train(build, data, job, perturb=self.perturb)
+        return self.train(build, data, job, objective=self.losses)
 
-    def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
-        """The images (B, C, H, W) under noise."""
-        return x + self.sigma * rng.normal(*x.shape[1:])
+    def losses(self, model: nn.Module, x: Tensor, target: Tensor, rng: SampleRng) -> Iterator[Tensor]:
+        """One step on the cross-entropy of a noisy copy of each of the images ``x`` (B, C, H, W)."""
+        yield F.cross_entropy(model(noisy(x, self.sigma, rng, 1)), target)
+
+
+def noisy(x: Tensor, sigma: float, rng: SampleRng, copies: int) -> Tensor:
+    """So many ``copies`` of the images ``x`` (B, C, H, W), each under noise of its own: (copies * B, C, H, W)."""
+    return torch.cat([x + sigma * rng.fork(copy).normal(*x.shape[1:]) for copy in range(copies)])

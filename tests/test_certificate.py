@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from attacks.certifiers.smooth import Smooth
 from bench.cli import app
 from bench.errors import ConfigError
-from bench.measure.contradiction import contradicted
+from bench.measure.contradiction import PASSES, contradicted
 from bench.plan.cell import Cell, Component
 from bench.plan.suite import load_suite
 from bench.plan.tasks import Loader, expand
@@ -30,10 +30,13 @@ from bench.results.shards import Shard
 from bench.results.store import Row, Store
 from bench.rng import SampleRng
 from bench.threat import Threat
+from bench.tracks import track_of
 from tests.rows import defends, row
 
 GRID = {"dataset": "digits", "n": 6, "model": ["cnn(width=2)"], "seed": [0]}
 SMOOTH = "smooth(sigma=0.5, n=200)"
+OTHER, TRAINED = (f"gaussian-training(sigma=0.25, epochs={epochs})" for epochs in (1, 2))
+RUN = ("run", "--dataset", "digits", "--n", "6", "--model", "cnn(width=2)", "--attack", "smooth(sigma=0.25, n=200)")
 
 
 def proven(radii: list[float], defense: str = "none", certifier: str = SMOOTH, wrong: int = 0, seed: int = 0,
@@ -147,7 +150,7 @@ class TestRefusals:
         ("changes", "said"),
         [
             ({"defense": ["rnd"]}, "a certifier proves something of a network alone, so rnd has no say"),
-            ({"attack": ["smooth(alpha=2)"]}, "alpha is 2"),
+            ({"attack": ["smooth(sigma=1, alpha=2)"]}, "alpha is 2"),
         ],
     )
     def test_what_cannot_be_proven_is_refused_before_anything_runs(self, changes, said):
@@ -175,10 +178,8 @@ class TestRefusals:
 def folder(tmp_path_factory):
     """A small run of two defenses with a certifier."""
     out = tmp_path_factory.mktemp("certificates") / "results"
-    command = ["run", "--dataset", "digits", "--n", "6", "--model", "cnn(width=2)", "--defense",
-               "gaussian-training(epochs=1)", "--defense", "gaussian-training(epochs=2)", "--attack", "smooth(n=200)",
-               "--out", str(out), "--shard-size", "4"]
-    result = CliRunner().invoke(app, command)
+    both = ["--defense", OTHER, "--defense", TRAINED]
+    result = CliRunner().invoke(app, [*RUN, *both, "--out", str(out), "--shard-size", "4"])
     assert result.exit_code == 0, result.output
     return out
 
@@ -194,10 +195,8 @@ class TestARun:
             assert not each.records["contradicted"].any()
 
     def test_a_certificate_is_the_same_in_shards_of_any_size(self, folder, tmp_path):
-        command = ["run", "--dataset", "digits", "--n", "6", "--model", "cnn(width=2)", "--defense",
-                   "gaussian-training(epochs=2)", "--attack", "smooth(n=200)", "--out", str(tmp_path / "again"),
-                   "--shard-size", "5", "--batch-size", "33"]
-        assert CliRunner().invoke(app, command).exit_code == 0
+        otherwise = ["--out", str(tmp_path / "again"), "--shard-size", "5", "--batch-size", "33"]
+        assert CliRunner().invoke(app, [*RUN, "--defense", TRAINED, *otherwise]).exit_code == 0
         (again,), _ = Store(tmp_path / "again").rows()
         (before,) = (each for each in Store(folder).rows()[0] if each.cell.key == again.cell.key)
         assert again.records.equals(before.records)
@@ -209,11 +208,19 @@ class TestARun:
         assert "r=0.25" in result.output.replace("$", "")
         assert "ACR" in result.output
         if style == "json":
-            assert {line["attack"] for line in json.loads(result.output)} == {"smooth(n=200)"}
+            assert {line["attack"] for line in json.loads(result.output)} == {"smooth(sigma=0.25, n=200)"}
+
+    @pytest.mark.parametrize("suite", ["certified-digits", "paper-smoothing"])
+    def test_its_suites_can_be_planned(self, suite):
+        plan = load_suite(suite, {"dataset": "digits"})
+        assert {track_of(task.cell).name for task in expand(plan, Loader(None, None), 1)} == {"certificate"}
+
+    def test_its_board_can_be_run_and_entered(self, tmp_path):
+        command = ["run", "certified-digits", "--limit", "1", "--defense", "none", "--model", "cnn(width=8)"]
+        result = CliRunner().invoke(app, [*command, "--dry-run", "--out", str(tmp_path)])
+        assert result.exit_code == 0, result.output
 
     def test_a_plan_tells_its_draws(self, tmp_path):
-        command = ["run", "--dataset", "digits", "--n", "6", "--model", "cnn(width=2)", "--attack", "smooth(n=200)",
-                   "--out", str(tmp_path), "--dry-run"]
-        result = CliRunner().invoke(app, command)
+        result = CliRunner().invoke(app, [*RUN, "--out", str(tmp_path), "--dry-run"])
         assert result.exit_code == 0
-        assert "1,800" in result.output
+        assert f"{6 * (300 + PASSES):,}" in result.output

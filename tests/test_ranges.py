@@ -8,7 +8,7 @@ from pydantic import Field
 
 from bench.errors import ConfigError
 from bench.ranges import LARGEST, Count, Positive, convert
-from bench.registry import attacks, datasets, defenses, models, parameters
+from bench.registry import REQUIRED, attacks, datasets, defenses, models, parameters
 
 REGISTRIES = (attacks, defenses, models, datasets)
 NAMES = [(registry, name) for registry in REGISTRIES for name in registry.names() if not name.endswith(":")]
@@ -29,8 +29,9 @@ def takes(hint, kind):
 
 
 def refused(registry, name, field, value):
-    given = {"path": "x", "url": "https://example.org"}  # what has no default
-    needed = "".join(f"{key}={given[key]}, " for key in given.keys() & parameters(registry.factory(name)))
+    given = {"path": "x", "url": "https://example.org", "sigma": "1"}
+    known = parameters(registry.factory(name))
+    needed = "".join(f"{key}={given[key]}, " for key in known if known[key] == REQUIRED and key != field)
     try:
         registry.create(f"{name}({needed}{field}={value})")
     except ConfigError as error:

@@ -87,7 +87,7 @@ def test_it_abstains_where_no_class_has_half_and_proves_nothing():
 
 
 def test_draws_do_not_depend_on_batches_or_on_other_images():
-    x, certifier = pictures(5), Smooth(n0=20, n=130)
+    x, certifier = pictures(5), Smooth(sigma=0.25, n0=20, n=130)
     whole = certifier(sided, x, streams(5), batch=1000)
     rows = torch.tensor([4, 1])
     part = certifier(sided, x[rows], streams(5)[rows], batch=7)
@@ -103,7 +103,7 @@ def test_the_draws_that_choose_are_not_the_draws_that_count():
         seen.append(x)
         return sided(x)
 
-    Smooth(n0=30, n=30)(noted, pictures(1), streams(1), batch=30)
+    Smooth(sigma=0.25, n0=30, n=30)(noted, pictures(1), streams(1), batch=30)
     chosen, counted = seen
     assert not (chosen[:, None] == counted[None]).flatten(2).all(dim=2).any()
     noise = (torch.cat(seen) - pictures(1)).flatten()
@@ -117,27 +117,27 @@ def test_an_answer_that_is_no_number_votes_for_nothing():
     def broken(x: torch.Tensor) -> torch.Tensor:
         return torch.full((len(x), 3), torch.nan)
 
-    found = Smooth(n=200)(broken, pictures(2), streams(2), batch=64)
+    found = Smooth(sigma=0.25, n=200)(broken, pictures(2), streams(2), batch=64)
     assert found.invalid.all()
     assert found.abstained.all()
     assert found.votes.tolist() == [0, 0]
-    assert Smooth().predict(broken, pictures(2), streams(2), 64, 100, 1.0).tolist() == [-1, -1]
+    assert Smooth(sigma=0.25).predict(broken, pictures(2), streams(2), 64, 100, 1.0).tolist() == [-1, -1]
 
 
 def test_predictions_are_those_of_an_exact_binomial_test():
     x = pictures(3)
     x.view(3, -1)[:, 0] = torch.tensor([0.5, 0.55, 0.9])
-    votes = Smooth().votes(sided, x, streams(3), 200, 64)
+    votes = Smooth(sigma=0.25).votes(sided, x, streams(3), 200, 64)
     expected = [
         -1 if stats.binomtest(max(counts), sum(counts), 0.5).pvalue > 0.01 else counts.index(max(counts))
         for counts in votes[:, :2].tolist()
     ]
-    assert Smooth().predict(sided, x, streams(3), 64, 200, 0.01).tolist() == expected
+    assert Smooth(sigma=0.25).predict(sided, x, streams(3), 64, 200, 0.01).tolist() == expected
     assert expected[0] == -1
     assert expected[2] == 1
 
 
-@pytest.mark.parametrize("given", ["sigma=0", "sigma=-1", "alpha=0", "alpha=1", "n=0", "n0=0"])
+@pytest.mark.parametrize("given", ["", "sigma=0", "sigma=1, alpha=0", "sigma=1, alpha=1", "sigma=1, n=0"])
 def test_numbers_that_prove_nothing_are_refused(given):
     with pytest.raises(ConfigError):
         attacks.create(f"smooth({given})")

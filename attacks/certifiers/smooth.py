@@ -32,7 +32,7 @@ class Smooth:
         those of its released code.
     """
 
-    sigma: Positive = 0.25
+    sigma: Positive
     n0: Count = 100
     n: Count = 100_000
     alpha: Level = 0.001

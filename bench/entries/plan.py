@@ -10,7 +10,7 @@ from bench.plan.suite import Suite, load_suite, suite_names
 from bench.registry import attacks
 from bench.spec import parse_chain
 
-DEFAULTS = {"query": "query-cifar10", "white-box": "white-box-cifar10", "certificate": "certified-digits",
+DEFAULTS = {"query": "query-cifar10", "white-box": "white-box-cifar10", "certificate": "certified-cifar10-small",
             "data": "data-cifar10-small"}  # of tracks
 
 

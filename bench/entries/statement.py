@@ -29,7 +29,7 @@ LARGEST = 16 << 20  # bytes of entry.json
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]*$", max_length=128)]
 Count = Annotated[int, Field(ge=0)]
-TRACKS = ("query", "white-box", "data")
+TRACKS = ("query", "white-box", "certificate", "data")
 
 
 class _Strict(BaseModel):
@@ -98,7 +98,7 @@ class Entry(_Strict):
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     about: About
-    track: Literal["query", "white-box", "data"]
+    track: Literal["query", "white-box", "certificate", "data"]
     suite: str
     board: str
     defense: str
@@ -225,7 +225,7 @@ def entered_track(cells: Iterable[Cell]) -> str:
         ConfigError: some are of the data track and others are not.
     """
     names = {track_of(cell).name for cell in cells}
-    if "data" in names and len(names) > 1:
+    if len(names) > 1 and names & {"data", "certificate"}:
         raise ConfigError(f"an entry is of one track, and here are {', '.join(sorted(names))}")
     return max(names, key=TRACKS.index)
 

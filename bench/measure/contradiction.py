@@ -12,6 +12,7 @@ STEPS = 20
 REL_STEP = 0.2  # of the radius that is attacked
 DRAWS = 16      # of each gradient
 LOOK = 100      # draws of a first look at where the attack has come to
+PASSES = STEPS * DRAWS * 3 + LOOK  # what an image costs, in forward passes, of which a backward one is two
 LEVEL = 1e-6    # of the test that counts: below any certificate's own
 
 

@@ -8,8 +8,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from bench.errors import ConfigError
+from bench.models.heads import Heads, pooled
 from bench.models.normalise import usual
-from bench.registry import models
+from bench.ranges import Few
+from bench.registry import added, models
+
+HALF = 7  # layers up to the first pooling
 
 
 class SmallCnn(nn.Module):
@@ -42,9 +46,13 @@ def _layer(inside: int, outside: int) -> tuple[nn.Module, ...]:
 @models("cnn")
 @dataclass(frozen=True)
 class Cnn:
-    """A small network of ``width`` to ``2 * width`` channels for images of 8 to 64 pixels a side; untrained."""
+    """A small network of ``width`` to ``2 * width`` channels for images of 8 to 64 pixels a side; untrained.
+
+    With several ``heads``, what follows the first pooling is there so often.
+    """
 
     width: Annotated[int, Field(ge=1, le=4096)] = 32
+    heads: Few = added(1)
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = ""
@@ -58,4 +66,8 @@ class Cnn:
         """
         if min(shape[1:]) < 4:
             raise ConfigError(f"cnn: images are {shape[2]}x{shape[1]}; it pools twice and needs at least 4x4")
-        return SmallCnn(shape[0], classes, self.width).eval()
+        networks = [SmallCnn(shape[0], classes, self.width) for _ in range(self.heads)]
+        if self.heads == 1:
+            return networks[0].eval()
+        ends = [pooled(*each.features[HALF:], linear=each.linear) for each in networks]
+        return Heads(networks[0].normalise, networks[0].features[:HALF], ends).eval()

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.errors import WeightsError
+from bench.models.heads import Heads, pooled
 from bench.models.normalise import usual
 from bench.models.small import SmallImageNetwork
 from bench.models.weights import load_weights
-from bench.registry import models
+from bench.ranges import Few
+from bench.registry import added, models
 
 
 class BasicBlock(nn.Module):
@@ -92,9 +94,19 @@ class ResNet(nn.Module):
         return logits
 
 
+def with_heads(networks: Sequence[ResNet]) -> Heads:
+    """The stages of the first of ``networks`` but the last, under the last stages of all of them."""
+    first, last = networks[0], f"layer{networks[0].stages}"
+    before = [first.get_submodule(f"layer{stage + 1}") for stage in range(first.stages - 1)]
+    trunk = nn.Sequential(first.conv1, first.bn1, nn.ReLU(), *before)
+    return Heads(first.normalise, trunk, [pooled(each.get_submodule(last), linear=each.linear) for each in networks])
+
+
 @dataclass(frozen=True)
 class _CifarResNet(SmallImageNetwork):
-    """What the registered ResNets share."""
+    """What the registered ResNets share; with several ``heads``, the last stage and what follows are there so often."""
+
+    heads: Few = added(1)
 
     blocks: ClassVar[tuple[int, ...]]
     widths: ClassVar[tuple[int, ...]] = (16, 32, 64)
@@ -103,9 +115,14 @@ class _CifarResNet(SmallImageNetwork):
 
     def network(self, classes: int, channels: int) -> nn.Module:
         """The network with its initial weights."""
-        return ResNet(
-            self.blocks, self.widths, classes, projection=self.projection, normalise=usual(channels), channels=channels
-        )
+        networks = [
+            ResNet(
+                self.blocks, self.widths, classes, projection=self.projection, normalise=usual(channels),
+                channels=channels,
+            )
+            for _ in range(self.heads)
+        ]  # fmt: skip
+        return networks[0] if self.heads == 1 else with_heads(networks)
 
 
 @models("resnet20")
