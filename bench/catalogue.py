@@ -125,6 +125,17 @@ def keep() -> dict[str, dict[str, Facts]]:
     return found
 
 
+def kept_hash() -> str:
+    """A hash of all code and of what components say of themselves, for who imports none; empty where that is not kept,
+    as where a plug-in does not import."""
+    with suppress(OSError):
+        if load_plugins.cache_info().currsize:  # those of this process may be more than the code of files says
+            return ""
+        path = _file()
+        return sha256(path.name.encode() + path.read_bytes()).hexdigest()
+    return ""
+
+
 @cache
 def _remembered() -> dict[str, dict[str, Facts]]:
     """The components of every kind: as they were kept, or else by importing them, which is kept for the next time."""

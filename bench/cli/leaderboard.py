@@ -2,19 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, NamedTuple
 
 import typer
 
 from bench.cli.console import complain, console, path
-from bench.cli.narrow_board import fits, print_narrow
-from bench.entries.standing import check_boards, entries_in, marked
+from bench.cli.remembered import Said, remembered
 from bench.errors import ConfigError
-from bench.report.escape import in_markdown
-from bench.report.leaderboard import Format, render
-from bench.report.selection import Selection
-from bench.report.standings import tables
-from bench.results.store import Store
+
+FORMATS = ("md", "csv", "latex", "json")
 
 
 def leaderboard(
@@ -46,26 +42,59 @@ def leaderboard(
 
     --defense, --attack and --track show fewer lines and change no figure: ranks, worst cases and flags are of all rows.
     """
-    if style is not None and style not in get_args(Format):
-        raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
+    if style is not None and style not in FORMATS:
+        raise ConfigError(f"format is {style!r}; use one of {', '.join(FORMATS)}")
+    narrow = style is None and not wide and sys.stdout.isatty()
+    named = _Names(*(tuple(names or ()) for names in (defense, attack, track)))
+    asked = _Asked(style, tuple(budget or (100, 1000)), all_versions, named, narrow)
+    terminal = (console.width, console.color_system, console.no_color, console.encoding) if narrow else ()
+    text, damaged = remembered(folder, (asked, terminal), lambda: _told(folder, asked))
+    sys.stdout.write(text)
+    for error in damaged:
+        complain(error)
+    if damaged:
+        raise typer.Exit(2)
+
+
+class _Names(NamedTuple):
+    defenses: tuple[str, ...]
+    attacks: tuple[str, ...]
+    tracks: tuple[str, ...]
+
+
+class _Asked(NamedTuple):
+    """What somebody wants to see; ``narrow`` where tables that are wider than the terminal are made to fit it."""
+
+    style: str | None
+    budgets: tuple[int, ...]
+    all_versions: bool
+    names: _Names
+    narrow: bool
+
+
+def _told(folder: Path, asked: _Asked) -> Said:
+    """The tables as text, and what is damaged."""
+    from bench.cli.narrow_board import fits, print_narrow  # not before it is needed: what is remembered needs none
+    from bench.entries.standing import check_boards, entries_in, marked
+    from bench.report.escape import in_markdown
+    from bench.report.leaderboard import render
+    from bench.report.selection import Selection
+    from bench.report.standings import tables
+    from bench.results.store import Store
+
     rows, damaged = Store(folder).rows()
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
     entries, unread = entries_in(folder)
     known = [each for _, each in entries]
     check_boards(known)
-    selection = Selection(defense or (), attack or (), track or ())
-    shown = selection.of(marked(tables(rows, budget or (100, 1000), all_versions), known))
-    text = render(shown, style or "md")  # type: ignore[arg-type]
-    if style is None and not wide and sys.stdout.isatty() and not fits(text, console.width):
-        for table in shown:
-            print_narrow(table, console)
-    else:
-        print(text)
-    if known and style in (None, "md"):
-        print("\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]))
-    damaged += unread
-    for error in damaged:
-        complain(error)
-    if damaged:
-        raise typer.Exit(2)
+    shown = Selection(*asked.names).of(marked(tables(rows, asked.budgets, asked.all_versions), known))
+    text = render(shown, asked.style or "md") + "\n"  # type: ignore[arg-type]
+    if asked.narrow and not fits(text, console.width):
+        with console.capture() as captured:
+            for table in shown:
+                print_narrow(table, console)
+        text = captured.get()
+    if known and asked.style in (None, "md"):
+        text += "\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]) + "\n"
+    return text, damaged + unread
