@@ -10,7 +10,7 @@ from torch import Tensor
 
 from attacks.windows import Proposals, proposals
 from bench.errors import ConfigError
-from bench.losses import WITH_DLR, check_classes, margin
+from bench.losses import SCORES, check_classes, margin
 from bench.norms import choose
 from bench.oracle import Oracle
 from bench.registry import added, attacks
@@ -82,8 +82,9 @@ class Square:
             the preset.
         p_init: share of the pixels in the first windows; 0.05 (linf), 0.1 (l2) or 0.8 (l1) by default.
         loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``prob`` (the probability) of the label, or
-            ``dlr``, the margin that sees through any scale that a defense puts on its scores; the targeted form
-            maximises that of the target, as both public codes do with ``ce``.
+            ``dlr``, the margin that sees through any scale that a defense puts on its scores, or ``unit``, which does
+            so with two classes, too; the targeted form maximises that of the target, as both public codes do with
+            ``ce``.
         accept: take a proposal when the ``loss`` falls, or also when it is misclassified (``loss_or_fooled``), as the
             target where there is one.
         rescale: stretch the schedule over the query budget; then one run does not answer for smaller budgets.
@@ -96,7 +97,7 @@ class Square:
 
     preset: Literal["eccv2020", "autoattack", "aaa", "aaa-standard"] | None = None
     p_init: float | None = None
-    loss: Literal["margin", "ce", "prob", "dlr"] = "margin"
+    loss: Literal["margin", "ce", "prob", "dlr", "unit"] = "margin"
     accept: Literal["loss", "loss_or_fooled"] | None = None
     rescale: bool | None = None
     edges: Literal["inclusive", "reference"] | None = None
@@ -109,8 +110,8 @@ class Square:
 
     @property
     def top_scores(self) -> bool:
-        """Whether it does with the scores of the best classes: a target may be any, and dlr looks at the third."""
-        return not self.targeted and self.loss != "dlr"
+        """Whether it does with the scores of the best classes: a target may be any, dlr sees the third, unit all."""
+        return not self.targeted and self.loss not in ("dlr", "unit")
 
     def __post_init__(self) -> None:
         for name, value in {**DEFAULTS, **PRESETS[self.preset]}.items():
@@ -174,7 +175,7 @@ class Square:
     def _loss(self, logits: Tensor, y: Tensor) -> Tensor:
         """What :class:`Square` minimises (n,); ``y`` holds the targets of a targeted search, which are to win."""
         side = -1 if self.targeted else 1
-        value = side * WITH_DLR[self.loss](logits, y)
+        value = side * SCORES[self.loss](logits, y)
         if self.accept == "loss_or_fooled" and self.loss != "margin":  # under the margin, fooled is lower already
             value = torch.where(side * margin(logits, y) <= 0, -math.inf, value)
         return value

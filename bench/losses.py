@@ -55,6 +55,16 @@ def dlr(logits: Tensor, y: Tensor) -> Tensor:
     return margin(logits, y) / (best[:, 0] - best[:, 2] + TINY)
 
 
+def unit_margin(logits: Tensor, y: Tensor) -> Tensor:
+    """The margin (B,) of the logits at unit length, which no scale moves; a shift does, other than :func:`dlr`.
+
+    Args:
+        logits: raw scores (B, K), K >= 2; so it is for data of two classes, where :func:`dlr` says nothing.
+    """
+    length: Tensor = logits.norm(dim=1)
+    return margin(logits, y) / (length + TINY)
+
+
 def targeted_dlr(logits: Tensor, y: Tensor, target: Tensor) -> Tensor:
     """How far the true class leads the class ``target`` (B,), over the gap of the best to the next but one (B,).
 
@@ -93,3 +103,4 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # logits (n, K) and labels (n,) to wh
 
 LOSSES: dict[str, Loss] = {"margin": margin, "ce": log_likelihood, "prob": probability}  # of any number of classes
 WITH_DLR: dict[str, Loss] = {**LOSSES, "dlr": dlr}  # for attacks that hold data against check_classes
+SCORES: dict[str, Loss] = {**WITH_DLR, "unit": unit_margin}  # and for those that need no gradient

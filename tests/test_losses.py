@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench.errors import ConfigError
-from bench.losses import check_classes, dlr, probability_margin, targeted_dlr
+from bench.losses import check_classes, dlr, probability_margin, targeted_dlr, unit_margin
 
 Z = torch.tensor([[5.0, 3.0, 1.0, 0.0], [1.0, 4.0, 2.0, 0.0]], dtype=torch.float64)
 Y = torch.tensor([0, 0])
@@ -36,3 +36,9 @@ def test_data_of_too_few_classes_are_refused():
     check_classes("dlr", 3)
     with pytest.raises(ConfigError, match="loss=dlr compares 3 classes, and the data have 2; use loss=ce"):
         check_classes("dlr", 2)
+
+
+def test_no_scale_moves_the_unit_margin_even_of_two_classes():
+    logits, y = torch.tensor([[3.0, 4.0], [1.0, -1.0]]), torch.tensor([1, 0])
+    assert unit_margin(logits, y).tolist() == pytest.approx([1 / 5, 2 / 2**0.5])
+    assert torch.allclose(unit_margin(7 * logits, y), unit_margin(logits, y))
