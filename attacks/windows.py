@@ -20,8 +20,12 @@ class Proposals(Protocol):
         """The first points (n, C, H, W)."""
         ...
 
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
-        """``incumbent`` (n, C, H, W) with windows of ``side`` pixels changed."""
+    def side(self, side: int) -> int:
+        """The side of the windows that are proposed where ``side`` is asked for."""
+        ...
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng, corner: Tensor | None = None) -> Tensor:
+        """``incumbent`` (n, C, H, W) with windows of ``side`` pixels changed, at ``corner`` (n, 2) or at random."""
         ...
 
 
@@ -44,10 +48,14 @@ class Linf:
         _, channels, _, width = self.low.shape
         return torch.where(rng.coins(channels, 1, width), self.high, self.low)
 
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
+    def side(self, side: int) -> int:
+        """As asked for."""
+        return side
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng, corner: Tensor | None = None) -> Tensor:
         """``incumbent`` (n, C, H, W) with one new window each."""
         channels, height, width = incumbent.shape[1:]
-        corner = _corners(rng, (height, width), side, self.inset)
+        corner = _corners(rng, (height, width), side, self.inset) if corner is None else corner
         signs = rng.fork("signs").coins(channels)
         if side == 1:  # one proposal in eight would repeat a three-channel pixel and waste its query
             signs = self._changing(incumbent, corner, signs, rng)
@@ -93,11 +101,18 @@ class L2:
         delta[:, :, top : top + grid.shape[2], left : left + grid.shape[3]] = grid
         return self._inside(delta)
 
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
-        """``incumbent`` (n, C, H, W) with the energy of two windows, and what the box has eaten, in the first."""
+    def side(self, side: int) -> int:
+        """An odd one: see :func:`odd_side`."""
+        return odd_side(side, min(self.x.shape[2:]))
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng, corner: Tensor | None = None) -> Tensor:
+        """``incumbent`` (n, C, H, W) with the energy of two windows, and what the box has eaten, in the first.
+
+        Only where the first one lies can be given.
+        """
         channels, height, width = incumbent.shape[1:]
-        side = odd_side(side, min(height, width))
-        first = _corners(rng.fork("first"), (height, width), side, self.inset)
+        side = self.side(side)
+        first = _corners(rng.fork("first"), (height, width), side, self.inset) if corner is None else corner
         second = _corners(rng.fork("second"), (height, width), side, self.inset)
         delta = incumbent - self.x
         into, out_of = _window(first, side, (height, width)), _window(second, side, (height, width))

@@ -174,3 +174,15 @@ def test_a_part_has_numbers_of_its_own():
     assert oracle.ledger.forwards.tolist() == [3, 1, 4, 3, 3]
     with pytest.raises(AccessError, match="takes turns"):
         part.as_module()
+
+
+def test_a_part_of_some_of_those_that_stand_knows_no_others():
+    model, x = curved(), images(5, (1, 5, 5))
+    y = model(x).argmax(1)
+    oracle = referee(model, x, y, budget=3, eps=0.05)
+    part = Part(oracle.oracle, torch.tensor([1, 3]))
+    assert part.active().tolist() == [0, 1]
+    assert torch.equal(part.scores(x[[1, 3]], part.active()), model(x[[1, 3]]))
+    assert oracle.ledger.forwards.tolist() == [0, 1, 0, 1, 0]
+    oracle.scores(x[[1, 1]], torch.tensor([1, 1]))
+    assert part.active().tolist() == [1]

@@ -17,16 +17,16 @@ class Part(Oracle):
     It asks ``oracle``, whose ledger goes on: what it asks about is what others will have asked about before them.
 
     Args:
-        rows: those that ``oracle.active()`` gave, (n,), in that order.
+        rows: some of those that ``oracle.active()`` gave, (n,), in that order.
         budget: the most queries that the attack is told it may ask for each sample; ``None`` for all there are.
     """
 
-    __slots__ = ("_budget", "_mine", "_oracle", "_rows", "_theirs")
+    __slots__ = ("_budget", "_mine", "_oracle", "_ours", "_rows", "_theirs")
 
     def __init__(self, oracle: Oracle, rows: Tensor, budget: int | None = None) -> None:
         self._oracle, self._rows, self._budget = oracle, rows.clone(), budget
-        self._theirs: Tensor | None = None  # what the oracle said of who is left, and what that is in our numbers
-        self._mine = rows
+        self._theirs: Tensor | None = None  # what the oracle said of who is left, those of us, also in our numbers
+        self._ours = self._mine = rows
 
     @property
     def query_budget(self) -> int:
@@ -52,7 +52,9 @@ class Part(Oracle):
         """See :meth:`Oracle.active`."""
         theirs = self._oracle.active()
         if theirs is not self._theirs:
-            self._theirs, self._mine = theirs, torch.searchsorted(self._rows, theirs)
+            inside = torch.isin(theirs, self._rows)
+            self._theirs, self._ours = theirs, theirs if bool(inside.all()) else theirs[inside]
+            self._mine = torch.searchsorted(self._rows, self._ours)
         return self._mine
 
     def stage(self, name: str) -> None:
@@ -87,4 +89,4 @@ class Part(Oracle):
     def _theirs_of(self, rows: Tensor | None) -> Tensor:
         if rows is None:
             return self._rows
-        return self._theirs if rows is self._mine and self._theirs is not None else self._rows[rows]
+        return self._ours if rows is self._mine and self._theirs is not None else self._rows[rows]
