@@ -27,7 +27,7 @@ class AutoQuery:
     Whoever tries one attack after another pays for each. This one has a budget for all it does, and every question
     counts in it:
 
-    1. **Probing**, 10 to 37 questions for each sample (:func:`attacks.probing.probe`): is the clean image told the same
+    1. **Probing**, 2 to 35 questions for each sample (:func:`attacks.probing.probe`): is the clean image told the same
        twice, and does the margin run down to 0 at the decision boundary?
     2. **A search by scores** (:func:`attacks.sweeps.sweep`), by what the sample's own answers have shown: margins; a
        loss that no scale moves, under a random scale; an incumbent that is asked about again, under other

@@ -37,7 +37,7 @@ class Scores:
 
 
 def probe(oracle: Oracle, x: Tensor, y: Tensor, rng: SampleRng) -> Scores:
-    """Ask what kind of scores each sample is told; 11 questions where they are plain, some 30 at most.
+    """Ask what kind of scores each sample is told; mostly 10 questions where they are plain, 35 at most.
 
     1. The clean image, twice. Other logits: ``SCALED`` where they are the same up to a scale and a shift, as a random
        scale leaves them (of two classes, up to a scale), else ``RANDOM``.
