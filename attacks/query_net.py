@@ -178,9 +178,12 @@ class _Voted:
     def start(self, rng: SampleRng) -> Tensor:
         return self.own.start(rng)
 
-    def propose(self, incumbent: Tensor, side: int, rng: SampleRng) -> Tensor:
+    def side(self, side: int) -> int:
+        return self.own.side(side)
+
+    def propose(self, incumbent: Tensor, side: int, rng: SampleRng, corner: Tensor | None = None) -> Tensor:
         """The proposal of the lowest margin in the eyes of the networks, of Square's and one of each of them."""
-        windows = self.own.propose(incumbent, side, rng)
+        windows = self.own.propose(incumbent, side, rng, corner)
         if self.team.alone:
             return windows
         self.team.learn()

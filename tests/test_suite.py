@@ -106,7 +106,7 @@ BOARDS = {
     "query-cifar10 v1": "8fe368a7",
     "query-digits v1": "2586bdd7",
     "query-imagenet v1": "0470f73e",
-    "rivals-cifar10 v1": "1ce7fcbb",
+    "rivals-cifar10 v1": "c190b399",
     "universal-cifar10 v1": "1bdfe3ce",
     "white-box-cifar10-small v1": "dc5952c9",
     "white-box-cifar10 v1": "a7d9ac68",
