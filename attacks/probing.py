@@ -127,18 +127,17 @@ class _Way:
 
     def keep(self, stay: Tensor) -> Tensor:
         """Go on with those that ``stay`` (n,); returns their rows."""
+        staying = stay.nonzero().squeeze(1)
         for name, value in list(vars(self).items()):
             if isinstance(value, Tensor):
-                setattr(self, name, value[stay])
-        self.gaps = [gap[stay] for gap in self.gaps]
+                setattr(self, name, value[staying])
+        self.gaps = [gap[staying] for gap in self.gaps]
         return self.rows
 
     def ask(self, at: Tensor) -> tuple[Tensor, Tensor]:
         """The margins (n,) that are reported at shares ``at`` (n,) of the way, and which of them are right."""
         image = torch.lerp(self.x, self.end, per_sample(at.to(self.x))).clamp(0, 1)
-        live = torch.isin(self.rows, self.oracle.active())
-        logits = torch.full_like(self.scores[:, 0], torch.nan)
-        logits[live] = self.oracle.scores(image[live], self.rows[live])
+        logits = self.oracle.scores(image, self.rows)  # NaN where a sample has fallen
         right = logits.argmax(dim=1) == self.y
         shown = margin(logits, self.y)
         self.places = torch.cat((self.places, at[:, None]), dim=1)

@@ -86,6 +86,7 @@ class Toy:
     stage: ClassVar = "output"
     random: ClassVar = False
     outside: ClassVar = True
+    knows: ClassVar = ("square",)
     version: ClassVar = 1
     paper: ClassVar = "nobody"
 

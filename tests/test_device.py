@@ -22,8 +22,9 @@ from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, ne
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
 WAITS = 14
-# More: a hundred free steps on the twin look, too; networks that are trained between two queries, which waits anyway.
-BETWEEN = {"transfer": 16, "query-net": 100}
+# More: a hundred free steps on the twin look, too; networks that are trained between two queries, which waits anyway;
+# probing asks of some samples alone, and each such call is looked at for repeats: 35 at most, however large the budget.
+BETWEEN = {"transfer": 16, "query-net": 100, "autoquery": 26}
 # Waits of one query: whose chain a row goes on with, and in which order; fingerprints, in a table of the host.
 REMEMBERING = {"unig": 6, "blacklight": 2}
 

@@ -21,12 +21,13 @@ class Part(Oracle):
         budget: the most queries that the attack is told it may ask for each sample; ``None`` for all there are.
     """
 
-    __slots__ = ("_budget", "_mine", "_oracle", "_ours", "_rows", "_theirs")
+    __slots__ = ("_budget", "_mine", "_oracle", "_ours", "_rows", "_theirs", "_whole")
 
     def __init__(self, oracle: Oracle, rows: Tensor, budget: int | None = None) -> None:
         self._oracle, self._rows, self._budget = oracle, rows.clone(), budget
         self._theirs: Tensor | None = None  # what the oracle said of who is left, those of us, also in our numbers
         self._ours = self._mine = rows
+        self._whole = len(rows) == len(oracle.active())  # then all who are left are of us, and no GPU is waited for
 
     @property
     def query_budget(self) -> int:
@@ -52,8 +53,7 @@ class Part(Oracle):
         """See :meth:`Oracle.active`."""
         theirs = self._oracle.active()
         if theirs is not self._theirs:
-            inside = torch.isin(theirs, self._rows)
-            self._theirs, self._ours = theirs, theirs if bool(inside.all()) else theirs[inside]
+            self._theirs, self._ours = theirs, theirs if self._whole else theirs[torch.isin(theirs, self._rows)]
             self._mine = torch.searchsorted(self._rows, self._ours)
         return self._mine
 
