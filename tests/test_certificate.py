@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,10 +25,10 @@ from bench.report.flags import flags
 from bench.report.leaderboard import render
 from bench.report.portrait import overview, portrait
 from bench.report.standings import tables
-from bench.report.stats import paired_t
+from bench.report.stats import paired_t, wilson
 from bench.results.records import check_records
 from bench.results.shards import Shard
-from bench.results.store import Row, Store
+from bench.results.store import Row, Store, contradictions
 from bench.rng import SampleRng
 from bench.threat import Threat
 from bench.tracks import track_of
@@ -85,6 +86,22 @@ class TestTables:
         assert line.attack == f"{SMOOTH} · 2 networks"
         assert line.shares["r=0.5"].value == 0.5
 
+    def test_a_network_that_was_certified_on_more_images_later_counts_once_and_with_these(self):
+        (table,) = tables([proven([0.3] * n, "gaussian-training") for n in (4, 8)])
+        (line,) = table.lines
+        assert (line.attack, line.n) == (SMOOTH, 8)
+        (curve,) = overview(table.rows).curves
+        assert curve.high[0] == 1
+        assert curve.low[0] == wilson(8, 8)[0]
+
+    def test_tries_with_other_draws_on_given_weights_are_lines_of_their_own(self):
+        rows = [proven(radii, seed=seed) for seed, radii in enumerate([[0.3, 0.6, -1], [0.3, -1, 0.6]])]
+        given = [replace(each, cell=replace(each.cell, weights_hash="ab" * 32)) for each in rows]
+        (table,) = tables(given)
+        assert {line.attack for line in table.lines} == {SMOOTH, f"{SMOOTH}, seed 1"}
+        assert [line.shares["r=0"].value for line in table.lines] == [2 / 3] * 2
+        assert {curve.name for curve in overview(given).curves} == {SMOOTH, f"{SMOOTH}, seed 1"}
+
     def test_who_has_met_less_is_not_ranked(self):
         whole, part = proven([0.3] * 4), proven([0.4] * 2, "gaussian-training")
         limited = replace(part, cell=replace(part.cell, limited=True))
@@ -101,6 +118,14 @@ class TestTables:
         assert paired_t(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue)
         assert paired_t(np.zeros(5)) == 1.0
         assert paired_t(np.array([0.1])) == 1.0
+
+    def test_few_images_that_differ_alike_prove_no_more_than_their_signs(self):
+        """As where draws can prove no larger radius of any of them: then nothing spreads, and t is infinite."""
+        assert paired_t(np.full(2, 0.3)) == 0.5
+        assert paired_t(np.array([0.3, 0.3000001, 0.0])) == 0.5
+        assert paired_t(np.full(10, 0.3)) == stats.binomtest(10, 10).pvalue
+        rows = [proven([0.3] * 4), proven([0.9] * 4, "gaussian-training")]
+        assert [line.rank for line in tables(rows)[0].lines] == [1, 1]
 
 
 def test_two_defenses_are_compared_at_each_radius():
@@ -121,6 +146,13 @@ def test_its_curve_is_what_the_table_says_at_every_radius():
     assert curve.at[-1] == 1.2
     assert [each.name for each in overview(rows).curves] == [f"none, {SMOOTH}", f"gaussian-training, {SMOOTH}"]
     assert overview([row([1])]) is None
+
+
+def test_two_folders_that_prove_other_radii_contradict_each_other():
+    one, same, other = proven([0.3, -1]), proven([0.3, -1]), proven([0.9, -1])
+    assert not contradictions({Path("a"): [one], Path("b"): [same]})
+    (found,) = contradictions({Path("a"): [one], Path("b"): [other]})
+    assert "1 samples differ" in str(found)
 
 
 class TestContradiction:

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
-from bench.report.outcomes import Share
-from bench.report.ranking import Held
+from bench.report.outcomes import Share, network
+from bench.report.ranking import Held, counted
 from bench.results.store import Row
 
 
@@ -49,6 +50,18 @@ def by_defense(rows: Sequence[Row]) -> dict[str, list[Row]]:
     result: dict[str, list[Row]] = {}
     for row in ordered(rows):
         result.setdefault(row.cell.defense_name, []).append(row)
+    return result
+
+
+def by_classifier(rows: Sequence[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows of each defense with each of its certifiers, by what both are called: a row of each of its networks.
+
+    On weights that were given, seeds change the draws alone: they are tries on one network, each by itself.
+    """
+    result: dict[tuple[str, str], list[Row]] = {}
+    for row in chain.from_iterable(map(counted, by_defense(rows).values())):
+        name = attack_label(row, seed=network(row) is None)
+        result.setdefault((row.cell.defense_label, name), []).append(row)
     return result
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.metrics import BINS, calibration_bins
-from bench.report.line import Line, attack_label, hardest
+from bench.report.line import Line, attack_label, by_classifier, hardest
 from bench.report.outcomes import certified, column, is_control, network, query_budget, restricted
 from bench.report.ranking import counted
 from bench.report.sequence import sequence_bounds
@@ -128,9 +128,7 @@ def curve(name: str, rows: Sequence[Row]) -> Curve:
 
 def _certified_curves(rows: Sequence[Row]) -> list[Curve]:
     """Certified accuracy over the radius, of each defense with each of its certifiers; the highest curve first."""
-    pairs: dict[tuple[str, str], list[Row]] = {}
-    for row in rows:
-        pairs.setdefault((row.cell.defense_label, row.cell.attack.label), []).append(row)
+    pairs = by_classifier(rows)
     several = len({defense for defense, _ in pairs}) > 1
     found = [_certified_curve(f"{defense}, {certifier}" if several else certifier, members)
              for (defense, certifier), members in pairs.items()]  # fmt: skip

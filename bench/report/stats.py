@@ -53,13 +53,17 @@ def mcnemar_of(more_a: NDArray[Any], more_b: NDArray[Any]) -> NDArray[np.float64
 def paired_t(differences: NDArray[Any]) -> float:
     """Two-sided p-value that ``differences`` (n,), of two on the same samples, are 0 on average; 1 of fewer than two.
 
-    Source: Student, 1908, Biometrika 6(1).
+    It is no smaller than where all signs of those that differ are equal by chance: a few that differ alike have no
+    spread, and would seem beyond any doubt.
+
+    Source: Student, 1908, Biometrika 6(1); the bound is the sign test's.
     """
     n, mean = len(differences), float(np.mean(differences)) if len(differences) else 0.0
     if n < 2 or mean == 0:
         return 1.0
     error = float(np.std(differences, ddof=1)) / np.sqrt(n)
-    return float(2 * special.stdtr(n - 1, -abs(mean) / error)) if error > 0 else 0.0
+    p = float(2 * special.stdtr(n - 1, -abs(mean) / error)) if error > 0 else 0.0
+    return max(p, 2.0 ** (1 - int(np.count_nonzero(differences))))
 
 
 def binomial_above(successes: int, n: int, share: float) -> float:

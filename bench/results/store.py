@@ -330,11 +330,12 @@ def contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
 
 
 def _differing(a: Columns, b: Columns) -> int:
-    """How many samples that both have fell at other queries, or ended as another class."""
+    """How many samples that both have fell at other queries, ended as another class, or are proven within another
+    radius."""
     if not length(a) or not length(b):
         return 0
     _, of_a, of_b = np.intersect1d(a["sample_id"], b["sample_id"], return_indices=True)
-    results = [name for name in ("first_hit", "final_pred") if name in a]
+    results = [name for name in ("first_hit", "final_pred", "radius") if name in a]
     return int(np.any([a[name][of_a] != b[name][of_b] for name in results], axis=0).sum())
 
 

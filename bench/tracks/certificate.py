@@ -10,7 +10,7 @@ import numpy as np
 
 from bench.plan.cell import Cell
 from bench.report.figures import figures, placed
-from bench.report.line import Line, has_ranks, ordered, with_rank
+from bench.report.line import Line, attack_label, by_classifier, has_ranks, with_rank
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import (
     Share,
@@ -36,7 +36,6 @@ SHARD = 24  # images, which cost as many draws as hours of others' queries
 WORDS = Words("certified", "certifier", "certifier", "What each certifier proves", "")
 RADIUS = "r: images that are right, and proven to stay so within this radius at least"
 RANKS = tiers("paired t-test on the certified radii of common images")
-Pair = tuple[str, str]  # a chain of defenses and a certifier: the classifier that is certified
 
 
 @dataclass(frozen=True)
@@ -92,9 +91,7 @@ class Certificate:
 
     def lines(self, rows: Sequence[Row], budgets: Sequence[int]) -> list[Line]:
         """Each defense with each of its certifiers, over all of its networks; that of the largest mean radius first."""
-        met: dict[Pair, list[Row]] = {}
-        for row in ordered(rows):
-            met.setdefault((row.cell.defense_name, row.cell.attack.spec), []).append(row)
+        met = by_classifier(rows)
         shown, whole = radii(rows), [row for row in rows if not row.cell.limited] or list(rows)
         common = sorted(set.intersection(*(set(row.cell.ids) for row in whole)))
         seeds = max(len({row.cell.seed for row in members}) for members in met.values())
@@ -105,7 +102,7 @@ class Certificate:
         }  # fmt: skip
         ranked = ranks(held, by_mean)
 
-        def order(pair: Pair) -> tuple[float, ...]:
+        def order(pair: tuple[str, str]) -> tuple[float, ...]:
             return ranked.get(pair, len(met) + 1), -lines[pair].extra.get("ACR", 0.0)
 
         return [with_rank(lines[pair], ranked.get(pair), None) for pair in sorted(met, key=order)]
@@ -123,7 +120,10 @@ def _line(rows: Sequence[Row], shown: Sequence[float], marks: frozenset[str] = f
     found = [figures(each) for each in rows]
     extra = {figure.name: float(np.mean([each[figure.name] for each in found if figure.name in each]))
              for figure in placed("certifier") if any(figure.name in each for each in found)}  # fmt: skip
-    name = row.cell.attack.label + (f" · {len(rows)} networks" if len(rows) > 1 else "")
+    networks = len(set(map(network, rows)))
+    name = f"{row.cell.attack.label} · {networks} networks" if networks > 1 else (
+        attack_label(row, seed=network(row) is None)
+    )
     n = next((share.n for share in shares.values()), 0)
     marks = marks.union(*map(marks_of, rows), {"incomplete"} if any(row.stopped for row in rows) else ())
     error = next(filter(None, map(failure, rows)), "")
