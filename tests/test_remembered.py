@@ -5,11 +5,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
-from bench.cli.remembered import remembered
+from bench.cli.leaderboard import FORMATS, _Asked, _Names, _told
+from bench.cli.remembered import READ, UNREAD, _files, remembered
+from bench.entries.folder import ENTRY, VERIFIED
 from bench.errors import StoreError
+from bench.report.leaderboard import Format
+from bench.results.examples import SUFFIX
+from bench.results.shards import SHARDS
 
 ROOT = Path(__file__).parents[1]
 FILES = {"d/a-1/000000-000100.json": b"{}", "d/a-1/000000-000100-abc.parquet": b"PAR1", "entry.json": b"[]"}
@@ -99,6 +105,30 @@ def test_a_file_that_changes_while_it_is_read_leaves_nothing(reader):
 def test_a_cache_that_cannot_be_written_costs_time_alone(reader, tmp_path):
     (tmp_path / "cache").write_bytes(b"")
     assert [reader(), reader()] == ["tables\n"] * 2
+
+
+def test_every_file_that_a_table_is_made_of_is_hashed():
+    """Else a folder could change, and its table would not."""
+    folder, opened = ROOT / "leaderboards" / "data-digits" / "digits-cnn-width-8" / "none", set()
+    recording = True
+
+    def hear(event: str, arguments: tuple[object, ...]) -> None:
+        if recording and event == "open" and str(arguments[0]).startswith(str(folder)):
+            opened.add(str(arguments[0]))
+
+    sys.addaudithook(hear)  # which nothing takes away again
+    try:
+        _told(folder, _Asked(None, (100,), False, _Names((), (), ()), False))
+    finally:
+        recording = False
+    assert opened
+    assert opened <= set(_files(str(folder)))
+
+
+def test_names_of_hashed_files_are_those_that_readers_look_for():
+    assert {SHARDS, ENTRY, VERIFIED} < set(READ)
+    assert f"*{SUFFIX}" == UNREAD
+    assert get_args(Format) == FORMATS
 
 
 @pytest.mark.slow  # processes of their own, as in one that has imported components nothing is remembered
