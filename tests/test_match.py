@@ -12,10 +12,12 @@ from bench.oracle import NEVER
 from bench.plan.cell import Component
 from bench.report.beside_published import Match, match, render_matches
 from bench.report.published import Figure, Ours, Published
+from bench.report.sequence import confidence_sequence
 from bench.report.stats import wilson
 from bench.results.store import Row
 from bench.threat import Threat
 from tests.rows import learner, row
+from tests.test_until import of
 
 HITS = [0, 1, 10, 11, 100, NEVER, NEVER, NEVER]  # 7 of 8 right when clean; 5, 4 and 3 left at 10, 50 and 100 queries
 
@@ -58,6 +60,13 @@ def test_shares_are_measured_as_the_figure_means_them(settings, value, right, n)
     assert result.value == pytest.approx(value)
     assert result.interval == pytest.approx([100 * end for end in wilson(right, n)])
     assert result.difference == pytest.approx(value - 40)
+
+
+@pytest.mark.parametrize(("metric", "right", "n"), [("robust accuracy", 3, 8), ("success rate", 4, 7)])
+def test_what_could_have_stopped_at_any_image_has_the_interval_of_a_sequence(metric, right, n):
+    result = pair(figure(metric=metric), of(row(HITS), list(range(8))))
+    assert result is not None
+    assert result.interval == pytest.approx([100 * end for end in confidence_sequence(right, n)])
 
 
 @pytest.mark.parametrize(

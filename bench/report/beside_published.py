@@ -47,7 +47,7 @@ class Match:
     cell: Cell
     n: int
     value: float
-    interval: tuple[float, float] | None  # 95 % Wilson, where the figure is a share
+    interval: tuple[float, float] | None  # 95 %, where the figure is a share
     differences: tuple[Difference, ...]
 
     @property
@@ -174,9 +174,9 @@ def _measured(figure: Figure, row: Row, budget: int) -> tuple[float, tuple[float
         case "robust accuracy":
             share = robust(row, budget)
         case "success rate":
-            share = Share(~robust(row, budget).right[clean(row).right])
+            share = Share(~robust(row, budget).right[clean(row).right], row.sequential)
         case "failure rate":
-            share = Share(robust(row, budget).right[clean(row).right])
+            share = Share(robust(row, budget).right[clean(row).right], row.sequential)
         case "certified accuracy":
             share = certified(row, figure.eps or 0.0)
         case "average certified radius":
