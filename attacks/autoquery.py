@@ -37,8 +37,8 @@ class AutoQuery:
        questions of the search have been refused in a row: whatever is done to scores, labels stay what they are.
 
     What a sample is asked depends on its own answers, so neither on its batch nor on the budget: one run answers for
-    every smaller budget. ``fell_to`` of a record says what beat it. Its questions may leave the ball, as those of all
-    minimum-norm attacks may, and only what is inside counts. Of services that tell labels alone ask by ``rays``.
+    every smaller budget. ``fell_to`` of a record says what beat it. Its questions may leave the ball, and only
+    what is inside counts. Of services that tell labels alone ask by ``rays``.
 
     It was designed on 500 test images of CIFAR-10 that are on no board, the 2,001st to 2,500th in the order in which
     suites choose theirs, and ResNet-20.
@@ -48,12 +48,12 @@ class AutoQuery:
 
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
-    rules: ClassVar[Rules] = Rules(minimal=True)
-    version: ClassVar[int] = 1
+    rules: ClassVar[Rules] = Rules(roams=True)
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "ours"
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
-        """See :class:`bench.protocols.Attack`; returns what each sample has come to."""
+        """See :class:`bench.protocols.Attack`; returns what the search by scores of each sample has come to."""
         oracle.stage("probing")
         known = probe(oracle, x, y, rng.fork("probing"))
         x_adv = x.clone()
@@ -70,7 +70,8 @@ class AutoQuery:
         if len(rows):
             oracle.stage("labels")
             last = RayS() if threat.norm == "linf" else HopSkipJump()
-            x_adv[rows] = last(Part(oracle, rows), x[rows], y[rows], threat, rng[rows].fork("labels"))
+            # What it returns is moved back into the ball, where nobody has asked about it.
+            last(Part(oracle, rows), x[rows], y[rows], threat, rng[rows].fork("labels"))
         return x_adv
 
 

@@ -49,7 +49,7 @@ class DecodeSquare(AdaptiveSquare):
     @property
     def rules(self) -> Rules:
         """The line from which the edit is learned leaves the ball."""
-        return Rules(minimal=self.interval == "learned")
+        return Rules(roams=self.interval == "learned")
 
     def __post_init__(self) -> None:
         if self.interval == "learned":

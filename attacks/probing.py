@@ -47,7 +47,7 @@ def probe(oracle: Oracle, x: Tensor, y: Tensor, rng: SampleRng) -> Scores:
     3. Where it stays, images between: all margins are equal, ``LABELS``; neighbours are, ``COARSE``; else ``EDITED``,
        and halvings towards an edge on this side of the boundary find out how (:func:`attacks.sawtooth.explained`).
 
-    The ways lead out of the ball, so this is for attacks whose rules are ``minimal``.
+    The ways lead out of the ball, so this is for attacks whose rules say that they roam.
     """
     kind = torch.full_like(y, PLAIN)
     edit = Edit(*(torch.full_like(x[:, 0, 0, 0], torch.nan) for _ in range(3)))

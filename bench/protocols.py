@@ -89,7 +89,8 @@ class FittedAttack(Attack, Protocol):
         """What it comes to on the images of ``data``, which holds no test images; found at ``oracle.fitted``.
 
         ``model`` is what ``oracle.surrogate`` holds: the undefended network or those that the attack names, in plain
-        float32, to work on at will. Single numbers, tensors of shape (), are kept as figures of the row as well.
+        float32, to work on at will. ``threat`` has no query budget, since one fit serves all. Single numbers, tensors
+        of shape (), are kept as figures of the row as well.
         """
         ...
 

@@ -12,6 +12,8 @@ class Rules:
     Args:
         minimal: it looks for the nearest misclassified image. Its queries may leave the ball, not the box; a
             misclassified one outside the ball is answered and sets ``best_distance``, and only one inside is a hit.
+        roams: it asks outside the ball to find something out, and not how near the boundary is. Its queries may leave
+            the ball as those of ``minimal`` may, and no distance is kept of them.
         lookahead: a white-box attack looks where it does not go. Its queries may leave the ball and the box; only one
             inside both can be a hit.
         averages: the k queries of a call are draws of its first image, whatever the others show, and are judged
@@ -23,10 +25,16 @@ class Rules:
     """
 
     minimal: bool = False
+    roams: bool = False
     lookahead: bool = False
     averages: bool = False
     alone: bool = False
     surrogate: bool = False
+
+    @property
+    def beyond(self) -> bool:
+        """Whether its queries may leave the ball."""
+        return self.minimal or self.roams or self.lookahead
 
     @property
     def control(self) -> bool:

@@ -1,7 +1,7 @@
 """What the adversary may change, see and spend."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from bench.errors import ConfigError
@@ -38,6 +38,11 @@ class Threat:
             raise ConfigError(f"linf eps is {self.eps:g}, above the pixel range; write {self.eps:g}/255 for levels")
         if self.query_budget is not None and self.query_budget < 1:
             raise ConfigError(f"query budget is {self.query_budget}; allow at least one query")
+
+    @property
+    def free(self) -> "Threat":
+        """The same, whatever a sample may cost."""
+        return replace(self, query_budget=None)
 
     @property
     def asks(self) -> bool:

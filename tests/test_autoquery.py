@@ -12,6 +12,7 @@ from bench.losses import margin
 from bench.oracle import NEVER
 from bench.plan.services import check_service
 from bench.rng import SampleRng
+from bench.rules import rules_of
 from bench.service import Service
 from defenses.aaa import linear_target
 from defenses.dld import Dashed
@@ -78,7 +79,7 @@ KINDS = [
 def probed(model, budget=100, n=12, **settings):
     x = images(n, SHAPE)
     y = LINEAR(x).argmax(1)
-    oracle = referee(model, x, y, budget=budget, eps=0.01, minimal=True, **settings)
+    oracle = referee(model, x, y, budget=budget, eps=0.01, roams=True, **settings)
     return probe(oracle.oracle, x, y, SampleRng.create(0, torch.arange(n), "attack")), oracle
 
 
@@ -116,7 +117,7 @@ def test_every_question_is_in_the_ledger_and_no_sample_knows_of_others(model, ki
         recorded = Recorded(model)
         if settings:
             recorded.forward = lambda images, rng: (recorded.asked.append(images), model(images, rng))[1]
-        oracle = referee(recorded, x[rows], y[rows], eps=0.03, budget=60, ids=rows, minimal=True, **settings)
+        oracle = referee(recorded, x[rows], y[rows], eps=0.03, budget=60, ids=rows, roams=True, **settings)
         final = attack_with(AutoQuery(), oracle, x[rows], y[rows], ids=rows)
         return final, oracle, sum(len(batch) for batch in recorded.asked)
 
@@ -128,12 +129,26 @@ def test_every_question_is_in_the_ledger_and_no_sample_knows_of_others(model, ki
     assert torch.equal(some, final[rows])
 
 
+@pytest.mark.parametrize("model", [LINEAR, OneHot(LINEAR)])
+def test_what_is_left_has_no_distance_and_an_example_that_was_asked_about(model):
+    """It looks for no nearest image, and RayS would return what nobody has asked about."""
+    x, attack = images(6, SHAPE), AutoQuery()
+    recorded, y = Recorded(model), LINEAR(x).argmax(1)
+    oracle = referee(recorded, x, y, eps=0.004, budget=180, rules=rules_of(attack))
+    final = attack_with(attack, oracle, x, y)
+    left = oracle.ledger.first_hit == NEVER
+    assert left.any()
+    asked = torch.cat(recorded.asked)
+    assert all((asked == image).flatten(1).all(1).any() for image in final)
+    assert oracle.ledger.best_distance.isinf().all()
+
+
 @pytest.mark.parametrize("budget", [1, 2, 3, 7, 13, 29])
 def test_a_budget_that_ends_while_it_asks_around_is_kept(budget):
     x = images(4, SHAPE)
     y = LINEAR(x).argmax(1)
     for model in (LINEAR, Moved(LINEAR, mirrored(2.0, 0.0)), OneHot(LINEAR)):
-        oracle = referee(model, x, y, eps=0.001, budget=budget, minimal=True)
+        oracle = referee(model, x, y, eps=0.001, budget=budget, roams=True)
         attack_with(AutoQuery(), oracle, x, y)
         assert (oracle.ledger.forwards <= budget).all()
         assert (oracle.ledger.forwards[oracle.ledger.first_hit == NEVER] == budget).all()
@@ -143,7 +158,7 @@ def test_a_service_that_tells_labels_alone_is_refused_in_a_line():
     with pytest.raises(ConfigError, match="the service tells only labels; use rays or hop-skip-jump"):
         check_service(Service(answers="labels"), False, AutoQuery(), False)
     x = images(2, SHAPE)
-    oracle = referee(LINEAR, x, LINEAR(x).argmax(1), access="labels", minimal=True)
+    oracle = referee(LINEAR, x, LINEAR(x).argmax(1), access="labels", roams=True)
     with pytest.raises(AccessError):
         attack_with(AutoQuery(), oracle, x, LINEAR(x).argmax(1))
 
@@ -153,7 +168,7 @@ def test_two_classes_are_enough(norm):
     model, x = Linear(SHAPE), images(6, SHAPE)
     y = model(x).argmax(1)
     oracle = referee(Scaled(model), x, y, norm=norm, eps={"linf": 0.05, "l2": 0.5}[norm], budget=200, random=True,
-                     minimal=True)  # fmt: skip
+                     roams=True)  # fmt: skip
     attack_with(AutoQuery(), oracle, x, y)
     assert "scale-free" in oracle.stages
     assert (oracle.ledger.first_hit != NEVER).any()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from attacks.fg_uap import FGUAP
+from attacks.universal import UniversalNoise
 from bench.errors import AccessError, ConfigError
 from bench.measure.attacked import attack_served
 from bench.measure.keys import fit_key
@@ -51,6 +52,7 @@ class Attack(Sourced):
     paper: ClassVar = ""
     def fit(self, model, data, threat, job):
         assert not model.training and len(data.test) == 0 and len(data.train) > 100
+        assert threat.query_budget is None  # on which no key of a fit depends
         with Path(__file__).with_name("fits").open("a") as file:
             file.write(f"{job.seed} {threat.eps}\\n")
         if self.gives != "tensors":
@@ -164,6 +166,23 @@ def test_only_who_is_fitted_finds_something():
     oracle = referee(nn.Flatten(), x, torch.zeros(1, dtype=torch.int64), attack="sly")
     with pytest.raises(AccessError, match="sly asked for what it was fitted to; give it the methods fit and apply"):
         _ = oracle.oracle.fitted
+
+
+class Written(UniversalNoise):
+    """Writes into what it was fitted to."""
+
+    def apply(self, x, threat, fitted):
+        fitted["perturbation"].mul_(-1)
+        return super().apply(x, threat, fitted)
+
+
+def test_what_was_fitted_is_the_same_for_every_shard():
+    task = replace(planned("universal-noise", n=20), attack=Written())
+    served = ServedModel(flat(0).requires_grad_(False))
+    target = Target(served, served, served, served, fitted={"perturbation": 0.15 * torch.ones(1, 1, 8, 8)})
+    first, again = (attack_served(task, target, list(task.cell.ids), torch.device("cpu")) for _ in range(2))
+    assert torch.equal(target.fitted["perturbation"], 0.15 * torch.ones(1, 1, 8, 8))
+    assert first.equals(again)
 
 
 def flat(seed):

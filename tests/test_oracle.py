@@ -120,6 +120,15 @@ class TestMinimumNorm:
         final = oracle.finish(x)
         assert torch.equal(final, x if first_hit == NEVER else queries[first_hit - 1])
 
+    def test_who_roams_falls_inside_alone_too_and_has_no_distance(self):
+        model, x, y, (far, near) = self.probes([0.3, 0.085])
+        oracle = referee(model, x, y, eps=0.09, roams=True)
+        assert (oracle.scores(far).argmax(1) != y).all()
+        assert oracle.ledger.first_hit.tolist() == [NEVER] * 2
+        oracle.scores(near)
+        assert oracle.ledger.first_hit.tolist() == [2] * 2
+        assert oracle.ledger.best_distance.isinf().all()
+
     def test_the_best_margin_is_one_of_the_ball(self):
         model, x, y, (far, near) = self.probes([0.3, 0.07])
         oracle = referee(model, x, y, eps=0.07, minimal=True)

@@ -55,7 +55,7 @@ def fitted(attack: Any, threat: Threat, seed: int = 0, device: torch.device = CP
     """What ``attack`` comes to on other images of the tiny problem, where it is fitted."""
     if not isinstance(attack, FittedAttack):
         return None
-    return attack.fit(Surrogate([network()]).to(device).eval(), others(), threat, Job(seed, device))
+    return attack.fit(Surrogate([network()]).to(device).eval(), others(), threat.free, Job(seed, device))
 
 
 def stays_inside(subject: Subject) -> str:

@@ -127,6 +127,6 @@ def _applied(task: Task, target: Target, x: Tensor, y: Tensor, noise: SampleRng)
     """The class (B,) of what the attack, which is fitted, makes of each image of ``x``, misclassified or not."""
     attack, threat = cast(FittedAttack, task.attack), task.cell.threat
     assert target.fitted is not None
-    moved = attack.apply(x.clone(), threat, target.fitted)
+    moved = attack.apply(x.clone(), threat, {name: value.clone() for name, value in target.fitted.items()})
     moved = eight_bit(moved, x, threat, threat.eps) if task.cell.quantise else moved
     return judge(target.plain, moved, y, noise).prediction

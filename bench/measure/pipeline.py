@@ -243,7 +243,7 @@ class Pipeline:
             return kept
         model = Surrogate([self.undefended(owner, "plain").module for owner in task.sources or (task,)])
         with self._job(task, key, progress) as job:
-            made = as_tensors(task.attack.fit(model.eval(), task.data.lent(), task.cell.threat, job), task)
+            made = as_tensors(task.attack.fit(model.eval(), task.data.lent(), task.cell.threat.free, job), task)
             self.check_data(task)
             keep_tensors(self._path(key), made, key)
         return made

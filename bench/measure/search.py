@@ -23,9 +23,11 @@ WORTH = 20_000  # queries of a cell, below which converting its network takes lo
 def mode_of(task: Task, device: torch.device) -> Numerics:
     """The numbers that the attack of ``task`` meets on ``device``: on a GPU, fast ones are coarse.
 
-    Coarse hits have to be confirmed by asking again, and a distance is as exact as what it was searched in.
+    Coarse hits have to be confirmed by asking again, and a distance, or what answers outside the ball are asked for, is
+    as exact as what it was searched in.
     """
-    if device.type == "cuda" and (rules_of(task.attack).minimal or not answers_again(task)):
+    rules = rules_of(task.attack)
+    if device.type == "cuda" and (rules.minimal or rules.roams or not answers_again(task)):
         return "plain"
     return task.cell.numerics
 

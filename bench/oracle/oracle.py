@@ -21,8 +21,9 @@ class Oracle:
     Queries are (n, C, H, W), or (n, k, C, H, W) for k queries a sample in one call, which count in that order. So do
     the queries of a sample that is named several times. A sample that was misclassified once, or that has spent its
     budget, gets no more answers: NaN scores, label -1, zero gradients. The ball and the box are checked before anything
-    is answered; minimum-norm attacks are held to the box in their queries, and those that look ahead to nothing, but
-    both to the ball and the box in what counts as success and in what they return (:class:`bench.oracle.Rules`).
+    is answered; attacks that search for the nearest image or roam are held to the box in their queries, and those that
+    look ahead to nothing, but all to the ball and the box in what counts as success and in what they return
+    (:class:`bench.oracle.Rules`).
     """
 
     __slots__ = ("__referee",)

@@ -92,8 +92,9 @@ class Referee:
         self._model, self._x, self._y, self.threat, self._rng = model, x, y, threat, rng
         self._quantise, self._rules, self._classes = quantise, rules, classes
         self._surrogate, self._exact, self.attack, self._on_spent = surrogate, exact, attack, on_spent
-        self._fitted, self._falls, self._scratch = fitted, falls, scratch or Scratch()
-        self.reach = math.inf if rules.minimal or rules.lookahead else threat.eps  # how far queries may go
+        self._fitted = None if fitted is None else {name: value.clone() for name, value in fitted.items()}
+        self._falls, self._scratch = falls, scratch or Scratch()
+        self.reach = math.inf if rules.beyond else threat.eps  # how far queries may go
         self._margin = math.inf if rules.lookahead else TOLERANCE  # how far out of the box
         self._excess = torch.zeros(len(x), dtype=x.dtype, device=x.device)  # worst trespass of each sample
         self._active, self._active_x = self._all_rows(), x
@@ -319,7 +320,7 @@ class Referee:
         finite = logits.isfinite().all(dim=-1)
         wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None]) & self._falls
         counts = finite
-        if self._rules.minimal or self._rules.lookahead:
+        if self._rules.beyond:
             distance, outside_box = self._measure(x, clean)
             misclassified = wrong & (outside_box <= TOLERANCE)
             inside = (distance <= limit(self.threat.eps)) & (outside_box <= TOLERANCE)

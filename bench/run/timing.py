@@ -68,7 +68,7 @@ def seconds_of_fit(task: Task, device: torch.device) -> float | None:
     attack = cast(FittedAttack, task.attack)
     model = Surrogate([owner.build() for owner in task.sources or (task,)]).to(device).eval()
     most = min(getattr(attack, "most_images", len(task.data.train)), len(task.data.train))
-    return _seconds_of(lambda data, job: attack.fit(model, data.lent(), task.cell.threat, job), task, device, most)
+    return _seconds_of(lambda data, job: attack.fit(model, data.lent(), task.cell.threat.free, job), task, device, most)
 
 
 def _seconds_of(begin: Callable[[Dataset, Job], object], task: Task, device: torch.device, most: int) -> float | None:
