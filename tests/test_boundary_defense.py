@@ -4,22 +4,12 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
 from bench.rng import SampleRng
 from defenses.boundary_defense import BoundaryDefense
-
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
-
-
-class Echo(nn.Module):
-    """Answers with what it was shown."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
+from tests.served import NOTHING, Echo
 
 
 def served(logits: torch.Tensor, number: int = 0, **settings: float) -> torch.Tensor:

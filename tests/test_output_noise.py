@@ -2,27 +2,13 @@
 
 import pytest
 import torch
-from torch import nn
 
-from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
-from bench.rng import SampleRng
 from defenses.output_noise import OutputNoise
+from tests.served import NOTHING, Echo, query
 
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
 CLASSES = 10
-
-
-class Echo(nn.Module):
-    """Answers with what it was shown."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
-
-
-def query(number: int, count: int) -> SampleRng:
-    return SampleRng.create(0, torch.arange(count), "test").fork(number)
 
 
 def noise(sigma: float, rows: int, number: int = 0) -> torch.Tensor:

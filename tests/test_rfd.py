@@ -7,16 +7,11 @@ from torch import nn
 from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses, models
-from bench.rng import SampleRng
 from defenses.rfd import RandomizedFeatures
+from tests.served import NOTHING, query
 
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
 IMAGES = Split(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
 SMALL = Split(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64))
-
-
-def query(number: int, count: int) -> SampleRng:
-    return SampleRng.create(0, torch.arange(count), "test").fork(number)
 
 
 class Summing(nn.Module):

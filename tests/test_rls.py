@@ -4,28 +4,14 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.losses import dlr
 from bench.registry import defenses
-from bench.rng import SampleRng
 from defenses.rls import RandomLogitScaling, above
+from tests.served import NOTHING, Echo, query
 
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
 N = 20_000
-
-
-class Echo(nn.Module):
-    """Answers with what it was shown."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
-
-
-def query(number: int, count: int) -> SampleRng:
-    return SampleRng.create(0, torch.arange(count), "test").fork(number)
 
 
 def served(logits: torch.Tensor, number: int = 0, **settings: object) -> torch.Tensor:

@@ -4,24 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
-from bench.rng import SampleRng
 from defenses.rnd import RandomNoiseDefense
-
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
-
-
-class Echo(nn.Module):
-    """Answers with what it was shown."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
-
-
-def query(number: int, count: int) -> SampleRng:
-    return SampleRng.create(0, torch.arange(count), "test").fork(number)
+from tests.served import NOTHING, Echo, query
 
 
 def test_without_noise_it_is_the_model_bit_for_bit():

@@ -4,18 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from bench.dataset import Split
 from bench.errors import ConfigError
 from bench.registry import defenses
-
-NOTHING = Split(torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64))
-
-
-class Echo(nn.Module):
-    """Answers with what it was shown."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.flatten(1)
+from tests.served import NOTHING, Echo
 
 
 def rounded(logits: torch.Tensor, spec: str) -> torch.Tensor:
