@@ -15,6 +15,7 @@ from bench.rng import SampleRng
 from defenses.streams import streams
 
 Distribution = Literal["uniform", "gaussian"]
+FAR = 30  # deviations, not far beyond which probabilities are 0 in float64, and scales infinite
 
 
 @defenses("rls")
@@ -32,7 +33,7 @@ class RandomLogitScaling:
         Random Logit Scaling, OpenReview CXafPv4aAG, and the README of its code.
 
     Raises:
-        ConfigError: a scale that may be zero or negative, or bounds in the wrong order.
+        ConfigError: a scale that may be zero or negative, bounds in the wrong order, or a bound that nothing exceeds.
     """
 
     distribution: Distribution = "uniform"
@@ -55,6 +56,8 @@ class RandomLogitScaling:
             raise ConfigError(f"high is {self.high:g}, below low, which is {self.least:g}")
         if not 0 < self.std < math.inf or not math.isfinite(self.mean):
             raise ConfigError(f"std is {self.std:g} and mean {self.mean:g}; a deviation is above zero, and both finite")
+        if self.distribution == "gaussian" and self.least > self.mean + FAR * self.std:
+            raise ConfigError(f"low is {self.least:g}, over {FAR} deviations above the mean; nothing of it would be left")
 
     @property
     def least(self) -> float:

@@ -72,6 +72,7 @@ def test_no_streams_are_refused():
 
 
 def test_what_cannot_be_meant_is_refused():
-    for text in ("low=0", "low=-1", "low=11", "distribution=gaussian, std=0", "distribution=cauchy"):
+    nothing_left = "distribution=gaussian, low=5, std=0.01"  # its scales would be infinite
+    for text in ("low=0", "low=-1", "low=11", "distribution=gaussian, std=0", "distribution=cauchy", nothing_left):
         with pytest.raises(ConfigError):
             defenses.create(f"rls({text})")
