@@ -57,7 +57,7 @@ class RandomLogitScaling:
         if not 0 < self.std < math.inf or not math.isfinite(self.mean):
             raise ConfigError(f"std is {self.std:g} and mean {self.mean:g}; a deviation is above zero, and both finite")
         if self.distribution == "gaussian" and self.least > self.mean + FAR * self.std:
-            raise ConfigError(f"low is {self.least:g}, over {FAR} deviations above the mean; nothing of it would be left")
+            raise ConfigError(f"low is {self.least:g}, over {FAR} deviations above the mean, where nothing is left")
 
     @property
     def least(self) -> float:
