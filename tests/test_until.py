@@ -172,6 +172,13 @@ class TestARowThatHasStopped:
         assert not table.lines[0].marks
         assert table.lines[0].shares["@100"].interval == wilson(int((whole.columns["first_hit"] < 0).sum()), 200)
 
+    def test_has_it_too_where_a_full_run_of_all_samples_lies_beside_it(self):
+        whole = drawn(0.5)
+        (full,) = whole.shards
+        assert not Row.of(whole.cell, whole.columns, (*stopped(whole, 80).shards, full)).sequential
+        half = replace(full, stop=100)
+        assert Row.of(whole.cell, whole.columns, (*stopped(whole, 200).shards, half)).sequential
+
     def test_takes_the_worst_case_on_the_samples_that_all_attacks_have_taken(self):
         a, b, c = drawn(0.6), drawn(0.7, attack="simba", seed=1), drawn(0.9, attack="rays", seed=2)
         (table,) = tables([stopped(a, 60), stopped(b, 90), c])

@@ -95,12 +95,17 @@ class Row:
         if any(shard.chosen and not shard.in_order for shard in finished):  # by what other attacks had left
             return False
         if self._covered:
-            return any(shard.until for shard in finished) and all(shard.until for shard in finished if shard.in_order)
+            fixed = [shard for shard in finished if not shard.until]
+            return not self._all_of(fixed) and not any(shard.in_order for shard in fixed)
         return any(shard.in_order for shard in finished)
 
     @cached_property
     def _covered(self) -> bool:
-        return len(_positions(shard for shard in self.shards if shard.error is None)) == len(self.cell.ids)
+        return self._all_of(shard for shard in self.shards if shard.error is None)
+
+    def _all_of(self, shards: Iterable[Shard]) -> bool:
+        """Whether every sample of the cell is in one of ``shards``."""
+        return len(_positions(shards)) == len(self.cell.ids)
 
     @cached_property
     def prefix(self) -> Columns:
