@@ -9,8 +9,9 @@ import pandas as pd
 import pytest
 
 import bench.tracks
+from bench.entries.plan import DEFAULTS
 from bench.plan.cell import Cell
-from bench.plan.suite import load_suite
+from bench.plan.suite import TrackName, load_suite
 from bench.plan.tasks import Loader, expand
 from bench.report.leaderboard import render
 from bench.report.marks import UNRANKED, marks_of
@@ -27,6 +28,11 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.parametrize("access", get_args(Access))
 def test_every_access_belongs_to_one_track(access):
     assert sum(access in track.accesses for track in TRACKS) == 1
+
+
+def test_suites_and_entries_name_every_track():
+    assert get_args(TrackName) == tuple(track.name for track in TRACKS)
+    assert set(DEFAULTS) == set(get_args(TrackName))
 
 
 def test_cells_know_their_track():

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue
 from bench.entries.about import About
 from bench.errors import ConfigError, StoreError
 from bench.plan.cell import Cell, Component
+from bench.plan.suite import TrackName
 from bench.report.leaderboard import records
 from bench.report.standings import tables
 from bench.results.shards import content_of
@@ -29,7 +30,6 @@ LARGEST = 16 << 20  # bytes of entry.json
 Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 Digest = Annotated[str, Field(pattern="^[0-9a-f]*$", max_length=128)]
 Count = Annotated[int, Field(ge=0)]
-TRACKS = ("query", "white-box", "certificate", "data")
 
 
 class _Strict(BaseModel):
@@ -98,7 +98,7 @@ class Entry(_Strict):
 
     schema_: Annotated[Literal[1], Field(alias="schema")]
     about: About
-    track: Literal["query", "white-box", "certificate", "data"]
+    track: TrackName
     suite: str
     board: str
     defense: str
@@ -222,12 +222,13 @@ def entered_track(cells: Iterable[Cell]) -> str:
     """The track that cells are of together: gradients, where some see them, since whoever does can ask, too.
 
     Raises:
-        ConfigError: some are of the data track and others are not.
+        ConfigError: no track holds them all.
     """
-    names = {track_of(cell).name for cell in cells}
-    if len(names) > 1 and names & {"data", "certificate"}:
-        raise ConfigError(f"an entry is of one track, and here are {', '.join(sorted(names))}")
-    return max(names, key=TRACKS.index)
+    tracks = {(track := track_of(cell)).name: track for cell in cells}
+    for name, track in tracks.items():
+        if all(other.accesses <= track.accesses | track.beside for other in tracks.values()):
+            return name
+    raise ConfigError(f"an entry is of one track, and here are {', '.join(sorted(tracks))}")
 
 
 def _command(defense: str, track: str, suite: str, models: Sequence[str], limited: bool) -> str:

@@ -45,6 +45,9 @@ class Grid(BaseModel):
     quantise: bool = False
 
 
+TrackName = Literal["query", "white-box", "certificate", "data"]  # of each of ``bench.tracks.TRACKS``
+
+
 class Board(BaseModel):
     """What makes a suite a board, on which defenses stand beside each other for good.
 
@@ -54,7 +57,7 @@ class Board(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    track: Literal["query", "white-box", "certificate", "data"]
+    track: TrackName
     version: Count
 
 
