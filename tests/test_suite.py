@@ -100,7 +100,7 @@ def test_a_wrong_file_says_where_and_what(tmp_path, text, complaint):
 
 BOARDS = {
     "certified-cifar10-small v1": "1856da64",
-    "certified-digits v1": "53eeb485",
+    "certified-digits v2": "f85a291b",
     "data-cifar10-small v1": "bd7075bd",
     "data-digits v1": "af8c086f",
     "query-cifar10 v1": "8fe368a7",
