@@ -29,15 +29,15 @@ REPEATS = 1e-5  # the largest difference between two plain answers, as a share o
 FLOAT32 = 1e-3  # the largest that another order of float32 sums explains
 ENGINE = 1e-4  # and of an engine, which might round to 10 bits without a word
 BFLOAT16 = 0.1  # the largest that bfloat16 explains
-TORCH = "torch"  # what answers where no engine does
+TORCH = "torch"  # whose forward answers where no engine does
 
 
 class Engine(Protocol):
-    """Another library that answers for networks on a CPU, in float32."""
+    """What answers for networks in place of torch's own forward, in the numbers that they compute in."""
 
     @property
     def name(self) -> str:
-        """It and its version."""
+        """It, and of another library its version."""
         ...
 
     def __call__(self, network: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -54,8 +54,8 @@ class Converted:
     """A network in the numbers that attacks search in.
 
     ``used`` says which, ``difference`` is the largest that was seen between a logit of its and a plain one, and
-    ``reason`` says why it is not in faster ones, where something spoke against them. ``engine`` is the library that
-    answers; where that is torch, it may say why.
+    ``reason`` says why it is not in faster ones, where something spoke against them. ``engine`` is what answers; where
+    that is torch's own forward, it may say why.
     """
 
     module: nn.Module
@@ -91,7 +91,7 @@ def tf32() -> Iterator[None]:
 
 def fast(network: nn.Module, images: Tensor, fold: bool = True, engine: Engine | None = None) -> Converted:
     """A copy of ``network`` that answers sooner: batch-norm folded into convolutions, channels last, bf16 on a GPU, and
-    on a CPU another library's ``engine``.
+    an ``engine`` in place of torch's forward.
 
     Each of these is kept only where the logits of ``images`` agree with plain ones, asked twice, since a network may
     draw numbers of its own. What cannot be copied, or answers differently each time, is served in plain numbers.
@@ -100,7 +100,7 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True, engine: Engine |
         network: logits (B, K) from images (B, C, H, W); left as it was.
         images: real images (B, C, H, W) in [0, 1], on its device. Without any, the copy is in plain numbers.
         fold: whether batch-norms may be folded; not for defenses that work on them.
-        engine: answers in place of torch wherever no gradient is asked for; not for defenses that look into networks.
+        engine: answers wherever no gradient is asked for; not for defenses that look into networks.
     """
     network.eval()
     try:
@@ -125,7 +125,7 @@ def fast(network: nn.Module, images: Tensor, fold: bool = True, engine: Engine |
                 continue
             if max(found) <= (BFLOAT16 if images.is_cuda else FLOAT32) * spread:
                 converted = replace(converted, difference=max(found), reason=reason)
-                return _by(engine, converted, reference, images, spread) if engine and not images.is_cuda else converted
+                return _by(engine, converted, reference, images, spread) if engine else converted
             reason = reason or f"faster precision changes its logits by {max(found):.2g}"
     return Converted(plain(copy.deepcopy(network)), reason=reason)
 
@@ -175,14 +175,16 @@ def _convert(network: nn.Module, images: Tensor, folded: bool) -> Converted:
 def _by(
     engine: Engine, converted: Converted, reference: nn.Module, images: Tensor, spread: float
 ) -> Converted:
-    """``converted`` with ``engine`` answering if that agrees with ``reference``, asked twice and in two sizes."""
+    """``converted`` with ``engine`` answering if that agrees with ``reference``, asked twice, with others in between
+    and in two sizes."""
+    questions = images, images[:1], images.flip(0), images
     try:
-        module = _Answered(converted.module, engine(converted.module, images)).eval()
-        found = [_distance(reference(few.clone()), module(few.clone())) for few in (images, images[:1], images)]
+        module = _Answered(converted.module, engine(_settled(converted.module), images)).eval()
+        found = [_distance(reference(asked.clone()), module(asked.clone())) for asked in questions]
     except Exception as error:  # the network's own Python may raise anything when it is traced
         why = f"{engine.name} fails ({_named(error)})"
     else:
-        if all(gap <= ENGINE * spread for gap in found):  # NaN is not
+        if all(gap <= (BFLOAT16 if images.is_cuda else ENGINE) * spread for gap in found):  # NaN is not
             return replace(converted, module=module, difference=max(found), engine=engine.name)
         why = f"{engine.name} changes its logits by {max(found):.2g}"
     return replace(converted, engine=f"{TORCH}: {why}")
@@ -245,8 +247,20 @@ class _ChannelsLast(nn.Module):
 
 class _Bfloat16(_ChannelsLast):
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # of frozen weights it caches nothing
             return super().forward(x).float()
+
+
+def _settled(network: nn.Module) -> nn.Module:
+    """``network``, in a copy with those weights cast that autocast would cast at each forward, to the same numbers."""
+    if not isinstance(network, _Bfloat16):
+        return network
+    settled = copy.deepcopy(network)
+    for module in settled.modules():
+        if type(module) in (nn.Conv2d, nn.Linear) and not _hooked(module):
+            for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return settled
 
 
 class _Answered(nn.Module):

@@ -240,7 +240,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     """A GPU at :data:`GPU`, as long as the context is open."""
     gpu = PretendedGPU()
     operations = _Operations(gpu)
-    nothing = torch.zeros(16, dtype=torch.uint8)
+    nothing, autocast = torch.zeros(16, dtype=torch.uint8), torch.autocast
     stand_ins = {
         "get_rng_state": lambda *_: nothing, "set_rng_state": lambda *_: None, "manual_seed": lambda *_: None,
         "synchronize": lambda *_: None,
@@ -248,6 +248,7 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
     with ExitStack() as stack:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
+        stack.enter_context(mock.patch.object(torch, "autocast", lambda _, *args, **how: autocast("cpu", *args, **how)))
         stack.enter_context(operations)
         stack.enter_context(_Calls(gpu, operations))
         yield gpu

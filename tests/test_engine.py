@@ -21,6 +21,7 @@ from tests import test_numerics as networks
 from tests.test_numerics import IMAGES, Network, with_statistics
 from tests.test_runner import grid
 
+CPU = torch.device("cpu")
 INSTALLED = engine.installed()
 needs_openvino = pytest.mark.skipif(INSTALLED is None, reason="openvino is not installed")
 
@@ -86,12 +87,12 @@ def tasks(tmp_path):
 def test_an_engine_that_agrees_answers():
     found = Pretended(off=1e-6)
     converted = numerics.fast(with_statistics(Network()), IMAGES, engine=found)
-    assert found.batches == [len(IMAGES), 1, len(IMAGES)]
+    assert found.batches == [len(IMAGES), 1, len(IMAGES), len(IMAGES)]
     assert converted.facts["engine"] == "Pretended 1.0"
     assert converted.facts["used"] == "float32, channels last, 2 batch-norms folded"
     assert 0 < converted.difference < 1e-5
     converted.module(IMAGES)
-    assert len(found.batches) == 4
+    assert len(found.batches) == 5
 
 
 @pytest.mark.parametrize(
@@ -135,13 +136,13 @@ def test_a_network_that_draws_has_no_engine():
 def test_who_gets_an_engine(settings, why, pretended, monkeypatch):
     monkeypatch.setattr(search, "WORTH", WORTH)
     (task,) = grid(**{"attack": ["square"], "queries": WORTH // 100} | settings)
-    assert re.search(why or "^$", without_engine(task))
+    assert re.search(why or "^$", without_engine(task, CPU))
 
 
 def test_without_the_library_the_row_says_so(monkeypatch):
     monkeypatch.setattr(engine, "installed", lambda: None)
     (task,) = grid(attack=["square"], queries=WORTH // 100)
-    assert without_engine(task) == "openvino is not installed"
+    assert without_engine(task, CPU) == "openvino is not installed"
 
 
 @pytest.mark.parametrize(

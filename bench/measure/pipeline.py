@@ -81,7 +81,7 @@ class Pipeline:
         fitted = self.fitted(task, lambda done, total: None)
         sources = tuple(self.undefended(source, "plain") for source in task.sources)
         with self._lending(task), self._defended(task, mode) as (searched, plain):
-            check_outside(task, searched, plain)
+            check_outside(task, searched, plain, self.device)
             bare = task.service and task.chain.output is None  # there is nothing behind it
             fast, undefended = (None if bare else self.undefended(task, each) for each in (mode, "plain"))
             yield Target(searched, plain, fast, undefended, sources, self.isolates(task), fitted)

@@ -1,4 +1,4 @@
-"""What a task is searched in: which numbers, and whose library answers."""
+"""What a task is searched in: which numbers, and what answers in them."""
 
 from dataclasses import replace
 
@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from bench import engine, numerics
+from bench.cuda_graphs import CudaGraphs
 from bench.errors import RefereeError
 from bench.measure.inside import seeded
 from bench.measure.probe import ROUNDED, difference
-from bench.numerics import TORCH, Converted
+from bench.numerics import TORCH, Converted, Engine
 from bench.oracle.served import ServedModel
 from bench.plan.tasks import Task
-from bench.precision import Numerics
+from bench.precision import COARSE, Numerics
 from bench.rng import SampleRng
 from bench.rules import rules_of
 
@@ -47,15 +48,17 @@ def in_numbers(task: Task, network: nn.Module, mode: Numerics, device: torch.dev
         return Converted(numerics.plain(network))
     fold = not getattr(task.chain.output, "needs_batch_norm", False)
     images = task.data.specimens(numerics.SPECIMENS).to(device)
-    if device.type == "cuda":
-        return numerics.fast(network, images, fold)
-    if why := without_engine(task):
+    if why := without_engine(task, device):
         return replace(numerics.fast(network, images, fold), engine=f"{TORCH}: {why}")
-    return numerics.fast(network, images, fold, engine.installed())
+    return numerics.fast(network, images, fold, _engine_of(device))
 
 
-def without_engine(task: Task) -> str:
-    """Why no engine answers for the network of ``task`` on a CPU; empty where one does."""
+def _engine_of(device: torch.device) -> Engine | None:
+    return CudaGraphs() if device.type == "cuda" else engine.installed()
+
+
+def without_engine(task: Task, device: torch.device) -> str:
+    """Why no engine answers for the network of ``task`` on ``device``; empty where one does."""
     defense, threat = task.chain.output, task.cell.threat
     if threat.access == "gradients":
         return "gradients are asked for"
@@ -65,22 +68,23 @@ def without_engine(task: Task) -> str:
         return "the defense answers a question that is asked again otherwise, so hits could not be confirmed"
     if (threat.query_budget or 0) * len(task.cell.ids) < WORTH:
         return "too few queries"
-    return "" if engine.installed() else "openvino is not installed"
+    return "" if _engine_of(device) else "openvino is not installed"
 
 
-def check_outside(task: Task, searched: ServedModel, plain: ServedModel) -> None:
+def check_outside(task: Task, searched: ServedModel, plain: ServedModel, device: torch.device) -> None:
     """Whether the output defense of ``task`` does around an engine what it does around the ``plain`` network.
 
     One that declares ``outside = True`` and yet works on layers, weights or hooks would be searched without its work,
-    and seem the harder to beat. A solver or rounding may make much of a rounding error on few images.
+    and seem the harder to beat. A solver or rounding may make much of a rounding error on few images. In bfloat16 the
+    answers of honest defenses differ by 0.1 on one image in thirty.
 
     Raises:
         RefereeError: it does not.
     """
     if not searched.by_engine or task.chain.output is None:
         return
-    x = task.data.specimens(numerics.SPECIMENS)
-    streams = SampleRng.create(task.cell.seed, torch.arange(len(x)), "specimens")
+    x = task.data.specimens(numerics.SPECIMENS).to(device)
+    streams = SampleRng.create(task.cell.seed, torch.arange(len(x), device=device), "specimens")
 
     def answer(model: ServedModel) -> Tensor:
         fresh = model.fresh()
@@ -89,7 +93,8 @@ def check_outside(task: Task, searched: ServedModel, plain: ServedModel) -> None
 
     reference = answer(plain)
     settled = difference(reference, answer(plain)) <= ROUNDED  # others draw what no seed controls
-    alike = difference(reference, answer(searched))[settled] <= ROUNDED
+    coarse = str(searched.numbers["used"]).startswith(COARSE)
+    alike = difference(reference, answer(searched))[settled] <= (numerics.BFLOAT16 if coarse else ROUNDED)
     if len(alike) and float(alike.float().mean()) < ALIKE:
         raise RefereeError(
             f"{task.cell.defense_label} declares outside = True, and answers {int((~alike).sum())} of {len(alike)} "

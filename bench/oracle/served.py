@@ -44,12 +44,12 @@ class ServedModel:
 
     @property
     def coarse(self) -> bool:
-        """Whether a hit needs another look: its numbers round more than float32 does, or are not torch's."""
+        """Whether a hit needs another look: its numbers round more than float32 does, or are not torch's own."""
         return str(self.numbers.get("used", "")).startswith(COARSE) or self.by_engine
 
     @property
     def by_engine(self) -> bool:
-        """Whether another library than torch answers for its network."""
+        """Whether something else than torch's own forward answers for its network."""
         return not str(self.numbers.get("engine", TORCH)).startswith(TORCH)
 
     def fresh(self) -> "ServedModel":
