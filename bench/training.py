@@ -18,6 +18,7 @@ from bench.numerics import tf32
 from bench.protocols import Job
 from bench.ranges import Count, NonNegative, Positive
 from bench.registry import added
+from bench.replay import InBfloat16, Replay, recordable
 from bench.rng import SampleRng
 
 Prepare = Callable[[Tensor], Tensor]
@@ -241,6 +242,7 @@ def fit(
     on_step: Callable[[int, int], None] | None = None,
     selection: Selection | None = None,
     kept: Mapping[str, Any] | None = None,
+    pure: bool = False,
 ) -> nn.Module:
     """Train ``model`` on ``data.train``, by cross-entropy where no other ``objective`` is given.
 
@@ -263,6 +265,9 @@ def fit(
         on_step: ``on_step(epoch, batch)`` is called after each batch (0, 1, ... in each epoch).
         selection: chooses the epoch whose weights are returned; without one it is the last.
         kept: what else changes on the way, by name, kept with the training (see :class:`TrainingState`).
+        pure: whether all hooks but the last three are functions of their tensors, the same in each epoch, and the
+            objective yields one loss. Where the layers of ``model`` are torch's and ours, a GPU then computes in
+            bfloat16 and replays a recorded step (:mod:`bench.replay`).
 
     Returns:
         ``model`` in eval mode on ``job.device``.
@@ -287,6 +292,28 @@ def fit(
         more["selection"] = selection
     state = TrainingState(job, model, optimizer, more)
     piece = _name(model, data, recipe, job)
+    change = perturb
+    recorded = pure and job.device.type == "cuda" and recordable(model)
+    asked = InBfloat16(model) if recorded else model
+
+    def losses(rows: Tensor, epoch: int | Tensor) -> Iterator[Tensor]:
+        """Those of a batch."""
+        rng = streams[rows].fork(epoch)
+        x, y = train.pixels(rows), train.labels[rows]
+        if prepare is not None:
+            x = prepare(x)
+        x, target = augment(x, recipe.flip, recipe.shift, rng), y
+        if change is not None:
+            x = change(asked, x, y, rng.fork("perturb"))
+        if mix is not None:
+            x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
+        yield from objective(asked, x, target, rng.fork("objective"))
+
+    def backward(rows: Tensor, epoch: Tensor) -> None:
+        (loss,) = losses(rows, epoch)
+        loss.backward()
+
+    replay = Replay(backward, model.parameters(), job.device) if recorded else None
     with seeded(job):
         done = state.resume(piece)
         first: int = done["epochs"] if done else 0
@@ -296,33 +323,29 @@ def fit(
         for epoch in range(first, recipe.epochs):
             change = perturb if perturb_at is None else perturb_at(epoch)
             order = torch.randperm(len(train), generator=shuffle).to(job.device)
+            number = torch.tensor(epoch, device=job.device)
             with tf32():
                 # Equal shares: no last batch is too small for batch norm.
                 for batch, rows in enumerate(order.tensor_split(steps)):
-                    rng = streams[rows].fork(epoch)
-                    x, y = train.pixels(rows), train.labels[rows]
-                    if prepare is not None:
-                        x = prepare(x)
-                    x, target = augment(x, recipe.flip, recipe.shift, rng), y
-                    if change is not None:
-                        x = change(model, x, y, rng.fork("perturb"))
-                    if mix is not None:
-                        x, target = mix(x, F.one_hot(y, len(data.classes)).to(x), rng.fork("mix"))
-                    for loss in objective(model, x, target, rng.fork("objective")):
-                        optimizer.zero_grad()
-                        loss.backward()
+                    if replay is not None:
+                        replay(rows, number)
                         optimizer.step()
+                    else:
+                        for loss in losses(rows, epoch):
+                            optimizer.zero_grad()
+                            loss.backward()
+                            optimizer.step()
                     schedule.step()
                     if on_step is not None:
                         on_step(epoch, batch)
             over = epoch + 1 == recipe.epochs
             if selection is not None:
-                with observed(model, job):
+                with tf32(), observed(model, job):
                     over |= not selection(model, epoch)
             ended = recipe.epochs if over else epoch + 1
             job.progress(ended, recipe.epochs)
             if job.watch is not None:
-                with observed(model, job):
+                with tf32(), observed(model, job):
                     job.watch(model, epoch)
             if job.scratch.due() or over:  # what follows the training may be slow, too
                 state.save(piece, epochs=ended)

@@ -38,6 +38,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -325,10 +326,9 @@ def train(here: Here) -> None:
         return resolve(scale.networks[0])(len(data.classes), data.test.shape, None)
 
     few = replace(data, train=data.train.subset(slice(48 * scale.batch)))
-    pace = training_pace(here, recipe(1), build, few, autocast(here.device))
+    pace = training_pace(here, recipe(1), build, few)
     epochs = max(1, min(scale.epochs, int((here.left() - 8) * pace / len(data.train))))
-    with autocast(here.device):
-        network = attacks.create(recipe(epochs))(build, data, Job(device=here.device))
+    network = attacks.create(recipe(epochs))(build, data, Job(device=here.device))
     state = {name: value.to(torch.bfloat16) if value.is_floating_point() else value
              for name, value in network.cpu().state_dict().items()}  # fmt: skip
     here.log.models.mkdir(parents=True, exist_ok=True)
@@ -471,23 +471,23 @@ def training(here: Here) -> None:
         "one-step adversarial": "pgd-at(epochs=1, steps=1, rel_step=1.25, batch_size={})",
         "PGD-10 adversarial": "pgd-at(epochs=1, batch_size={})",
     }
-    for numbers in ("bf16", "tf32"):
+    for way, record in (("recorded, bf16", True), ("step by step, tf32", False)):
         for kind, recipe in kinds.items():
-            name = f"4 {kind} {numbers}"
+            name = f"4 {kind}, {way}"
             if name in here.log.figures:
                 continue
             if here.left() < scale.training:
                 here.log.say(f"  {name[2:]}: left out, no time; the same command resumes with it")
                 continue
-            context = autocast(here.device) if numbers == "bf16" else nullcontext()
-            pace = training_pace(here, recipe.format(min(128, scale.batch)), build, data, context)
+            with nullcontext() if record else patch("bench.training.recordable", return_value=False):
+                pace = training_pace(here, recipe.format(min(128, scale.batch)), build, data)
             here.log.keep(name, pace, f"{name[2:]}, batch {min(128, scale.batch)}: {pace:,.0f} images/s")
     if "4 sep" not in here.log.figures:
         pace = protecting_pace(here, data)
         here.log.keep("4 sep", pace, f"SEP's protecting step: {pace:,.0f} images x checkpoints/s")
 
 
-def training_pace(here: Here, recipe: str, build: Callable[[], nn.Module], data: Dataset, context: Any) -> float:
+def training_pace(here: Here, recipe: str, build: Callable[[], nn.Module], data: Dataset) -> float:
     """Images per second of ``recipe``, of those beyond the first few, as a training also takes a while to begin."""
     registry = attacks if recipe.startswith("standard") else defenses
     trainer: Any = registry.create(recipe)
@@ -500,14 +500,13 @@ def training_pace(here: Here, recipe: str, build: Callable[[], nn.Module], data:
         return time.perf_counter() - began
 
     few = min(len(data.train), here.scale.first)
-    with context:
-        if here.scale.training:
-            duration(few)  # kernels are chosen
-        short = duration(few)
-        many = min(len(data.train), max(4 * few, int(few / short * here.scale.training)))
-        if many == few or not here.scale.training:
-            return few / short
-        return (many - few) / max(duration(many) - short, 1e-9)
+    if here.scale.training:
+        duration(few)  # kernels are chosen
+    short = duration(few)
+    many = min(len(data.train), max(4 * few, int(few / short * here.scale.training)))
+    if many == few or not here.scale.training:
+        return few / short
+    return (many - few) / max(duration(many) - short, 1e-9)
 
 
 def protecting_pace(here: Here, data: Dataset) -> float:
@@ -583,11 +582,6 @@ def wait(device: torch.device) -> None:
     """Until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """Convolutions and products in bf16; a cache would hold the weights of the first step to the end of a training."""
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 if __name__ == "__main__":

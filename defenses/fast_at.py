@@ -38,7 +38,7 @@ class SingleStep(Trainer, ABC):
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
         selection = EarlyStopping(data, self.eps, job) if self.early_stopping else None
-        return self.train(build, data, job, perturb=self.perturb, selection=selection)
+        return self.train(build, data, job, perturb=self.perturb, selection=selection, pure=True)
 
     @abstractmethod
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:

@@ -50,7 +50,7 @@ class PGDAdversarialTraining(Trainer):
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
-        return self.train(build, data, job, perturb=self.perturb)
+        return self.train(build, data, job, perturb=self.perturb, pure=True)
 
     def perturb(self, model: nn.Module, x: Tensor, y: Tensor, rng: SampleRng) -> Tensor:
         """The images (B, C, H, W) of high cross-entropy in the ball around ``x``; ``model`` is left as it was."""

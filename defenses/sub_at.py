@@ -100,7 +100,7 @@ class SubspaceAdversarialTraining(Trainer):
             if batch in moments:
                 trajectory.take(1 + epoch * len(moments) + moments.index(batch))
 
-        fit(network, data, recipe, job, self.perturb(self.variant, self.eps), on_step=on_step)
+        fit(network, data, recipe, job, self.perturb(self.variant, self.eps), on_step=on_step, pure=True)
         snapshots = trajectory.matrix(1 + recipe.epochs * len(moments)).to(job.device)
         basis, shares = principal_directions(snapshots, self.dimension(data))
         job.note("explained_variance", float(shares.sum()))
@@ -116,7 +116,7 @@ class SubspaceAdversarialTraining(Trainer):
         )  # fmt: skip
         selection = EarlyStopping(data, self.eps, job) if self.early_stopping else None
         adversary = self.perturb("fast", self.enlarge * self.eps)
-        return fit(network, data, recipe, job, adversary, optimizer=optimizer, selection=selection)
+        return fit(network, data, recipe, job, adversary, optimizer=optimizer, selection=selection, pure=True)
 
     def perturb(self, variant: Literal["fast", "pgd"], eps: float) -> Perturb:
         """The attack of a training, within ``eps``."""

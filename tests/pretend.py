@@ -18,6 +18,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bench import replay
+
 GPU = torch.device("cuda", 0)
 
 aten = torch.ops.aten
@@ -249,6 +251,10 @@ def pretended_gpu() -> Iterator[PretendedGPU]:
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
         stack.enter_context(mock.patch.object(torch, "autocast", lambda _, *args, **how: autocast("cpu", *args, **how)))
+        stack.enter_context(mock.patch.object(replay.InBfloat16, "forward", lambda self, x: self.network(x)))
+        stack.enter_context(mock.patch.object(replay, "aside", lambda call, device: call()))
+        refusal = mock.Mock(side_effect=RuntimeError("a pretended GPU records nothing"))
+        stack.enter_context(mock.patch.object(replay, "record", refusal))
         stack.enter_context(operations)
         stack.enter_context(_Calls(gpu, operations))
         yield gpu

@@ -41,8 +41,8 @@ LAYERS = (  # each imports from its own and from those above it here, never from
     ("errors",),
     ("system",),
     (
-        "cuda_graphs", "dataset", "engine", "losses", "metrics", "norms", "numerics", "precision", "ranges", "rng",
-        "rules", "scratch", "service", "spec", "threat",
+        "cuda_graphs", "dataset", "engine", "losses", "metrics", "norms", "numerics", "precision", "ranges", "replay",
+        "rng", "rules", "scratch", "service", "spec", "threat",
     ),
     ("oracle",),
     ("ascent", "catalogue", "declarations", "protection", "protocols", "registry", "training"),

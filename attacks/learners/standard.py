@@ -24,4 +24,4 @@ class Standard(Trainer):
 
     def __call__(self, build: Callable[[], nn.Module], data: Dataset, job: Job) -> nn.Module:
         """Return the network from ``build`` trained on ``data.train``, in eval mode and on ``job.device``."""
-        return self.train(build, data, job)
+        return self.train(build, data, job, pure=True)
