@@ -1,5 +1,6 @@
 """The GPU benchmark runs every step to its end on a CPU, and what it leaves can be brought home."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -19,11 +20,26 @@ def smoke(folder: Path, *more: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
 
 
+def test_a_step_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
+    gpu = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, gpu)
+    spec.loader.exec_module(gpu)
+    monkeypatch.setattr(gpu, "limit", lambda here: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--smoke", "--work", str(tmp_path), "--steps", "1,3"])
+    with pytest.raises(SystemExit) as end:
+        gpu.main()
+    assert end.value.code == 1
+    said = capsys.readouterr().out
+    assert "ZeroDivisionError" in said
+    assert "there are no weights; step 2 makes them" in said
+
+
 @pytest.mark.slow
 def test_every_step_ends_and_a_second_call_goes_on(tmp_path):
     first = smoke(tmp_path, "--out", str(tmp_path / "out"), "--minutes", "60")
     assert "left out" not in first
-    assert all(f"\n{number}. " in first for number in (1, 2, 3, 4, 5))
+    assert all(f"\n{number}. " in first for number in (1, 2, 3, 4, 5, 6))
     files = list((tmp_path / "out").iterdir())
     assert len(files) <= 8
     assert all(file.is_file() and file.stat().st_size < 16 * 2**20 for file in files)
