@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
+from bench.entries.boards import boards_in, standings
 from bench.entries.folder import ENTRY, VERIFIED, contents, hashed
 from bench.entries.pictures import Pictures
 from bench.entries.plan import met, required
@@ -174,6 +175,16 @@ class TestBoards:
             ended = bench(*command)
             assert ended.code == 2
             assert "answers tiny and Rounded tiny v7; versions of a board never mix" in ended.err
+
+    def test_an_entry_stands_with_the_rows_of_the_folder_called_as_its_board_and_with_no_others(self, entry, tmp_path):
+        for name in ("tiny", "other"):
+            shutil.copytree(entry / "rows", tmp_path / "all" / name)
+        shutil.copytree(entry, tmp_path / "all" / "entries" / "mine")
+        boards, damaged = boards_in([tmp_path / "all"])
+        assert (damaged, [(board.name, len(board.entries)) for board in boards]) == ([], [("other", 0), ("tiny", 1)])
+        assert len({len(board.rows) for board in boards}) == 1
+        of = {table.board: frozenset().union(*(line.marks for line in table.lines)) for table in standings(boards)}
+        assert {name: "self-reported" in marks for name, marks in of.items()} == {"other": False, "tiny": True}
 
     def test_an_entry_of_another_version_than_todays_is_told_so(self, entry):
         reseal(entry, lambda said: said.update(suite="query-digits", board="query-digits v0"))

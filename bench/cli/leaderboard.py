@@ -14,7 +14,7 @@ FORMATS = ("md", "csv", "latex", "json")
 
 
 def leaderboard(
-    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder, or a folder of several boards.")],
     style: Annotated[
         str | None,
         typer.Option("--format", help="md, csv, latex or json; md by default, made to fit a narrow terminal."),
@@ -38,7 +38,7 @@ def leaderboard(
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Show all columns, however narrow the terminal is.")] = False,
 ) -> None:
-    """Print the tables of the rows in a folder.
+    """Print the tables of the rows in a folder, of each board in it by itself.
 
     --defense, --attack and --track show fewer lines and change no figure: ranks, worst cases and flags are of all rows.
     """
@@ -75,26 +75,22 @@ class _Asked(NamedTuple):
 def _told(folder: Path, asked: _Asked) -> Said:
     """The tables as text, and what is damaged."""
     from bench.cli.narrow_board import fits, print_narrow  # not before it is needed: what is remembered needs none
-    from bench.entries.standing import check_boards, entries_in, marked
+    from bench.entries.boards import boards_in, standings
     from bench.report.escape import in_markdown
     from bench.report.leaderboard import render
     from bench.report.selection import Selection
-    from bench.report.standings import tables
-    from bench.results.store import Store
 
-    rows, damaged = Store(folder).rows()
-    if not rows and not damaged:
+    boards, damaged = boards_in([folder])
+    if not any(board.rows for board in boards) and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    entries, unread = entries_in(folder)
-    known = [each for _, each in entries]
-    check_boards(known)
-    shown = Selection(*asked.names).of(marked(tables(rows, asked.budgets, asked.all_versions), known))
+    shown = Selection(*asked.names).of(standings(boards, asked.budgets, asked.all_versions))
     text = render(shown, asked.style or "md") + "\n"  # type: ignore[arg-type]
     if asked.narrow and not fits(text, console.width):
         with console.capture() as captured:
             for table in shown:
                 print_narrow(table, console)
         text = captured.get()
+    known = [each for board in boards for each in board.entries]
     if known and asked.style in (None, "md"):
         text += "\n".join(["Entries:\n", *(f"- {in_markdown(str(each))}" for each in known)]) + "\n"
-    return text, damaged + unread
+    return text, damaged

@@ -6,17 +6,16 @@ from typing import Annotated, get_args
 import typer
 
 from bench.cli.console import complain, console, path
+from bench.entries.boards import boards_in, standings
 from bench.errors import ConfigError, did_you_mean
 from bench.report.plots import Style, draw
 from bench.report.portrait import overview, portrait
-from bench.report.standings import tables
-from bench.results.store import Store
 from bench.system.files import slug
 from bench.tracks import track_of
 
 
 def plot(
-    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder.")],
+    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder, or a folder of several boards.")],
     out: Annotated[Path, typer.Option(parser=path, help="The folder of the pictures.")] = Path("plots"),
     styles: Annotated[
         list[str] | None, typer.Option("--format", help="svg, png or pdf; may be repeated. All three by default.")
@@ -29,7 +28,8 @@ def plot(
     for style in styles or ():
         if style not in get_args(Style):
             raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Style))}")
-    rows, damaged = Store(folder).rows()
+    boards, damaged = boards_in([folder])
+    rows = [row for board in boards for row in board.rows]
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
     known = sorted({row.cell.defense_label for row in rows})
@@ -38,7 +38,7 @@ def plot(
             hint = did_you_mean(name, known, otherwise="")
             raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {', '.join(known)}")
     count = 0
-    for table in tables(rows):
+    for table in standings(boards):
         for name in dict.fromkeys(line.defense for line in table.lines):
             own = [row for row in table.rows if row.cell.defense_label == name]
             if own and (not defense or name in defense):

@@ -6,10 +6,8 @@ from typing import Annotated
 import typer
 
 from bench.cli.console import DataDir, complain, console, loader, path
-from bench.entries.standing import check_boards, entries_in
-from bench.errors import ConfigError, StoreError
-from bench.report.standings import tables
-from bench.results.store import Row, Store, united
+from bench.entries.boards import boards_in, standings
+from bench.errors import ConfigError
 from bench.site.boards import boards
 from bench.site.pages import write_site
 
@@ -17,25 +15,21 @@ BUDGETS = (100, 1000)
 
 
 def site(
-    folders: Annotated[list[Path], typer.Argument(parser=path, help="Results folders, or a folder of such.")],
+    folders: Annotated[
+        list[Path], typer.Argument(parser=path, help="Results folders, each a board, or a folder of such.")
+    ],
     out: Annotated[Path, typer.Option(parser=path, help="The folder of the site.")],
     data_dir: DataDir = None,
 ) -> None:
     """Write the results as web pages: boards that sort and filter, a page for each defense, any two compared."""
     from bench.entries.pictures import Pictures  # which takes a library for images
 
-    rows: list[Row] = []
-    damaged: list[StoreError] = []
-    for folder in folders:
-        stored, broken = Store(folder).rows()
-        rows += stored
-        damaged += broken
-        check_boards(entry for _, entry in entries_in(folder)[0])
-    if not rows:
+    found, damaged = boards_in(folders)
+    if not any(board.rows for board in found):
         raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out first")
     sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]
     pictures = Pictures(folders, loader(data_dir, None))
-    pages = write_site(boards(tables(united(rows), BUDGETS), sheets, pictures.of), out)
+    pages = write_site(boards(standings(found, BUDGETS), sheets, pictures.of), out)
     console.print(f"{pages} pages; open {out / 'index.html'}", soft_wrap=True)
     for why in pictures.missing.values():
         console.print(f"no pictures of examples: {why}", soft_wrap=True)

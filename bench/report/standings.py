@@ -24,6 +24,7 @@ class Table:
     rows: list[Row] = field(default_factory=list)  # that its ranked lines are of: the newest version of each component
     track: str = ""  # its name
     whole: list[Line] = field(default_factory=list)  # all its lines, where ``lines`` are a selection
+    board: str = ""  # its name, where tables of several boards are shown together; then the title begins with it
 
 
 def tables(rows: Iterable[Row], budgets: Sequence[int] = (), all_versions: bool = False) -> list[Table]:

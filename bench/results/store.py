@@ -228,20 +228,12 @@ class Store:
         return _joined(self._home(cell)[0], self._whole(cell))
 
     def rows(self) -> tuple[list[Row], list[StoreError]]:
-        """All cells in the folder, in the order of their names, and what is wrong with the shards that cannot be read.
-
-        A cell with damaged shards has the records of the others. One that lies in two folders comes once; where they
-        give the same samples other results, that is damage, too, as nobody can say which is right.
+        """All cells in the folder, as :func:`rows_in` reads them.
 
         Raises:
             StoreError: there is no such folder.
         """
-        if not self.root.is_dir():
-            raise StoreError(f"no results folder {self.root}; run a suite with --out {self.root} first")
-        found = {folder: _read_all(folder) for folder in self._folders()}
-        damaged = [error for _, errors in found.values() for error in errors]
-        rows = united(row for rows, _ in found.values() for row in rows)
-        return rows, damaged + contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
+        return rows_in(cell_folders(self.root))
 
     def _home(self, cell: Cell) -> tuple[Cell, Path]:
         """``cell`` as it is written here, and where its next shard goes.
@@ -263,12 +255,9 @@ class Store:
 
     def _contents(self) -> "_Contents":
         if self._at_first is None:
-            stated = [(stated_cell(min(folder.glob(SHARDS))), folder) for folder in self._folders()]
+            stated = [(stated_cell(min(folder.glob(SHARDS))), folder) for folder in _holding(self.root)]
             self._at_first = _Contents([(cell, folder) for cell, folder in stated if cell is not None])
         return self._at_first
-
-    def _folders(self) -> list[Path]:
-        return sorted({path.parent for path in self.root.rglob(SHARDS)})
 
     def _whole(self, cell: Cell) -> list[Row]:
         """The shards of ``cell`` in all folders that hold some, a row of each, none of them damaged."""
@@ -302,6 +291,29 @@ def place(cell: Cell) -> Path:
     """The folder of a cell, below that of the results."""
     name = f"{slug(cell.attack.spec)}-{cell.key[: KEY_DIGITS[0]]}"
     return Path(slug(cell.dataset.spec, cell.model.spec), slug(cell.defense_name), name)
+
+
+def cell_folders(root: Path) -> list[Path]:
+    """The folders below ``root`` that hold shards, in the order of their names.
+
+    Raises:
+        StoreError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise StoreError(f"no results folder {root}; run a suite with --out {root} first")
+    return _holding(root)
+
+
+def rows_in(folders: Iterable[Path]) -> tuple[list[Row], list[StoreError]]:
+    """All cells in ``folders``, each of which holds shards, and what is wrong with the shards that cannot be read.
+
+    A cell with damaged shards has the records of the others. One that lies in two folders comes once; where they give
+    the same samples other results, that is damage, too, as nobody can say which is right.
+    """
+    found = {folder: _read_all(folder) for folder in folders}
+    damaged = [error for _, errors in found.values() for error in errors]
+    rows = united(row for rows, _ in found.values() for row in rows)
+    return rows, damaged + contradictions({folder: united(rows) for folder, (rows, _) in found.items()})
 
 
 def united(rows: Iterable[Row]) -> list[Row]:
@@ -350,6 +362,10 @@ def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
     done = _positions(shard for shard in shards if shard.error is None)
     # A failure is over once other shards, perhaps of another size, have covered its samples.
     return Row.of(cell, columns, tuple(x for x in shards if x.error is None or not done.issuperset(x.positions)))
+
+
+def _holding(root: Path) -> list[Path]:
+    return sorted({path.parent for path in root.rglob(SHARDS)})
 
 
 def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:

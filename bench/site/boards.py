@@ -182,8 +182,14 @@ class Board:
         return _file_name(self.table.title, self.table.title)
 
     @property
+    def of(self) -> str:
+        """The board that it is a table of, where the site shows several."""
+        return self.table.board
+
+    @property
     def name(self) -> Name:
-        return Name.of(self.table.title, " · ")
+        """The setting."""
+        return Name.of(self.table.title.removeprefix(f"{self.of} · "), " · ")
 
     @cached_property
     def short_names(self) -> dict[str, Name]:

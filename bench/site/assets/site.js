@@ -43,11 +43,12 @@ parry.table = (table) => {
     text.textContent = heads[place].dataset.head;
     return text.innerHTML;
   };
+  const paging = !plain && table.tBodies[0].rows.length > 25;
   return new tables.default(table, {
-    order: [], autoWidth: false, paging: !plain && table.tBodies[0].rows.length > 25, pageLength: 25,
+    order: [], autoWidth: false, paging, pageLength: 25,
     searching: !plain, info: false, columnDefs: [{ targets: hidden, visible: false }],
     layout: plain ? { topStart: null, topEnd: null, bottomStart: null, bottomEnd: null } : {
-      topStart: "search", bottomStart: null, bottomEnd: "paging",
+      topStart: "search", bottomStart: null, bottomEnd: paging ? "paging" : null,
       topEnd: { buttons: [{ extend: "colvis", text: "Columns", columnText: label }] },
     },
     language: { search: "", searchPlaceholder: "Filter" },
