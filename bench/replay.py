@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 3  # batches of a size that are taken as they are before one is recorded: libraries choose their kernels
+CHECKED = 2  # batches after those that are recorded and called, to be compared
+SAME = 0.1  # share of the length of all gradients that bfloat16 explains; of two batches they have little in common
 KNOWN = ("bench", "torch")  # packages whose layers do the same at each call, but for what their tensors say
 
 
@@ -70,20 +72,20 @@ class Recording:
 class Replay:
     """Calls ``backward`` for batches on a GPU, from the fourth of each size on by a recording.
 
-    A recording repeats what was done to the memory of the device and runs no Python. What cannot be recorded is called
-    each time; ``refused`` then says why.
+    A recording repeats what was done to the memory of the device and runs no Python. The first batches that it takes
+    are called, too, and it is used where both leave the same. What cannot be recorded is called each time; ``refused``
+    then says why.
 
     Args:
-        backward: ``backward(rows, epoch)`` leaves in ``parameters``, which have none, the gradients of a batch; a
-            function of its arguments, (B,) and () int64, and of memory that stays where it is.
-        parameters: all that it gives gradients to.
-        device: of all of them, a GPU.
+        backward: ``backward(rows, epoch)`` leaves the gradients of a batch in the parameters of ``model``, which have
+            none; a function of its arguments, (B,) and () int64, and of memory that stays where it is. Of that it
+            changes the buffers of ``model`` alone.
+        model: on ``device``, a GPU.
     """
 
-    def __init__(
-        self, backward: Callable[[Tensor, Tensor], None], parameters: Iterable[nn.Parameter], device: torch.device
-    ) -> None:
-        self.backward, self.parameters, self.device = backward, list(parameters), device
+    def __init__(self, backward: Callable[[Tensor, Tensor], None], model: nn.Module, device: torch.device) -> None:
+        self.backward, self.device = backward, device
+        self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
         self.calls: Counter[int] = Counter()
         self.recordings: dict[int, Recording] = {}
         self.refused = ""
@@ -92,17 +94,26 @@ class Replay:
         """Leave in the parameters the gradients of the batch ``rows`` (B,) of ``epoch`` (), both int64."""
         size = len(rows)
         self.calls[size] += 1
-        if self.calls[size] > WARM_UP and size not in self.recordings and not self.refused:
+        if self.calls[size] == WARM_UP + 1 and not self.refused:
             self._record(rows, epoch)
-        if recording := self.recordings.get(size):
-            for kept, given in zip(recording.inputs, (rows, epoch), strict=True):
-                kept.copy_(given)
-            recording.play()
-            for parameter, gradient in zip(self.parameters, recording.gradients, strict=True):
-                parameter.grad = gradient
+        recording = None if self.refused else self.recordings.get(size)
+        if recording is None:
+            self._call(rows, epoch)
+        elif self.calls[size] <= WARM_UP + CHECKED:
+            self._compare(recording, rows, epoch)
         else:
-            self._clear()
-            aside(lambda: self.backward(rows, epoch), self.device)
+            self._play(recording, rows, epoch)
+
+    def _call(self, rows: Tensor, epoch: Tensor) -> None:
+        self._clear()
+        aside(lambda: self.backward(rows, epoch), self.device)
+
+    def _play(self, recording: Recording, rows: Tensor, epoch: Tensor) -> None:
+        for kept, given in zip(recording.inputs, (rows, epoch), strict=True):
+            kept.copy_(given)
+        recording.play()
+        for parameter, gradient in zip(self.parameters, recording.gradients, strict=True):
+            parameter.grad = gradient
 
     def _record(self, rows: Tensor, epoch: Tensor) -> None:
         inputs = rows.clone(), epoch.clone()
@@ -114,6 +125,31 @@ class Replay:
         else:
             self.recordings[len(rows)] = Recording(play, inputs, [parameter.grad for parameter in self.parameters])
 
+    def _compare(self, recording: Recording, rows: Tensor, epoch: Tensor) -> None:
+        """Play and call: what the call leaves counts."""
+        before = [buffer.clone() for buffer in self.buffers]
+        self._play(recording, rows, epoch)
+        played = self._left(before)
+        for buffer, value in zip(self.buffers, before, strict=True):
+            buffer.copy_(value)
+        self._call(rows, epoch)
+        for what, one, other in zip(("gradients", "statistics"), played, self._left(before), strict=True):
+            gap, size = float((one - other).norm()), float(other.norm())
+            if not gap <= SAME * size:  # NaN is not
+                self.refused = f"the {what} of a recording are off by {gap:.2g}, where they are {size:.2g}"
+
+    def _left(self, before: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All gradients (n,), and how all buffers (m,) have moved from ``before``."""
+        gradients = (parameter.grad for parameter in self.parameters)
+        moved = _joined(self.buffers) - _joined(before)
+        return _joined(gradient for gradient in gradients if gradient is not None), moved
+
     def _clear(self) -> None:
         for parameter in self.parameters:
             parameter.grad = None
+
+
+def _joined(tensors: Iterable[Tensor]) -> Tensor:
+    """All values of ``tensors`` in float32, (n,)."""
+    parts = [tensor.detach().float().flatten() for tensor in tensors]
+    return torch.cat(parts) if parts else torch.zeros(0)

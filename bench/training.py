@@ -313,7 +313,7 @@ def fit(
         (loss,) = losses(rows, epoch)
         loss.backward()
 
-    replay = Replay(backward, model.parameters(), job.device) if recorded else None
+    replay = Replay(backward, model, job.device) if recorded else None
     with seeded(job):
         done = state.resume(piece)
         first: int = done["epochs"] if done else 0

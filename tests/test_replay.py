@@ -64,7 +64,7 @@ def test_the_gradients_are_those_of_each_batch(tape, seed):
     def backward(rows: Tensor, epoch: Tensor) -> None:
         ((epoch + 1) * model(images[rows]).square().sum()).backward()
 
-    replay = Replay(backward, model.parameters(), CPU)
+    replay = Replay(backward, model, CPU)
     for turn in range(12):
         rows, epoch = torch.randperm(40)[: 7 + turn % 2], torch.tensor(turn)
         statistics = {name: value.clone() for name, value in model.state_dict().items()}
@@ -78,7 +78,7 @@ def test_the_gradients_are_those_of_each_batch(tape, seed):
             assert torch.equal(gradient, parameter.grad)
         assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
     assert tape[0].recorded == 2
-    assert tape[0].played == 12 - 2 * WARM_UP
+    assert tape[0].played == 12 - 2 * WARM_UP  # of which two of each size are called, too
 
 
 def test_what_cannot_be_recorded_is_called_each_time(monkeypatch):
@@ -87,18 +87,64 @@ def test_what_cannot_be_recorded_is_called_each_time(monkeypatch):
 
     monkeypatch.setattr(replay, "record", record)
     monkeypatch.setattr(replay, "aside", lambda call, device: call())
-    weight, calls = nn.Parameter(torch.ones(3)), []
+    model, calls = nn.Linear(3, 1, bias=False), []
 
     def backward(rows: Tensor, epoch: Tensor) -> None:
         calls.append(len(rows))
-        (weight.sum() * rows.sum()).backward()
+        (model.weight.sum() * rows.sum()).backward()
 
-    replayed = Replay(backward, [weight], CPU)
+    replayed = Replay(backward, model, CPU)
     for turn in range(6):
         replayed(torch.full((2,), turn), torch.tensor(0))
-        assert torch.equal(weight.grad, torch.full((3,), 2.0 * turn))
+        assert torch.equal(model.weight.grad, torch.full((1, 3), 2.0 * turn))
     assert calls == [2] * 6
     assert replayed.refused == "operation not permitted when stream is capturing"
+
+
+@pytest.mark.parametrize("stale", ["rows", "epoch", "statistics"])
+def test_a_recording_that_leaves_something_else_is_not_used(tape, stale):
+    """It plays the batch or the epoch that it was recorded with, or does not move the running statistics."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)), torch.randn(40, 5)
+    first: list[tuple[Tensor, Tensor]] = []
+    playing = False
+
+    def backward(rows: Tensor, epoch: Tensor) -> None:
+        if playing and stale == "rows":
+            rows = first[0][0]
+        if playing and stale == "epoch":
+            epoch = first[0][1]
+        model[1].momentum = 0.0 if playing and stale == "statistics" else 0.1
+        ((epoch + 1) * model(images[rows]).square().sum()).backward()
+
+    class Stale(Tape):
+        def record(self, call, device):
+            play = super().record(call, device)
+
+            def played():
+                nonlocal playing
+                playing = True
+                play()
+                playing = False
+
+            return played
+
+    tape.append(Stale(model))
+    replayed = Replay(backward, model, CPU)
+    for turn in range(8):
+        rows, epoch = torch.arange(turn, turn + 7), torch.tensor(turn)
+        if turn == WARM_UP:
+            first.append((rows.clone(), epoch.clone()))
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        replayed(rows, epoch)
+        found = [parameter.grad.clone() for parameter in model.parameters()]
+        after = {name: value.clone() for name, value in model.state_dict().items()}
+        model.load_state_dict(before)
+        model.zero_grad()
+        backward(rows, epoch)
+        assert all(torch.equal(g, p.grad) for g, p in zip(found, model.parameters(), strict=True))
+        assert all(torch.equal(after[name], value) for name, value in model.state_dict().items())
+    assert "off by" in replayed.refused
 
 
 @pytest.mark.parametrize(("registry", "name"), [(attacks, "standard"), (defenses, "fast-at"), (defenses, "pgd-at")])
