@@ -340,12 +340,12 @@ def fit(
                         on_step(epoch, batch)
             over = epoch + 1 == recipe.epochs
             if selection is not None:
-                with tf32(), observed(model, job):
+                with observed(model, job):
                     over |= not selection(model, epoch)
             ended = recipe.epochs if over else epoch + 1
             job.progress(ended, recipe.epochs)
             if job.watch is not None:
-                with tf32(), observed(model, job):
+                with observed(model, job):
                     job.watch(model, epoch)
             if job.scratch.due() or over:  # what follows the training may be slow, too
                 state.save(piece, epochs=ended)
