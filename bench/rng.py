@@ -86,6 +86,11 @@ class SampleRng:
         offset = _signed(word * _M1) if isinstance(word, int) else word * _M1
         return SampleRng(_mix(self.keys + offset), self.owners)
 
+    def fan(self, *labels: str) -> "SampleRng":
+        """The forks of every label of ``labels``, one after another: (labels * B) streams, in the launches of one."""
+        keys = torch.cat([self.keys + _signed(_hash(label) * _M1) for label in labels])
+        return SampleRng(_mix(keys), self.owners.repeat(len(labels)))
+
     def words(self, lanes: int) -> Tensor:
         """(B, lanes) int64 of uniformly random bits."""
         lane = torch.arange(1, lanes + 1, device=self.keys.device)
@@ -97,11 +102,11 @@ class SampleRng:
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64, uniform on 0 .. high - 1 (bias below high / 2^24)."""
-        return (self.uniform(*shape) * high).long()
+        return integers(self.words(math.prod(shape)), high).view(-1, *shape)
 
     def coins(self, *shape: int) -> Tensor:
         """(B, *shape) bool, heads with probability one half."""
-        return (self.words(math.prod(shape)) < 0).view(-1, *shape)
+        return coins(self.words(math.prod(shape))).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) float32, standard normal by Box and Muller (1958): two values from each word."""
@@ -137,6 +142,16 @@ def global_generators(seed: int, device: torch.device | None = None) -> Iterator
             pinned.reset(token)
             random.setstate(python)
             np.random.set_state(array)  # noqa: NPY002
+
+
+def integers(words: Tensor, high: int) -> Tensor:
+    """Of each of ``words`` an int64, uniform on 0 .. high - 1, as :meth:`SampleRng.integers` gives."""
+    return (_unit(words, 40) * high).long()
+
+
+def coins(words: Tensor) -> Tensor:
+    """Of each of ``words`` a bool, as :meth:`SampleRng.coins` gives."""
+    return words < 0
 
 
 def _unit(words: Tensor, shift: int) -> Tensor:

@@ -28,6 +28,7 @@ READING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
     aten._unique2.default, aten.unique_dim.default, aten.bincount.default, aten.repeat_interleave.Tensor,
 }  # fmt: skip
+FREE = {aten.detach.default, aten.empty.memory_format, aten._unsafe_view.default}  # no kernels
 PURGE = 500  # operations between two counts of the memory in use
 
 
@@ -36,11 +37,12 @@ class MixedDevices(RuntimeError):
 
 
 class PretendedGPU:
-    """What is on the device, how often the host has waited for it (``waits``, by reason), and its ``peak`` in bytes."""
+    """What is on the device, how often the host has waited for it (``waits``, by reason), its ``peak`` in bytes, and
+    its ``launches``, one for each operation that is more than another view of what is there."""
 
     def __init__(self) -> None:
         self.waits: Counter[str] = Counter()
-        self.peak = 0
+        self.peak = self.launches = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._operations = 0
 
@@ -87,6 +89,7 @@ class _Operations(TorchDispatchMode):
                 self._watch(func, args, inputs, there)
             result = func(*args, **kwargs)
             if any(there) or self.making:
+                self.gpu.launches += not func.is_view and func not in FREE
                 for value in _tensors(result):
                     if not self.gpu.holds(value):
                         self.gpu.put(value)

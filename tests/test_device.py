@@ -67,6 +67,23 @@ def test_an_attack_stays_on_the_device_and_seldom_waits(name, norm):
     assert gpu.waited <= WAITS + BETWEEN.get(name.partition("(")[0], 0), gpu.waits
 
 
+@pytest.mark.parametrize(("name", "most"), [("square(preset=aaa)", 132), ("simba", 95), ("sign-hunter", 80)])
+def test_a_query_is_few_launches(name, most):
+    """On few images each of them takes the host longer than the device."""
+
+    def launches(budget: int) -> int:
+        attack = attacks.create(name)
+        with pretended_gpu() as gpu:
+            x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(1)).to(GPU)
+            model = nn.Sequential(nn.Flatten(), nn.Linear(768, 4, bias=False)).to(GPU)
+            y, ids = model(x).argmax(1), torch.arange(4).to(GPU)
+            oracle = referee(model, x, y, eps=0.0, budget=budget, ids=ids, classes=4, **asks_for(attack, model))
+            attack_with(attack, oracle, x, y, ids=ids)
+        return gpu.launches
+
+    assert (launches(40) - launches(8)) / 32 <= most
+
+
 @pytest.mark.parametrize("name", BY_STAGE["output"])
 def test_an_output_defense_answers_on_the_device_without_waiting(name):
     data, defense = few(), defenses.create(name)

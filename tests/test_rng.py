@@ -28,6 +28,14 @@ def test_selecting_rows_and_forking_commute():
     assert torch.equal(rng.fork(steps)[rows[:1]].words(5), rng[rows[:1]].fork(5).words(5))
 
 
+def test_a_fan_is_its_forks_one_after_another():
+    rng = SampleRng.create(0, IDS, "test")
+    fan, labels = rng.fan("row", "column", "signs"), ("row", "column", "signs")
+    for label, words in zip(labels, fan.words(5).unflatten(0, (3, -1)), strict=True):
+        assert torch.equal(words, rng.fork(label).words(5))
+    assert torch.equal(fan.owners, rng.owners.repeat(3))
+
+
 def test_every_fork_of_a_sample_has_the_same_owner():
     rng = SampleRng.create(0, IDS, "test")
     assert len(rng.owners.unique()) == len(IDS)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from hashlib import sha256
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -278,7 +279,8 @@ class Referee:
         legal = self._legal(probes.detach(), clean, rows, self.reach, self._margin)
         if asked is not None:
             legal = legal & asked.repeat_interleave(each, dim=1)
-        number = self.ledger.forwards[rows, None] + torch.arange(1, k + 1, device=rows.device)  # (n, k)
+        after = 1 if k == 1 else torch.arange(1, k + 1, device=rows.device)
+        number = self.ledger.forwards[rows, None] + after                       # (n, k)
         images = probes.flatten(0, 1)
         if self._quantise:
             images = eight_bit(images, clean.repeat_interleave(k, dim=0), self.threat, self.reach)
@@ -309,41 +311,45 @@ class Referee:
         self, logits: Tensor, x: Tensor, rows: Tensor, number: Tensor, legal: Tensor, clean: Tensor
     ) -> Tensor:
         """Enter queries into the ledger; returns which of them (n, k) are answered."""
-        ledger = self.ledger
-        answered = legal & self.live[rows, None] & (number <= self.query_budget)
-        judged, draws = answered, torch.ones_like(answered[:, :1], dtype=torch.int64)
+        ledger, k = self.ledger, x.shape[1]
+        labels = self._y[rows]
+        answered = legal & (number <= self.query_budget) & (ledger.first_hit[rows, None] == NEVER)
+        judged, draws = answered, cast(Tensor | int, 1)
         if self._rules.averages:
-            draws = answered.sum(dim=1, keepdim=True)
+            draws = averaged = answered.sum(dim=1)
             total = torch.where(answered[..., None], logits, 0).sum(dim=1, keepdim=True)
-            logits = (total / draws.clamp(min=1)[..., None]).expand_as(logits)
-            judged = answered & (answered.cumsum(dim=1) == draws)  # the last of them
-        finite = logits.isfinite().all(dim=-1)
-        wrong = judged & finite & (logits.argmax(dim=-1) != self._y[rows, None]) & self._falls
+            logits = (total / averaged.clamp(min=1)[:, None, None]).expand_as(logits)
+            judged = answered & (answered.cumsum(dim=1) == averaged[:, None])  # the last of them
+        finite = logits.abs().amax(dim=-1) < torch.inf  # NaN is not
+        wrong = judged & finite & (logits.argmax(dim=-1) != labels[:, None])
+        if not self._falls:
+            wrong = torch.zeros_like(wrong)
         counts = finite
         if self._rules.beyond:
             distance, outside_box = self._measure(x, clean)
             misclassified = wrong & (outside_box <= TOLERANCE)
             inside = (distance <= limit(self.threat.eps)) & (outside_box <= TOLERANCE)
             wrong, counts = wrong & inside, finite & inside
-        earlier_hits = wrong.cumsum(dim=1) - wrong.long()
-        answered = answered & (earlier_hits == 0)
-        wrong = wrong & (earlier_hits == 0)
-        hit = wrong.any(dim=1)
-        margins = margin(logits.flatten(0, 1), self._y[rows].repeat_interleave(x.shape[1])).view_as(wrong)
-        lowest = torch.where(answered & counts, margins, torch.inf).amin(dim=1).to(ledger.best_margin.dtype)
+        if k > 1:
+            first = wrong.cumsum(dim=1) <= wrong  # up to the first hit
+            answered, wrong = answered & first, wrong & first
+        margins = margin(logits.flatten(0, 1), labels if k == 1 else labels.repeat_interleave(k)).view_as(wrong)
+        lowest = _over(torch.amin, torch.where(answered & counts, margins, torch.inf))
 
-        ledger.forwards.index_add_(0, rows, answered.sum(dim=1))
-        ledger.best_margin[rows] = torch.minimum(lowest, ledger.best_margin[rows])
+        ledger.forwards.index_add_(0, rows, _over(torch.sum, answered.long()))
+        _lower(ledger.best_margin, rows, lowest.to(ledger.best_margin.dtype))
         if self._rules.minimal:
             nearest = torch.where(answered & misclassified, distance, torch.inf).amin(dim=1)
-            ledger.best_distance[rows] = torch.minimum(nearest, ledger.best_distance[rows])
+            _lower(ledger.best_distance, rows, nearest)
         if x.is_cuda or not finite.all():
-            ledger.invalid[rows] |= (answered & ~finite).any(dim=1)
+            ledger.invalid[rows] |= _over(torch.any, answered & ~finite)
+        hit = _over(torch.any, wrong)
         if x.is_cuda or hit.any():  # most calls beat nobody, and looking is free on a CPU
-            ledger.first_hit[rows] = torch.where(hit, (number * wrong).sum(dim=1), ledger.first_hit[rows])
-            ledger.stage[rows] = torch.where(hit, len(self.stages) - 1, ledger.stage[rows])
-            self._draws[rows] = torch.where(hit, draws[:, 0], self._draws[rows])
-            winner = x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
+            at = number[:, 0] if k == 1 else (number * wrong).sum(dim=1)
+            _raise(ledger.first_hit, rows, torch.where(hit, at, NEVER))
+            _raise(ledger.stage, rows, torch.where(hit, len(self.stages) - 1, -1))
+            _raise(self._draws, rows, torch.where(hit, draws, 0))
+            winner = x[:, 0] if k == 1 else x[torch.arange(len(rows), device=x.device), wrong.long().argmax(dim=1)]
             ledger.hits[rows] = torch.where(per_sample(hit), winner, ledger.hits[rows])
         return answered
 
@@ -385,8 +391,7 @@ class Referee:
         distance, outside_box = self._measure(x, clean)
         legal = (distance <= limit(radius)) & (outside_box <= slack)  # NaN is not legal
         by = torch.maximum(outside_box, distance - radius).nan_to_num(torch.inf)
-        trespass = torch.where(legal, 0, by).amax(dim=1)
-        self._excess[rows] = torch.maximum(self._excess[rows], trespass)
+        _raise(self._excess, rows, _over(torch.amax, torch.where(legal, 0, by)))
         if not x.is_cuda:
             self._complain()
         return legal
@@ -417,3 +422,18 @@ class Referee:
                 f"{self.attack} left the {self.threat} ball or the box [0, 1] on {count}, by up to {worst:.3g}; "
                 "project every query"
             )
+
+
+def _over(reduce: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """``values`` (n, k) of k queries reduced to (n,); of a single one they are it, at no launch on a GPU."""
+    return values[:, 0] if values.shape[1] == 1 else reduce(values, dim=1)
+
+
+def _raise(column: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Have ``column`` (B,) be at least ``values`` (n,) in the distinct ``rows``, in one launch."""
+    column.scatter_reduce_(0, rows, values, "amax")
+
+
+def _lower(column: Tensor, rows: Tensor, values: Tensor) -> None:
+    """Have ``column`` (B,) be at most ``values`` (n,) in the distinct ``rows``, in one launch."""
+    column.scatter_reduce_(0, rows, values, "amin")
