@@ -7,7 +7,7 @@ from torch import Tensor
 
 from attacks.decoding import Undone
 from attacks.hop_skip_jump import HopSkipJump
-from attacks.probing import COARSE, EDITED, PLAIN, RANDOM, SCALED, probe
+from attacks.probing import COARSE, EDITED, PLAIN, RANDOM, REVERSED, SCALED, probe
 from attacks.rays import RayS
 from attacks.sweeps import Tactic, sweep
 from bench.losses import dlr, unit_margin
@@ -16,7 +16,9 @@ from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Access, Norm, Threat
 
-RECHECK = 5  # refusals, after which an answer that may have been luck is asked for again
+RECHECK = 5   # refusals, after which an answer that may have been luck is asked for again
+LARGER = 0.2  # share of the pixels in the first windows where answers are random: small ones are lost in the noise
+LEAVE = 15    # refusals, after which a walk along the boundary moves a little away from it
 
 
 @attacks("autoquery")
@@ -28,11 +30,12 @@ class AutoQuery:
     counts in it:
 
     1. **Probing**, 2 to 35 questions for each sample (:func:`attacks.probing.probe`): is the clean image told the same
-       twice, and does the margin run down to 0 at the decision boundary?
+       twice, and does the margin run down to 0 at the decision boundary, and straight?
     2. **A search by scores** (:func:`attacks.sweeps.sweep`), by what the sample's own answers have shown: margins; a
        loss that no scale moves, under a random scale; an incumbent that is asked about again, under other
-       randomness; ties taken, on coarse scores; and margins undone, where they are edited interval by interval as by
-       AAA and the Dashed Line Defense, with an interval that was found, not told.
+       randomness; ties taken, on coarse scores; margins undone, where they are edited interval by interval as by
+       AAA and the Dashed Line Defense, with an interval that was found, not told; and a walk beside the decision
+       boundary into the ball, where margins rise and fall on the way there, as under a sine: close to 0 they are true.
     3. **Labels alone** (RayS in linf, HopSkipJump in l2) with the rest, where scores say nothing, or where half of all
        questions of the search have been refused in a row: whatever is done to scores, labels stay what they are.
 
@@ -49,7 +52,7 @@ class AutoQuery:
     access: ClassVar[Access] = "scores"
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     rules: ClassVar[Rules] = Rules(roams=True)
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     paper: ClassVar[str] = "ours"
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
@@ -80,7 +83,8 @@ def tactics(classes: int) -> dict[int, tuple[str, Tactic]]:
     return {
         PLAIN: ("margins", Tactic()),
         SCALED: ("scale-free", Tactic(loss=dlr if classes > 2 else unit_margin)),
-        RANDOM: ("asking-again", Tactic(recheck=RECHECK)),
+        RANDOM: ("asking-again", Tactic(recheck=RECHECK, p_init=LARGER)),
         COARSE: ("steps", Tactic(ties=True)),
         EDITED: ("decoded", Tactic(ties=True)),
+        REVERSED: ("beside-the-boundary", Tactic(recheck=LEAVE, walks=True)),
     }

@@ -13,7 +13,7 @@ from bench.oracle import Oracle
 from bench.rng import SampleRng
 
 # What the answers of a sample have shown.
-PLAIN, SCALED, RANDOM, COARSE, EDITED, LABELS = range(6)
+PLAIN, SCALED, RANDOM, COARSE, EDITED, REVERSED, LABELS = range(7)
 
 SAME = 1e-4      # answers that differ by less, relative to their spread, are the same but for rounding errors
 LEVEL = 1e-5     # margins of two images that differ by less, relative to the largest, are on one step
@@ -24,6 +24,8 @@ BETWEEN = 8      # images between the clean one and the boundary, where there is
 EDGE = 9         # halvings towards an edge of the edit
 NEXT = 8         # answers next to the boundary
 ALONE = 0.1     # of the height of an edge: other scores that move by less do not move with it
+BACK = 0.75      # of a margin that is nearer to the boundary: those of a network rarely fall below that
+STEEP = 0.1      # of the clean margin that the slope at the boundary promises
 SMALL = 0.05     # of the largest margin: a jump at the boundary below that changes no search
 
 
@@ -62,7 +64,9 @@ def probe(oracle: Oracle, x: Tensor, y: Tensor, rng: SampleRng) -> Scores:
         return Scores(kind, edit, twice.shape[2])
     way = _Way(oracle, x[rows], end[rows], y[rows], rows, one[rows])
     way.halve(FIRST)
-    rows = way.keep(way.jumps(MAY))
+    back = way.runs_back()
+    kind[rows] = torch.where(back, REVERSED, PLAIN)
+    rows = way.keep(way.jumps(MAY) | (way.steep() & ~back))
     if len(rows) == 0:
         return Scores(kind, edit, twice.shape[2])
     way.halve(STEPS - FIRST)
@@ -71,7 +75,8 @@ def probe(oracle: Oracle, x: Tensor, y: Tensor, rng: SampleRng) -> Scores:
     high = way.reported.nan_to_num(-torch.inf).amax(dim=1)
     jumps = way.jumps(DOES)
     found = torch.where(all_level, LABELS, torch.where(level, COARSE, EDITED))
-    found = torch.where(jumps & ((way.inside > SMALL * high) | level), found, PLAIN)
+    plain = torch.where(way.runs_back(), REVERSED, PLAIN)
+    found = torch.where(jumps & ((way.inside > SMALL * high) | level), found, plain)
     kind[rows] = found
     rows = way.keep(found == EDITED)
     if len(rows):
@@ -158,6 +163,18 @@ class _Way:
     def jumps(self, share: float) -> Tensor:
         """Whether the last three halvings, which make a slope an eighth of it, left that ``share`` of a gap."""
         return self.gaps[-1] > share * self.gaps[-4]
+
+    def runs_back(self) -> Tensor:
+        """Whether margins fall somewhere on the way from the boundary to the clean image (n,), to :data:`BACK`."""
+        order = torch.where(self.reported.isnan(), -1, self.places).argsort(dim=1, descending=True)
+        shown = self.reported.gather(1, order)
+        highest = shown.nan_to_num(0).cummax(dim=1).values
+        return (shown < BACK * highest).any(dim=1)
+
+    def steep(self) -> Tensor:
+        """Whether margins rise at the boundary so fast (n,) that the clean one is low for that: they may run back."""
+        slope = (self.inside - self.outside) / (self.high - self.low)
+        return self.reported[:, 0] < STEEP * slope * self.low
 
     def look_between(self, count: int) -> None:
         """Ask at ``count`` places between the clean image and the boundary."""

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attacks.autoquery import AutoQuery
-from attacks.probing import COARSE, EDITED, LABELS, PLAIN, RANDOM, SCALED, probe
+from attacks.probing import COARSE, EDITED, LABELS, PLAIN, RANDOM, REVERSED, SCALED, probe
 from attacks.sweeps import Tactic, sweep
 from bench.errors import AccessError, ConfigError
 from bench.losses import margin
@@ -14,7 +14,7 @@ from bench.plan.services import check_service
 from bench.rng import SampleRng
 from bench.rules import rules_of
 from bench.service import Service
-from defenses.aaa import linear_target
+from defenses.aaa import linear_target, sine_target
 from defenses.dld import Dashed
 from tests.problems import Linear, Noisy, Recorded, attack_with, images, referee
 
@@ -68,11 +68,15 @@ def mirrored(tau, offset):
     return lambda margins: linear_target(margins, tau, 1.0, offset)
 
 
+def bent(tau):
+    return lambda margins: sine_target(margins, tau, 0.7)
+
+
 LINEAR = Linear(SHAPE, classes=4)
 KINDS = [
     (LINEAR, PLAIN, {}), (Scaled(LINEAR), SCALED, {"random": True}), (Noisy(LINEAR, 0.3), RANDOM, {"random": True}),
     (Rounded(LINEAR), COARSE, {}), (OneHot(LINEAR), LABELS, {}), (Moved(LINEAR, mirrored(2.0, 0.0)), EDITED, {}),
-    (Dashed(LINEAR, 2.0, 0.3, 0.04, 0.5), EDITED, {}),
+    (Dashed(LINEAR, 2.0, 0.3, 0.04, 0.5), EDITED, {}), (Moved(LINEAR, bent(0.6)), REVERSED, {}),
 ]  # fmt: skip
 
 
@@ -192,3 +196,17 @@ def test_a_sweep_changes_each_place_of_a_grid_once_before_any_twice():
     changed = [(batch != start).flatten().nonzero().flatten().tolist() for batch in asked[1:]]
     places = [place for places in changed for place in places]
     assert len(set(places)) == len(places) > 50  # one signs in sixteen are what they were
+
+
+def test_a_walk_beside_the_boundary_sees_through_margins_that_rise_and_fall():
+    """Under a sine margins mislead wherever they are not close to 0."""
+    x = images(16, SHAPE)
+    y = LINEAR(x).argmax(1)
+
+    def left(tactic):
+        oracle = referee(Moved(LINEAR, bent(1.2)), x, y, eps=0.05, budget=120, roams=True)
+        final = sweep(oracle.oracle, x, y, oracle.threat, SampleRng.create(0, torch.arange(16), "attack"), tactic)
+        oracle.finish(final)
+        return (oracle.ledger.first_hit == NEVER).sum()
+
+    assert left(Tactic(recheck=15, walks=True)) < 0.6 * left(Tactic())
