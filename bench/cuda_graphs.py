@@ -8,7 +8,6 @@ network is converted.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from threading import Lock
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.errors import ConfigError
+from bench.replay import aside, record
 
 SIZES = (16, 64, 256, 1024)  # images of a graph
 VALUES = 2**23    # pixels times channels that the images of a graph may have, for its memory's sake
@@ -148,32 +148,18 @@ class Cuda:
         """See :data:`Record`.
 
         Raises:
-            Exception: what the network does cannot be recorded.
+            RuntimeError: what the network does cannot be recorded.
         """
-        graph = torch.cuda.CUDAGraph()
-        with _RECORDING, torch.cuda.device(x.device):
-            side, now = _side(x.device), torch.cuda.current_stream()
-            side.wait_stream(now)
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    network(x)
-            now.wait_stream(side)
-            try:
-                with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
-                    logits = network(x)
-            except Exception:
-                generator = torch.cuda.default_generators[x.device.index or 0]
-                generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
-                raise
-        return logits, graph.replay
+        logits = x  # until there are some
 
+        def forward() -> None:
+            nonlocal logits
+            logits = network(x)
 
-_RECORDING = Lock()  # there is one stream to record on
-
-
-@cache
-def _side(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+        for _ in range(WARM_UP):
+            aside(forward, x.device)
+        play = record(forward, x.device, self._pool)
+        return logits, play
 
 
 class _Watch(TorchDispatchMode):

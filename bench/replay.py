@@ -7,6 +7,8 @@ A CUDA graph launches all of them at once.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from threading import Lock
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ WARM_UP = 3  # batches of a size that are taken as they are before one is record
 CHECKED = 2  # batches after those that are recorded and called, to be compared
 SAME = 0.1  # share of the length of all gradients that bfloat16 explains; of two batches they have little in common
 KNOWN = ("bench", "torch")  # packages whose layers do the same at each call, but for what their tensors say
+_RECORDING = Lock()  # there is one stream to record on
 
 
 class InBfloat16(nn.Module):
@@ -39,15 +42,25 @@ def recordable(network: nn.Module) -> bool:
     return all(type(module).__module__.partition(".")[0] in KNOWN for module in network.modules())
 
 
-def record(call: Callable[[], None], device: torch.device) -> Callable[[], None]:
+def record(call: Callable[[], None], device: torch.device, pool: Any = None) -> Callable[[], None]:
     """What does on ``device`` once more what ``call`` does; nothing is done yet.
+
+    Args:
+        call: reads and leaves what is always in the same memory, and has run :func:`aside`.
+        pool: memory of the recordings that never run at the same time as this; its own without one.
 
     Raises:
         RuntimeError: the host waits for the device in it, or it does what cannot be recorded.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        call()
+    with _RECORDING, torch.cuda.device(device):
+        try:
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                call()
+        except Exception:
+            generator = torch.cuda.default_generators[device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())  # else it waits for the end of the recording
+            raise
     return graph.replay
 
 

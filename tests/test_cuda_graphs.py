@@ -7,12 +7,13 @@ import copy
 import pickle
 import re
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
-from bench import cuda_graphs, numerics
+from bench import cuda_graphs, numerics, replay
 from bench.cuda_graphs import SIZES, CudaGraphs, Recorded, batches
 from bench.measure import search
 from bench.measure.attacked import attack_served
@@ -143,6 +144,29 @@ def test_a_copy_shares_its_recordings_and_another_process_makes_its_own():
     assert not there._graphs
     torch.testing.assert_close(there(IMAGES), recorded(IMAGES))
     assert sorted(there._graphs) == [4, 8]
+
+
+def test_a_gpu_is_warmed_up_aside_and_records_into_one_pool(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "pool")
+    monkeypatch.setattr(cuda_graphs, "aside", lambda call, device: seen.append("aside") or call())
+    monkeypatch.setattr(cuda_graphs, "record", lambda call, device, pool: seen.append(pool) or call() or "play")
+    network = with_statistics(Network())
+    logits, play = cuda_graphs.Cuda()(network, IMAGES)
+    assert seen == ["aside"] * cuda_graphs.WARM_UP + ["pool"]
+    assert play == "play"
+    torch.testing.assert_close(logits, network(IMAGES))
+
+
+def test_a_recording_that_fails_leaves_the_generator_free(monkeypatch):
+    generator = mock.Mock()
+    for name in ("CUDAGraph", "device", "graph"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "default_generators", (generator,))
+    torch.cuda.graph.return_value.__exit__.side_effect = RuntimeError("operation not permitted")
+    with pytest.raises(RuntimeError, match="not permitted"):
+        replay.record(lambda: None, GPU)
+    generator.graphsafe_set_state.assert_called_once_with(generator.clone_state.return_value)
 
 
 def test_large_images_have_smaller_graphs(monkeypatch):
