@@ -1,6 +1,7 @@
 """Pictures of defenses as files, drawn by matplotlib, which is imported here alone and when something is drawn."""
 
 import io
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +67,7 @@ def _curves(curves: Sequence[Curve], axis: Axis, title: str) -> Any:
     for place, each in enumerate(curves):
         colour = WORST if each.pooled else PALETTE[place % len(PALETTE)]
         width = 2.5 if each.pooled else 1.4
-        axes.plot(each.at, 100 * each.share, color=colour, linewidth=width, label=_text(each.name))
+        axes.plot(each.at, 100 * each.share, color=colour, linewidth=width, label=_text(each.name, lines=3))
         axes.fill_between(each.at, 100 * each.low, 100 * each.high, color=colour, alpha=0.12, linewidth=0)
     axes.set(ylim=(0, 100), xlabel=axis.title, ylabel=f"{axis.measures} (%)")
     if axis.log:
@@ -102,7 +103,9 @@ def _reliability(found: Sequence[Reliability], title: str) -> Any:
     return axes.figure
 
 
-def _text(name: str) -> str:
-    """``name`` as one line that fits, and that a legend does not hide, as it does what begins with an underscore."""
-    line = in_terminal(name).lstrip("_") or "?"
-    return line if len(line) <= LONGEST else f"{line[: LONGEST - 1]}…"
+def _text(name: str, lines: int = 1) -> str:
+    """``name`` in so many lines that fit, and that a legend does not hide, as what begins with an underscore."""
+    words = in_terminal(name).lstrip("_") or "?"
+    if lines == 1:
+        return words if len(words) <= LONGEST else f"{words[: LONGEST - 1]}…"
+    return textwrap.fill(words, LONGEST, max_lines=lines, placeholder="…")

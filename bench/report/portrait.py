@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bench.metrics import BINS, calibration_bins
 from bench.report.line import Line, attack_label, by_classifier, hardest
-from bench.report.outcomes import certified, column, is_control, network, query_budget, restricted
+from bench.report.outcomes import certified, certified_radius, column, is_control, network, query_budget, restricted
 from bench.report.ranking import counted
 from bench.report.sequence import sequence_bounds
 from bench.report.stats import wilson_bounds
@@ -136,10 +136,12 @@ def _certified_curves(rows: Sequence[Row]) -> list[Curve]:
 
 
 def _certified_curve(name: str, rows: Sequence[Row]) -> Curve:
+    """Up to the largest radius that is proven of an image, and there down to zero."""
     common = _common(rows)
-    at = np.linspace(0, max(float(column(row, "radius_most").max(initial=0)) for row in rows), POINTS)
     whole = [restricted(row, common) for row in rows]
+    at = np.linspace(0, max(float(certified_radius(row).max(initial=0)) for row in whole), POINTS)
     right = np.mean([[certified(row, radius).right.sum() for radius in at] for row in whole], axis=0)
+    at, right = np.append(at, at[-1]), np.append(right, 0)
     low, high = wilson_bounds(right.round(), len(common))
     return Curve(name, at, right / max(len(common), 1), low, high)
 
