@@ -128,6 +128,12 @@ class TestTables:
         assert [line.rank for line in tables(rows)[0].lines] == [1, 1]
 
 
+def test_what_certifies_leaves_nothing_to_be_seen_at_a_glance():
+    rows = [proven([0.3, 1.1], defense, certifier) for defense in ("none", "gaussian-training")
+            for certifier in ("smooth(sigma=0.25, n=200)", "smooth(sigma=0.5, n=200)")]  # fmt: skip
+    assert "At a glance" not in render(tables(rows), "md")
+
+
 def test_two_defenses_are_compared_at_each_radius():
     better = proven([0.6] * 30, "gaussian-training")
     (duel,) = duels([proven([0.3] * 30), better], "none", "gaussian-training")

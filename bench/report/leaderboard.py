@@ -13,7 +13,7 @@ from bench.report.outcomes import failure
 from bench.report.standings import Table
 from bench.results.records import length
 from bench.results.store import Row
-from bench.tracks import track_of
+from bench.tracks import TRACKS, track_of
 
 Format = Literal["md", "csv", "latex", "json"]
 
@@ -120,7 +120,10 @@ def _explained(title: str, place: Place, lines: Lines) -> tuple[str, Lines]:
 
 
 def _glance(table: Table) -> Lines:
-    """Defenses against attacks, the more numerous as lines; nothing where one attack is all there is."""
+    """Defenses against attacks, the more numerous as lines; nothing where one attack is all there is, or none of them
+    leaves anything, as what certifies."""
+    if not all(track.heads for track in TRACKS if track.name == table.track):
+        return []
     found: dict[str, dict[str, str]] = {}
     for line in table.lines:
         shown = found.setdefault(line.defense, {})
