@@ -8,7 +8,8 @@ from pydantic import Field
 from torch import Tensor
 
 from attacks.adaptive_square import AdaptiveSquare, above_zero
-from attacks.decoding import Edit, Undone, learned, scan
+from attacks.decoding import Edit, Undone
+from attacks.probing import probe
 from attacks.square import Rule, Values, lower
 from bench.errors import ConfigError
 from bench.losses import margin
@@ -28,8 +29,9 @@ class DecodeSquare(AdaptiveSquare):
 
     Args:
         p_init: as for :class:`attacks.adaptive_square.BiSquare`.
-        interval: the defense's interval (tau). ``learned`` finds out first: 33 questions on the way to the negative of
-            each image tell each sample interval, height and offset for itself, or that nothing is edited.
+        interval: the defense's interval (tau). ``learned`` finds out first, as ``autoquery`` does
+            (:func:`attacks.probing.probe`): up to 35 questions tell each sample interval, height and offset for itself,
+            or that nothing is edited.
         height: where DLD's two lines begin, as a share of the interval: 0.3 as released. At 1 there is one line, which
             falls through the whole interval: AAA's mirror.
         offset: by which AAA's borders are moved.
@@ -47,8 +49,13 @@ class DecodeSquare(AdaptiveSquare):
     paper: ClassVar[str] = "ours"
 
     @property
+    def version(self) -> int:  # type: ignore[override]
+        """Of what is learned: 1 asked 33 questions on the way to the negative, and missed most edits of AAA."""
+        return 2 if self.interval == "learned" else 1
+
+    @property
     def rules(self) -> Rules:
-        """The line from which the edit is learned leaves the ball."""
+        """The way on which the edit is learned leaves the ball."""
         return Rules(roams=self.interval == "learned")
 
     def __post_init__(self) -> None:
@@ -74,7 +81,7 @@ class DecodeSquare(AdaptiveSquare):
         if self.interval != "learned":
             return super().__call__(oracle, x, y, threat, rng)
         values, rule = self.tactic()
-        plain = Undone(oracle, y, learned(scan(oracle, x, y)))
+        plain = Undone(oracle, y, probe(oracle, x, y, rng.fork("probing")).edit)
         return self.square(threat.norm).search(plain, x, y, threat, rng, values, rule)
 
 

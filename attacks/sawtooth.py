@@ -1,7 +1,6 @@
 """Which edit of margins explains what is told on the way to the boundary: from an edge of it, where they jump.
 
-For a search that has looked at the boundary anyway, and needs but a few questions more: :func:`attacks.decoding.scan`
-asks 33 of its own. What an edit is, and how it is undone, is :class:`attacks.decoding.Edit`.
+:func:`attacks.probing.probe` asks. What an edit is, and how it is undone, is :class:`attacks.decoding.Edit`.
 """
 
 from typing import NamedTuple

@@ -32,7 +32,8 @@ class DashedLineDefense:
     the top one.
 
     The lines never share a value but where they begin, so whoever knows ``interval`` and ``height`` finds each true
-    margin in what is reported, and a scan along a line finds these two: ``decode-square(interval=learned)``.
+    margin in what is reported, and questions on the way to the boundary find these two:
+    ``decode-square(interval=learned)``.
 
     Gradients pass through the edit as if it were the identity (BPDA, Athalye et al., 2018).
 
