@@ -1,6 +1,7 @@
 """Figures of a set of samples, from what was recorded about each: calibration, and what queries achieved."""
 
 import math
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -77,20 +78,42 @@ def query_statistics(hits: Floats, budget: int) -> dict[str, float]:
         on hard samples; ``restricted_mean_queries``, the mean of ``min(hit, budget)``, and ``censored_median_queries``,
         infinity where fewer than half fell, which do not. NaN where there is nothing to average.
     """
+    return {name: statistic(hits, budget) for name, statistic in QUERY_STATISTICS.items()}
+
+
+def _success_rate(hits: Floats, budget: int) -> float:
+    attacked = np.count_nonzero(hits > 0)
+    return float(np.count_nonzero((hits > 0) & (hits <= budget)) / attacked) if attacked else math.nan
+
+
+def _mean_queries(hits: Floats, budget: int) -> float:
+    fallen = hits[(hits > 0) & (hits <= budget)]
+    return float(fallen.mean()) if len(fallen) else math.nan
+
+
+def _median_queries(hits: Floats, budget: int) -> float:
+    fallen = hits[(hits > 0) & (hits <= budget)]
+    return float(np.median(fallen)) if len(fallen) else math.nan
+
+
+def _restricted_mean_queries(hits: Floats, budget: int) -> float:
     attacked = hits[hits > 0]
-    fallen = attacked[attacked <= budget]
-    return {
-        "success_rate": len(fallen) / len(attacked) if len(attacked) else math.nan,
-        "mean_queries": float(fallen.mean()) if len(fallen) else math.nan,
-        "median_queries": float(np.median(fallen)) if len(fallen) else math.nan,
-        "restricted_mean_queries": float(np.minimum(attacked, budget).mean()) if len(attacked) else math.nan,
-        "censored_median_queries": _censored_median(attacked, budget),
-    }
+    return float(np.minimum(attacked, budget).mean()) if len(attacked) else math.nan
 
 
-def _censored_median(attacked: Floats, budget: int) -> float:
+def _censored_median_queries(hits: Floats, budget: int) -> float:
     """The query by which half of the samples have fallen; infinite if fewer than half have."""
+    attacked = hits[hits > 0]
     if not len(attacked):
         return math.nan
     middle = float(np.sort(attacked)[(len(attacked) - 1) // 2])
     return middle if middle <= budget else math.inf
+
+
+QUERY_STATISTICS: Mapping[str, Callable[[Floats, int], float]] = {
+    "success_rate": _success_rate,
+    "mean_queries": _mean_queries,
+    "median_queries": _median_queries,
+    "restricted_mean_queries": _restricted_mean_queries,
+    "censored_median_queries": _censored_median_queries,
+}  # each of :func:`query_statistics` by itself

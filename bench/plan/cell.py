@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from hashlib import sha256
 from typing import Any
@@ -141,17 +141,19 @@ class Cell:
     @cached_property
     def _keyed(self) -> dict[str, Any]:
         """All fields that decide a result, as plain values."""
-        fields = {**asdict(replace(self, ids=())), "ids": self.ids}  # there may be thousands, which need no copies
-        del fields["limited"]
-        more = [source["model"] for source in fields["sources"]]
-        more += [fields["replays"]] if self.replays else []
-        for part in (fields["dataset"], fields["model"], fields["attack"], *fields["defense"], *more):
-            for name in UNKEYED:
-                del part[name]
+        values = {
+            **{field.name: getattr(self, field.name) for field in fields(self)},
+            **{name: _keyed(getattr(self, name)) for name in ("dataset", "model", "attack")},
+            "defense": [_keyed(part) for part in self.defense],
+            "threat": asdict(self.threat),
+            "sources": [{"model": _keyed(each.model), "weights_hash": each.weights_hash} for each in self.sources],
+            "replays": self.replays and _keyed(self.replays),
+        }
+        del values["limited"]
         for name in ("sources", "replays"):  # cells without are older than these fields
-            if not fields[name]:
-                del fields[name]
-        return fields
+            if not values[name]:
+                del values[name]
+        return values
 
     @property
     def of_files(self) -> bool:
@@ -195,27 +197,32 @@ class Cell:
         Raises:
             KeyError, TypeError: the data is not a cell.
         """
-        fields = dict(data)
+        values = dict(data)
         for name in ("dataset", "model"):
-            fields[name] = Component.from_json(fields[name])
-        attack = fields["attack"]
-        fields["sources"] = tuple(
-            Source(Component.from_json(source["model"]), source["weights_hash"]) for source in fields.get("sources", ())
+            values[name] = Component.from_json(values[name])
+        attack = values["attack"]
+        values["sources"] = tuple(
+            Source(Component.from_json(source["model"]), source["weights_hash"]) for source in values.get("sources", ())
         )
-        if replays := fields.get("replays"):
-            fields["replays"] = Component.from_json(replays)
+        if replays := values.get("replays"):
+            values["replays"] = Component.from_json(replays)
         control = declared(attacks, attack["spec"], "control", False, bool(attack.get("control")))
-        control &= not fields["sources"]
-        fields["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
-        fields["defense"] = tuple(
+        control &= not values["sources"]
+        values["attack"] = Component.from_json({**attack, "control": control, "title": _title(attacks, attack)})
+        values["defense"] = tuple(
             Component.from_json({**part, "stage": stage, "knows": known, "title": _title(defenses, part)})
-            for part in fields["defense"]
+            for part in values["defense"]
             for stage in [declared(defenses, part["spec"], "stage", "", part.get("stage"))]
             for known in [declared(defenses, part["spec"], "knows", [], list(part.get("knows", ())))]
         )
-        fields["threat"] = Threat(**fields["threat"])
-        fields["ids"] = tuple(fields["ids"])
-        return cls(**fields)
+        values["threat"] = Threat(**values["threat"])
+        values["ids"] = tuple(values["ids"])
+        return cls(**values)
+
+
+def _keyed(part: Component) -> dict[str, Any]:
+    """The fields of a component that decide a result; they are shared, not copied."""
+    return {name: value for name, value in vars(part).items() if name not in UNKEYED}
 
 
 def _digest(fields: Mapping[str, Any]) -> str:

@@ -48,6 +48,8 @@ def standing(rows: Sequence[Row], queries: int) -> Samples:
     A row with a smaller budget counts with what it had.
     """
     parts = [Samples(column(row, "sample_id"), robust(row, min(queries, query_budget(row))).right) for row in rows]
+    if len(parts) == 1:
+        return parts[0]
     return Samples(common_ids(parts), np.all(in_common(*parts), axis=1))
 
 

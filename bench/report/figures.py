@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.metrics import (
+    QUERY_STATISTICS,
     adaptive_calibration_error,
     calibration_error,
     log_query_curve_area,
     query_curve_area,
-    query_statistics,
 )
 from bench.report.outcomes import certified_radius, column, query_budget
 from bench.results.store import Row
@@ -120,7 +120,7 @@ def _of_queries(statistic: Callable[[NDArray[np.float64], int], float]) -> Calla
 
 
 def _statistic(name: str) -> Callable[[Row], float]:
-    return _of_queries(lambda hits, budget: query_statistics(hits, budget)[name])
+    return _of_queries(QUERY_STATISTICS[name])
 
 
 def _fooled(row: Row) -> float:

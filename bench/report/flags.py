@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from bench.plan.cell import Cell
 from bench.report.comparison import SIGNIFICANT, Comparison, Samples, common_ids, compared, in_common, standing
 from bench.report.line import ordered
-from bench.report.outcomes import clean, column, final, is_control, query_budget, restricted, robust, seen
+from bench.report.outcomes import clean, column, final, is_control, query_budget, robust, seen
 from bench.report.stats import binomial_above, fisher_below, mcnemar
 from bench.results.store import Row
 from bench.rules import NEVER
@@ -349,8 +349,10 @@ def _other_tactic_wins(pairs: Pairs) -> Sign | None:
             if not _is(plain, "square") or row is plain:
                 continue
             queries = min(_common_budget(row, twin), _common_budget(plain, plain_twin))
-            here, undefended = compared([row], [plain], queries), _widest_gap(twin, plain_twin, queries)
-            if here.exceeds(THRESHOLDS["other-tactic-wins"]) and undefended <= here.gap / 2:
+            here = compared([row], [plain], queries)
+            if here.exceeds(THRESHOLDS["other-tactic-wins"]) and (
+                undefended := _widest_gap(twin, plain_twin, queries)
+            ) <= here.gap / 2:
                 evidence = (
                     f"{row.cell.attack.spec} leaves {_percent(here.left)}, {plain.cell.attack.spec} "
                     f"{_percent(here.beside)} at {queries:,} queries (n={here.n}, p={here.p:.1g}); without the defense "
@@ -427,9 +429,10 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
 
 def _late(row: Row, other: Row, late: int, full: int) -> tuple[int, int]:
     """How many samples stand after ``late`` queries, and how many of them fall by ``full``, of those both have met."""
-    common = restricted(row, set(column(other, "sample_id")))
-    stood = int(robust(common, late).right.sum())
-    return stood, stood - int(robust(common, full).right.sum())
+    met = Samples(column(other, "sample_id"), np.ones(other.n, dtype=bool))
+    stands = (Samples(column(row, "sample_id"), robust(row, queries).right) for queries in (late, full))
+    stood, left, _ = in_common(*stands, met).sum(axis=0).tolist()
+    return stood, stood - left
 
 
 def _widest_gap(row: Row, other: Row, queries: int) -> float:

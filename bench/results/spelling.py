@@ -17,15 +17,17 @@ class Spelling:
             self.alike(cell)
 
     def alike(self, cell: Cell) -> Cell:
-        """``cell`` in the words of the cells, a component that is new among them in its own."""
-        return replace(
-            cell,
-            dataset=self._known(datasets, cell.dataset),
-            model=self._known(models, cell.model),
-            defense=tuple(self._known(defenses, part) for part in cell.defense),
-            attack=self._known(attacks, cell.attack),
-        )
+        """``cell`` in the words of the cells, a component that is new among them in its own; itself if it has these."""
+        parts = {
+            "dataset": self._known(datasets, cell.dataset),
+            "model": self._known(models, cell.model),
+            "defense": tuple(self._known(defenses, part) for part in cell.defense),
+            "attack": self._known(attacks, cell.attack),
+        }
+        changed = {name: part for name, part in parts.items() if part != getattr(cell, name)}
+        return replace(cell, **changed) if changed else cell
 
     def _known(self, registry: Registry[Any], part: Component) -> Component:
         first = self._first.setdefault((registry.kind, *part.meaning(registry)), part)
-        return replace(part, spec=first.spec, title=first.title)
+        same = (first.spec, first.title) == (part.spec, part.title)
+        return part if same else replace(part, spec=first.spec, title=first.title)

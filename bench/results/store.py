@@ -326,7 +326,7 @@ def united(rows: Iterable[Row]) -> list[Row]:
         alike.setdefault(row.cell.meaning, []).append(row)
     spelling = Spelling(same[0].cell for same in alike.values())
     named = ((spelling.alike(same[0].cell), same) for same in alike.values())
-    return [replace(same[0], cell=cell) if len(same) == 1 else _joined(cell, same) for cell, same in named]
+    return [_called(cell, same[0]) if len(same) == 1 else _joined(cell, same) for cell, same in named]
 
 
 def contradictions(found: Mapping[Path, Sequence[Row]]) -> list[StoreError]:
@@ -354,6 +354,10 @@ def _differing(a: Columns, b: Columns) -> int:
     _, of_a, of_b = np.intersect1d(a["sample_id"], b["sample_id"], return_indices=True)
     results = [name for name in ("first_hit", "final_pred", "radius") if name in a]
     return int(np.any([a[name][of_a] != b[name][of_b] for name in results], axis=0).sum())
+
+
+def _called(cell: Cell, row: Row) -> Row:
+    return row if row.cell is cell else replace(row, cell=cell)
 
 
 def _joined(cell: Cell, rows: Sequence[Row]) -> Row:
