@@ -39,6 +39,8 @@ _LATEX = {
 
 def in_terminal(text: str) -> str:
     """``text`` as one line that moves no cursor and turns no direction: what cannot be printed stands as its escape."""
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else " " if char.isspace() else ascii(char)[1:-1] for char in text)
 
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ class Share:
     def networks(self) -> int:
         return 1 if self.right.ndim == 1 else len(self.right)
 
-    @property
+    @cached_property
     def value(self) -> float:
         return float(self.right.mean()) if self.n else float("nan")
 
@@ -53,7 +54,7 @@ class Share:
         """(n,) whether it is right on each sample; of several networks, the share of them."""
         return self.right if self.right.ndim == 1 else self.right.mean(axis=0)
 
-    @property
+    @cached_property
     def interval(self) -> tuple[float, float]:
         successes = round(self.value * self.n) if self.n else 0
         return (confidence_sequence if self.sequence else wilson)(successes, self.n)

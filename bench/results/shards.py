@@ -281,8 +281,12 @@ def _check_place(path: Path, shard: Shard) -> None:
     Raises:
         StoreError: it was copied or renamed.
     """
-    name, keys = path.resolve().parent.name, [shard.cell.key[:digits] for digits in KEY_DIGITS]
-    if name not in keys and not name.endswith(tuple(f"-{key}" for key in keys)):
+    keys = [shard.cell.key[:digits] for digits in KEY_DIGITS]
+
+    def is_its(folder: str) -> bool:
+        return folder in keys or folder.endswith(tuple(f"-{key}" for key in keys))
+
+    if not is_its(path.parent.name) and not is_its(path.resolve().parent.name):  # as it is named, or is
         raise StoreError(
             f"{path} is of another cell than its folder ({shard.cell}, key {keys[0]}); move it to a folder whose name "
             f"ends with -{keys[0]}, or delete it"

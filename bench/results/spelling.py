@@ -24,7 +24,7 @@ class Spelling:
             "defense": tuple(self._known(defenses, part) for part in cell.defense),
             "attack": self._known(attacks, cell.attack),
         }
-        changed = {name: part for name, part in parts.items() if part != getattr(cell, name)}
+        changed: dict[str, Any] = {name: part for name, part in parts.items() if part != getattr(cell, name)}
         return replace(cell, **changed) if changed else cell
 
     def _known(self, registry: Registry[Any], part: Component) -> Component:

@@ -211,12 +211,12 @@ class Board:
         """The first that has a rank."""
         return next((entry for entry in self.entries if entry.head.rank is not None and entry.left), None)
 
-    @property
+    @cached_property
     def ranked(self) -> int:
         """How many entries have a rank."""
         return sum(entry.head.rank is not None for entry in self.entries)
 
-    @property
+    @cached_property
     def marks(self) -> frozenset[str]:
         return frozenset().union(*(line.marks for line in self.table.lines))
 

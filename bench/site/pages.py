@@ -20,7 +20,7 @@ from bench.rules import NEVER
 from bench.site import charts
 from bench.site.boards import Board, Entry, Name
 from bench.site.columns import columns
-from bench.system.extras import library
+from bench.system.extras import library_files
 from bench.system.files import slug
 
 ASSETS = ("site.css", "theme.js", "site.js", "compare.js")
@@ -117,8 +117,15 @@ def _templates() -> jinja2.Environment:
 
 def _json(value: Any) -> str:
     """``value`` as JSON that ends no script and starts no comment, whatever texts it holds."""
-    text = json.dumps(_plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        text = _dumped(value)
+    except ValueError:  # a number that is none, as few values hold
+        text = _dumped(_plain(value))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def _plain(value: Any) -> Any:
@@ -126,7 +133,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [_plain(each) for each in value] if value and not isinstance(value[0], int) else value
+        return [_plain(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -135,18 +142,16 @@ def _packaged(name: str) -> bytes:
 
 
 def _plotly() -> bytes:
-    library("plotly", "site")
-    return resources.files("plotly").joinpath("package_data/plotly.min.js").read_bytes()
+    return (library_files("plotly", "site") / "package_data" / "plotly.min.js").read_bytes()
 
 
 def _itables() -> dict[str, bytes]:
     """DataTables as itables bundles it, as a plain script that leaves ``window.tables``."""
-    library("itables", "site")
-    folder = resources.files("itables").joinpath("html")
-    code, exported, rest = folder.joinpath("dt_bundle.js").read_text(encoding="utf-8").rpartition(EXPORT)
+    folder = library_files("itables", "site") / "html"
+    code, exported, rest = (folder / "dt_bundle.js").read_text(encoding="utf-8").rpartition(EXPORT)
     names, end, licences = rest.partition("};")
     if not exported or not end:
         raise StoreError("this version of itables has no bundle that a page can load; pip install 'parry-bench[site]'")
     public = ",".join(":".join(reversed(pair.split(" as "))) for pair in names.split(","))
     script = f"(()=>{{{code}window.tables={{{public}}};}})();\n{licences}"
-    return {"tables.js": script.encode(), "tables.css": folder.joinpath("dt_bundle.css").read_bytes()}
+    return {"tables.js": script.encode(), "tables.css": (folder / "dt_bundle.css").read_bytes()}

@@ -1,6 +1,8 @@
 """Libraries that Parry can use and does not need: each is imported where it is named, and nowhere else."""
 
 import importlib
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from bench.errors import ConfigError
@@ -20,3 +22,15 @@ def library(module: str, extra: str) -> Any:
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
         why = "is not installed" if missing else f"does not import ({type(error).__name__}: {error})"
         raise ConfigError(f"{package} {why}; pip install 'parry-bench[{extra}]'") from error
+
+
+def library_files(package: str, extra: str) -> Path:
+    """The folder of ``package``, of which files are wanted and no code: importing it may take a second.
+
+    Raises:
+        ConfigError: it is not there; the message says what to install.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise ConfigError(f"{package} is not installed; pip install 'parry-bench[{extra}]'")
+    return Path(found.submodule_search_locations[0])
