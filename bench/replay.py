@@ -152,9 +152,9 @@ class Replay:
                 self.refused = f"the {what} of a recording are off by {gap:.2g}, where they are {size:.2g}"
 
     def _left(self, before: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """All gradients (n,), and how all buffers (m,) have moved from ``before``."""
+        """All gradients (n,), and how all statistics (m,) have moved from ``before``; counts do not drown these."""
         gradients = (parameter.grad for parameter in self.parameters)
-        moved = _joined(self.buffers) - _joined(before)
+        moved = _joined(filter(torch.is_floating_point, self.buffers)) - _joined(filter(torch.is_floating_point, before))
         return _joined(gradient for gradient in gradients if gradient is not None), moved
 
     def _clear(self) -> None:
