@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.norms import TINY, box, lp_norm, per_sample, project
-from bench.rng import SampleRng, coins, integers
+from bench.rng import SampleRng
 from bench.threat import Norm, Threat
 
 SMALL = 16  # windows of less than this part of an image are changed cell by cell, larger ones by a mask
@@ -55,11 +55,8 @@ class Linf:
     def propose(self, incumbent: Tensor, side: int, rng: SampleRng, corner: Tensor | None = None) -> Tensor:
         """``incumbent`` (n, C, H, W) with one new window each."""
         channels, height, width = incumbent.shape[1:]
-        if corner is None:
-            rows, columns, words = rng.fan("row", "column", "signs").words(channels).unflatten(0, (3, -1))
-            corner, signs = _corners(rows, columns, (height, width), side, self.inset), coins(words)
-        else:
-            signs = rng.fork("signs").coins(channels)
+        corner = _corners(rng, (height, width), side, self.inset) if corner is None else corner
+        signs = rng.fork("signs").coins(channels)
         if side == 1:  # one proposal in eight would repeat a three-channel pixel and waste its query
             signs = self._changing(incumbent, corner, signs, rng)
         if SMALL * side * side > height * width:
@@ -115,8 +112,8 @@ class L2:
         """
         channels, height, width = incumbent.shape[1:]
         side = self.side(side)
-        first = _drawn(rng.fork("first"), (height, width), side, self.inset) if corner is None else corner
-        second = _drawn(rng.fork("second"), (height, width), side, self.inset)
+        first = _corners(rng.fork("first"), (height, width), side, self.inset) if corner is None else corner
+        second = _corners(rng.fork("second"), (height, width), side, self.inset)
         delta = incumbent - self.x
         into, out_of = _window(first, side, (height, width)), _window(second, side, (height, width))
         spare = (self.eps**self.power - lp_norm(delta, self.norm) ** self.power).clamp(min=0) / channels  # (n,)
@@ -203,20 +200,10 @@ def _unit(values: Tensor, norm: Norm) -> Tensor:
     return values / (length + TINY)
 
 
-def _drawn(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Tensor:
-    """Corners (n, 2), drawn from streams of their own."""
-    rows, columns = rng.fan("row", "column").words(1).unflatten(0, (2, -1))
-    return _corners(rows, columns, size, side, inset)
-
-
-def _corners(rows: Tensor, columns: Tensor, size: tuple[int, int], side: int, inset: int) -> Tensor:
-    """Top left corners (n, 2) of windows, uniform over the image less ``inset`` rows and columns at its end.
-
-    Args:
-        rows, columns: random words (n, lanes), of which the first are taken.
-    """
-    place = [max(length - side + 1 - inset, 1) for length in size]
-    return torch.stack([integers(words[:, 0], high) for words, high in zip((rows, columns), place, strict=True)], dim=1)
+def _corners(rng: SampleRng, size: tuple[int, int], side: int, inset: int) -> Tensor:
+    """Top left corners (n, 2) of windows, uniform over the image less ``inset`` rows and columns at its end."""
+    rows, columns = (max(length - side + 1 - inset, 1) for length in size)
+    return torch.stack((rng.fork("row").integers(rows), rng.fork("column").integers(columns)), dim=1)
 
 
 def _cells(corner: Tensor, side: int, shape: torch.Size) -> Tensor:

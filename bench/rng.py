@@ -6,10 +6,10 @@ depend on who shares the batch, on the batch size, on the order or on the device
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 
@@ -49,9 +49,33 @@ def _mix_quickly(z: Tensor) -> Tensor:
     return torch.from_numpy(words.view(np.int64)).view(z.shape)
 
 
+AHEAD = 16  # steps that a GPU draws for at once, and words of a draw that are few enough for it
+
+
 @lru_cache(maxsize=1024)
 def _hash(label: str) -> int:
     return _signed(int.from_bytes(blake2b(label.encode(), digest_size=8).digest(), "big"))
+
+
+class _Ahead:
+    """Streams at :data:`AHEAD` steps from ``first`` on, and what is drawn from them, each for all steps at once."""
+
+    def __init__(self, keys: Tensor, first: int = 0) -> None:
+        self.keys, self.first = keys, first  # (AHEAD, B)
+        self._forks: dict[str, _Ahead] = {}
+        self._drawn: dict[tuple[object, int], Tensor] = {}
+
+    def fork(self, label: str) -> "_Ahead":
+        """The fork of each of them."""
+        if label not in self._forks:
+            self._forks[label] = _Ahead(_forked(self.keys, label))
+        return self._forks[label]
+
+    def draw(self, kind: Callable[[Tensor], Tensor], lanes: int, place: int) -> Tensor:
+        """What ``kind`` makes of the words (B, lanes) of the step at ``place``, in memory of its own."""
+        if (kind, lanes) not in self._drawn:
+            self._drawn[kind, lanes] = kind(_words(self.keys, lanes))
+        return self._drawn[kind, lanes][place].clone()
 
 
 @dataclass(frozen=True)
@@ -61,10 +85,15 @@ class SampleRng:
     ``fork`` gives a new stream for a purpose, a restart or a step; the same fork always gives the same numbers, so two
     draws that must differ need two forks. Source: counter-based generation as in Salmon et al., SC 2011, with
     SplitMix64's finaliser as the bijection.
+
+    On a GPU, where each launch costs more than the numbers, streams that are forked for one step and then for another
+    draw for the steps to come, too.
     """
 
     keys: Tensor    # (B,) int64
     owners: Tensor  # (B,) int64, the same in every fork of a sample's streams and unlike those of other samples
+    _ahead: tuple[_Ahead, int] | None = field(default=None, kw_only=True, repr=False, compare=False)  # which step it is
+    _steps: list[_Ahead | None] = field(default_factory=list, init=False, repr=False, compare=False)  # its last forks
 
     @classmethod
     def create(cls, seed: int, ids: Tensor, purpose: str) -> "SampleRng":
@@ -82,31 +111,48 @@ class SampleRng:
 
     def fork(self, label: str | int | Tensor) -> "SampleRng":
         """New streams for ``label``: a purpose, a step number, or (B,) int64 step numbers of each sample."""
-        word = _hash(label) if isinstance(label, str) else label
-        offset = _signed(word * _M1) if isinstance(word, int) else word * _M1
-        return SampleRng(_mix(self.keys + offset), self.owners)
+        if self._ahead is not None and isinstance(label, str):
+            ahead, place = self._ahead
+            return self._at(ahead.fork(label), place)
+        if isinstance(label, int) and self.keys.is_cuda and 0 <= label < 1 << 31:
+            return self._at_step(label)
+        return SampleRng(_forked(self.keys, label), self.owners)
 
-    def fan(self, *labels: str) -> "SampleRng":
-        """The forks of every label of ``labels``, one after another: (labels * B) streams, in the launches of one."""
-        keys = torch.cat([self.keys + _signed(_hash(label) * _M1) for label in labels])
-        return SampleRng(_mix(keys), self.owners.repeat(len(labels)))
+    def _at_step(self, step: int) -> "SampleRng":
+        if not self._steps:  # a single step is drawn for by itself
+            self._steps.append(None)
+            return SampleRng(_forked(self.keys, step), self.owners)
+        ahead = self._steps[0]
+        if ahead is None or not ahead.first <= step < ahead.first + AHEAD:
+            steps = torch.arange(step, step + AHEAD, device=self.keys.device)
+            ahead = self._steps[0] = _Ahead(_forked(self.keys, steps[:, None]), step)
+        return self._at(ahead, step - ahead.first)
+
+    def _at(self, ahead: _Ahead, place: int) -> "SampleRng":
+        return SampleRng(ahead.keys[place], self.owners, _ahead=(ahead, place))
 
     def words(self, lanes: int) -> Tensor:
         """(B, lanes) int64 of uniformly random bits."""
-        lane = torch.arange(1, lanes + 1, device=self.keys.device)
-        return _mix(self.keys[:, None] + lane * _GAMMA)
+        return self._draw(_as_they_are, lanes)
+
+    def _draw(self, kind: Callable[[Tensor], Tensor], lanes: int) -> Tensor:
+        """What ``kind`` makes of words (B, lanes)."""
+        if self._ahead is None or lanes > AHEAD:  # many are worth a launch, and memory
+            return kind(_words(self.keys, lanes))
+        ahead, place = self._ahead
+        return ahead.draw(kind, lanes, place)
 
     def uniform(self, *shape: int) -> Tensor:
         """(B, *shape) float32, uniform on [0, 1) in steps of 2^-24."""
-        return _unit(self.words(math.prod(shape)), 40).view(-1, *shape)
+        return self._draw(_uniform, math.prod(shape)).view(-1, *shape)
 
     def integers(self, high: int, *shape: int) -> Tensor:
         """(B, *shape) int64, uniform on 0 .. high - 1 (bias below high / 2^24)."""
-        return integers(self.words(math.prod(shape)), high).view(-1, *shape)
+        return (self.uniform(*shape) * high).long()
 
     def coins(self, *shape: int) -> Tensor:
         """(B, *shape) bool, heads with probability one half."""
-        return coins(self.words(math.prod(shape))).view(-1, *shape)
+        return self._draw(_coins, math.prod(shape)).view(-1, *shape)
 
     def normal(self, *shape: int) -> Tensor:
         """(B, *shape) float32, standard normal by Box and Muller (1958): two values from each word."""
@@ -144,13 +190,26 @@ def global_generators(seed: int, device: torch.device | None = None) -> Iterator
             np.random.set_state(array)  # noqa: NPY002
 
 
-def integers(words: Tensor, high: int) -> Tensor:
-    """Of each of ``words`` an int64, uniform on 0 .. high - 1, as :meth:`SampleRng.integers` gives."""
-    return (_unit(words, 40) * high).long()
+def _forked(keys: Tensor, label: str | int | Tensor) -> Tensor:
+    word = _hash(label) if isinstance(label, str) else label
+    offset = _signed(word * _M1) if isinstance(word, int) else word * _M1
+    return _mix(keys + offset)
 
 
-def coins(words: Tensor) -> Tensor:
-    """Of each of ``words`` a bool, as :meth:`SampleRng.coins` gives."""
+def _words(keys: Tensor, lanes: int) -> Tensor:
+    lane = torch.arange(1, lanes + 1, device=keys.device)
+    return _mix(keys[..., None] + lane * _GAMMA)
+
+
+def _as_they_are(words: Tensor) -> Tensor:
+    return words
+
+
+def _uniform(words: Tensor) -> Tensor:
+    return _unit(words, 40)
+
+
+def _coins(words: Tensor) -> Tensor:
     return words < 0
 
 

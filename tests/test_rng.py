@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bench.rng import SampleRng
+from tests.pretend import GPU, pretended_gpu
 
 IDS = torch.arange(1000)
 
@@ -28,12 +29,21 @@ def test_selecting_rows_and_forking_commute():
     assert torch.equal(rng.fork(steps)[rows[:1]].words(5), rng[rows[:1]].fork(5).words(5))
 
 
-def test_a_fan_is_its_forks_one_after_another():
-    rng = SampleRng.create(0, IDS, "test")
-    fan, labels = rng.fan("row", "column", "signs"), ("row", "column", "signs")
-    for label, words in zip(labels, fan.words(5).unflatten(0, (3, -1)), strict=True):
-        assert torch.equal(words, rng.fork(label).words(5))
-    assert torch.equal(fan.owners, rng.owners.repeat(3))
+def test_a_gpu_draws_for_the_steps_to_come_what_each_of_them_draws():
+    def draws(device):
+        rng, found = SampleRng.create(0, IDS[:20].to(device), "test"), []
+        for step in (3, 4, 5, 19, 21, 4, 2, 40):
+            here = rng.fork(step)
+            signs = here.fork("signs").coins(3)
+            signs.zero_()  # whoever writes into what was drawn writes into it alone
+            found += [here.words(2), here.uniform(1, 2), here.fork("signs").coins(3), here.fork("x").fork("y").words(3),
+                      here.fork(step).words(1), here.normal(3), here.words(40), here.integers(7),
+                      here[IDS[:4].to(device)].fork("x").words(2)]  # fmt: skip
+        return [draw.cpu() for draw in found]
+
+    with pretended_gpu():
+        there = draws(GPU)
+    assert all(torch.equal(one, other) for one, other in zip(there, draws(torch.device("cpu")), strict=True))
 
 
 def test_every_fork_of_a_sample_has_the_same_owner():
