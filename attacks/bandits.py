@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attacks.estimation import Walk, check, descend, finite
+from attacks.scored import Scored
 from bench.errors import ConfigError
 from bench.norms import box, per_sample, steepest
 from bench.oracle import Oracle
@@ -42,7 +43,7 @@ PRESETS: dict[str | None, dict[Norm, dict[str, Any]]] = {
 
 @attacks("bandits")
 @dataclass(frozen=True, kw_only=True)
-class Bandits:
+class Bandits(Scored):
     """Bandits with time and data priors (Ilyas et al., ICLR 2019), untargeted, in linf and l2.
 
     Keeps a prior, a coarse image that says in which direction the loss falls, from step to step. Each step costs three
@@ -63,8 +64,8 @@ class Bandits:
         exploration: l2 length of the noise in the prior, about: noise is divided by the root of the prior's size.
         side: rows and columns of the prior, spread over the image by nearest-neighbour upsampling; the image's own
             where that has less.
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood, as in the paper; in float32 it is the same
-            for all probes where a network is confident).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood, as in the paper; in float32 it is the same for
+            all probes where a network is confident) or ``dlr``, which no scale of scores moves.
 
     Source: arXiv:1807.07978, algorithms 2 and 3 and appendix; settings as in the authors' code, in UniG's, and by
     default in BlackboxBench's (linf) and SignHunter's (l2).
@@ -76,10 +77,9 @@ class Bandits:
     prior_rate: float | None = None
     exploration: float | None = None
     side: int | None = None
-    loss: Literal["margin", "ce"] | None = None
+    loss: Literal["margin", "ce", "dlr"] | None = None
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     fine_scores: ClassVar[bool] = True
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Ilyas et al., 2019, arXiv:1807.07978"

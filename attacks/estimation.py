@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from bench.errors import ConfigError
-from bench.losses import LOSSES
+from bench.losses import WITH_DLR
 from bench.norms import project, steepest
 from bench.oracle import Oracle
 from bench.rng import SampleRng
@@ -44,11 +44,11 @@ class Walk:
         centres = self.x[:, None].expand_as(probes).flatten(0, 1)
         legal = project(probes.flatten(0, 1), centres, self.threat).view_as(probes)
         logits = self.oracle.scores(legal, self.rows).flatten(0, 1)
-        return LOSSES[self.loss](logits, self.y.repeat_interleave(k)).view(n, k), legal
+        return WITH_DLR[self.loss](logits, self.y.repeat_interleave(k)).view(n, k), legal
 
     def move(self, u: Tensor) -> "Walk":
         """Go to ``u`` (n, C, H, W), inside ball and box, and ask what the loss is there."""
-        return replace(self, u=u, value=LOSSES[self.loss](self.oracle.scores(u, self.rows), self.y))
+        return replace(self, u=u, value=WITH_DLR[self.loss](self.oracle.scores(u, self.rows), self.y))
 
 
 # A walk, the streams of this step and the queries that may be spent, to the walk's new memory and the queries spent.
@@ -77,7 +77,7 @@ def descend(
     Args:
         oracle, x, y, threat, rng: as in :class:`bench.protocols.Attack`.
         estimate: asks its probes.
-        loss: what is minimised, a name in ``LOSSES``.
+        loss: what is minimised, a name in ``WITH_DLR``.
         length: of a step, on the pixel scale.
         memory: (B, ...), what the first estimate finds.
         gradient: a memory as a gradient (n, C, H, W), whose length does not matter.
@@ -117,8 +117,8 @@ def check(eta: float, q: int | None, rel_step: float | None, loss: str, *, fewes
         raise ConfigError(f"q is {q}; an estimate takes at least {fewest}")
     if rel_step is not None and not rel_step > 0:
         raise ConfigError(f"rel_step is {rel_step:g}; it is a fraction of eps, above 0")
-    if loss not in LOSSES:
-        raise ConfigError(f"loss is {loss!r}; use one of {', '.join(LOSSES)}")
+    if loss not in WITH_DLR:
+        raise ConfigError(f"loss is {loss!r}; use one of {', '.join(WITH_DLR)}")
 
 
 def directions(rng: SampleRng, u: Tensor, count: int, probes_each: int) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.estimation import PROBES, REL_STEP, Walk, check, descend, directions, finite
+from attacks.scored import Scored
 from bench.oracle import Oracle
 from bench.registry import attacks
 from bench.rng import SampleRng
@@ -15,7 +16,7 @@ from bench.threat import Access, Norm, Threat
 
 @attacks("nes")
 @dataclass(frozen=True, kw_only=True)
-class NES:
+class NES(Scored):
     """Natural evolution strategies (Ilyas et al., ICML 2018), untargeted, in linf and l2.
 
     Each step costs ``2 q + 1`` queries: q pairs of probes and the new iterate. Probes are queries like all others, so
@@ -31,7 +32,7 @@ class NES:
             to 8 bit hides probes much shorter than sqrt(d) / 255.
         q: pairs in a step; 20 (linf) or 4 (l2) by default, 50 for ImageNet.
         rel_step: length of a step as a fraction of eps; 0.25 (linf) or 0.5 (l2) by default.
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``dlr``, which no scale of scores moves.
 
     Source: arXiv:1804.08598, algorithm 1 and its projected sign steps; eta, q and steps as in the public code of
     SignHunter, which compares with it.
@@ -40,10 +41,9 @@ class NES:
     eta: float = 0.01
     q: int | None = None
     rel_step: float | None = None
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "dlr"] = "margin"
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     fine_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1

@@ -6,8 +6,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attacks.scored import Scored
 from bench.errors import ConfigError
-from bench.losses import LOSSES
+from bench.losses import WITH_DLR
 from bench.norms import box, per_sample
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -19,7 +20,7 @@ BASE, MEASURE, RECHECK = 0, 1, 2  # what a sample asks: the image as it is, a bl
 
 @attacks("parsimonious")
 @dataclass(frozen=True, kw_only=True)
-class Parsimonious:
+class Parsimonious(Scored):
     """Parsimonious attack (Moon et al., ICML 2019), also called ECO, untargeted, in linf.
 
     Every block of one channel is either raised or lowered by eps; all start low. Groups of blocks are searched one
@@ -38,7 +39,7 @@ class Parsimonious:
             nearest-neighbour upsampling. 256 is usual for ImageNet.
         first: whether the best of the measured blocks moves only if that lowers the loss (``improving``) or in any case
             (``reference``, as in the authors' code).
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``dlr``, which no scale of scores moves.
 
     Source: arXiv:1905.06635, algorithms 1 to 3; one insertion and one deletion a group, as in the authors' code.
     """
@@ -47,10 +48,9 @@ class Parsimonious:
     group: int = 64
     grid: int | None = None
     first: Literal["improving", "reference"] = "improving"
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "dlr"] = "margin"
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Moon et al., 2019, arXiv:1905.06635"
@@ -64,13 +64,13 @@ class Parsimonious:
             raise ConfigError(f"grid is {self.grid}; it has at least one row")
         if self.first not in ("improving", "reference"):
             raise ConfigError(f"first is {self.first!r}; use improving or reference")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(LOSSES)}")
+        if self.loss not in WITH_DLR:
+            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(WITH_DLR)}")
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
         plan = _Plan(x, rng, self.block, self.group, self.grid, oracle.query_budget)
-        loss, limit = LOSSES[self.loss], torch.inf if self.first == "reference" else 0.0
+        loss, limit = WITH_DLR[self.loss], torch.inf if self.first == "reference" else 0.0
 
         final, rows = torch.zeros_like(x, dtype=torch.bool), torch.arange(len(x), device=x.device)
         (low, high), labels, search = box(x, threat), y, _Search.start(x, plan.width)

@@ -8,8 +8,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attacks.scored import Scored
 from bench.errors import ConfigError
-from bench.losses import LOSSES
+from bench.losses import WITH_DLR
 from bench.norms import choose, project
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -19,7 +20,7 @@ from bench.threat import Access, Norm, Threat
 
 @attacks("sign-hunter")
 @dataclass(frozen=True, kw_only=True)
-class SignHunter:
+class SignHunter(Scored):
     """SignHunter (Al-Dujaili and O'Reilly, ICLR 2020), untargeted, in linf and l2; draws no random numbers.
 
     A pass starts at the corner of the ball where every sign is +1, flips the whole image, its halves, its quarters and
@@ -28,7 +29,7 @@ class SignHunter:
     each flip. The derivative of the paper compares losses with that of the same base, which cancels and is not asked.
 
     Args:
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``dlr``, which no scale of scores moves.
         layout: in which order an image is cut into blocks; ``hwc`` (channels fastest, as in the authors' code) or
             ``chw``.
 
@@ -36,24 +37,23 @@ class SignHunter:
     authors' code.
     """
 
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "dlr"] = "margin"
     layout: Literal["hwc", "chw"] = "hwc"
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Al-Dujaili and O'Reilly, 2020, arXiv:1902.06894"
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(LOSSES)}")
+        if self.loss not in WITH_DLR:
+            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(WITH_DLR)}")
         if self.layout not in ("hwc", "chw"):
             raise ConfigError(f"layout is {self.layout!r}; use hwc or chw")
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns each sample's incumbent."""
-        loss, place = LOSSES[self.loss], self._places(x)
+        loss, place = WITH_DLR[self.loss], self._places(x)
         size = x[0].numel()
         length = threat.eps if threat.norm == "linf" else threat.eps / math.sqrt(size)
 

@@ -7,8 +7,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from attacks.scored import Scored
 from bench.errors import ConfigError
-from bench.losses import LOSSES
+from bench.losses import WITH_DLR
 from bench.norms import choose, project
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -18,7 +19,7 @@ from bench.threat import Access, Norm, Threat
 
 @attacks("simba")
 @dataclass(frozen=True, kw_only=True)
-class SimBA:
+class SimBA(Scored):
     """Simple black-box attack (Guo et al., ICML 2019), untargeted, in linf and l2.
 
     Takes the vectors of a basis in an order of each sample's own, tries a step down and, where that did not lower the
@@ -36,8 +37,8 @@ class SimBA:
         freq_dims: cosine waves below this frequency in both directions come first; 28 is usual for ImageNet.
         stride: how many frequencies are added at a time after that.
         loss: what is minimised, ``margin``, ``prob`` (the probability of the true class, as in the paper; in float32 it
-            is 1 for all candidates where a network is confident, and then nothing improves) or ``ce`` (its logarithm:
-            the same choices up to rounding, and 0 as early).
+            is 1 for all candidates where a network is confident, and then nothing improves), ``ce`` (its logarithm:
+            the same choices up to rounding, and 0 as early) or ``dlr``, which no scale of scores moves.
 
     Source: arXiv:1905.07121, algorithm 1; order of the waves as in the authors' code.
     """
@@ -46,10 +47,9 @@ class SimBA:
     step: float | None = None
     freq_dims: int = 32
     stride: int = 7
-    loss: Literal["margin", "ce", "prob"] = "margin"
+    loss: Literal["margin", "ce", "prob", "dlr"] = "margin"
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 2  # 1 projected the incumbent after every step
     paper: ClassVar[str] = "Guo et al., 2019, arXiv:1905.07121"
@@ -61,12 +61,12 @@ class SimBA:
             raise ConfigError(f"step is {self.step:g}; it is a length on the pixel scale, above 0")
         if self.freq_dims < 1 or self.stride < 1:
             raise ConfigError(f"freq_dims={self.freq_dims}, stride={self.stride}; both must be at least 1")
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(LOSSES)}")
+        if self.loss not in WITH_DLR:
+            raise ConfigError(f"loss is {self.loss!r}; use one of {', '.join(WITH_DLR)}")
 
     def __call__(self, oracle: Oracle, x: Tensor, y: Tensor, threat: Threat, rng: SampleRng) -> Tensor:
         """See :class:`bench.protocols.Attack`; returns what each sample's incumbent looks like in the ball."""
-        loss, waves = LOSSES[self.loss], self._waves(x)
+        loss, waves = WITH_DLR[self.loss], self._waves(x)
         step, order = self._step(threat), self._order(x, rng.fork("order"), oracle.query_budget)
 
         rows = torch.arange(len(x), device=x.device)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from attacks.estimation import PROBES, REL_STEP, Walk, check, descend, directions, finite
+from attacks.scored import Scored
 from bench.norms import per_sample
 from bench.oracle import Oracle
 from bench.registry import attacks
@@ -16,7 +17,7 @@ from bench.threat import Access, Norm, Threat
 
 @attacks("zo-sign-sgd")
 @dataclass(frozen=True, kw_only=True)
-class ZOSignSGD:
+class ZOSignSGD(Scored):
     """Zeroth-order sign descent (Liu et al., ICLR 2019), untargeted, in linf and l2.
 
     Each step costs ``q + 1`` queries: the iterate, which is the base of the differences and the check of the step
@@ -34,7 +35,7 @@ class ZOSignSGD:
             to 8 bit hides probes much shorter than sqrt(d) / 255.
         q: probes in a step, at least 2; 20 (linf) or 4 (l2) by default, 50 for ImageNet.
         rel_step: length of a step as a fraction of eps; 0.25 (linf) or 0.5 (l2) by default.
-        loss: what is minimised, ``margin`` or ``ce`` (the log-likelihood).
+        loss: what is minimised, ``margin``, ``ce`` (the log-likelihood) or ``dlr``, which no scale of scores moves.
 
     Source: Liu et al., openreview BJe-DsC5Fm, algorithm 1; eta, q and steps as in the public code of SignHunter,
     which compares with it.
@@ -43,10 +44,9 @@ class ZOSignSGD:
     eta: float = 0.01
     q: int | None = None
     rel_step: float | None = None
-    loss: Literal["margin", "ce"] = "margin"
+    loss: Literal["margin", "ce", "dlr"] = "margin"
 
     access: ClassVar[Access] = "scores"
-    top_scores: ClassVar[bool] = True
     fine_scores: ClassVar[bool] = True
     norms: ClassVar[frozenset[Norm]] = frozenset({"l2", "linf"})
     version: ClassVar[int] = 1
