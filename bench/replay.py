@@ -154,8 +154,8 @@ class Replay:
     def _left(self, before: list[Tensor]) -> tuple[Tensor, Tensor]:
         """All gradients (n,), and how all statistics (m,) have moved from ``before``; counts do not drown these."""
         gradients = (parameter.grad for parameter in self.parameters)
-        moved = _joined(filter(torch.is_floating_point, self.buffers)) - _joined(filter(torch.is_floating_point, before))
-        return _joined(gradient for gradient in gradients if gradient is not None), moved
+        now, then = (_joined(filter(torch.is_floating_point, buffers)) for buffers in (self.buffers, before))
+        return _joined(gradient for gradient in gradients if gradient is not None), now - then
 
     def _clear(self) -> None:
         for parameter in self.parameters:
