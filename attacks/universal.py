@@ -11,6 +11,7 @@ from torch import Tensor
 
 from attacks.sourced import Sourced
 from bench.dataset import Dataset, Split, grey_levels
+from bench.errors import ConfigError
 from bench.norms import TINY, lp_norm, project
 from bench.oracle import Oracle
 from bench.oracle.surrogate import Surrogate
@@ -121,6 +122,9 @@ class Descended(Universal):
 
     Args:
         epochs, batch_size: how often the images are gone through, and how many make a step.
+
+    Raises:
+        ConfigError: in the fit, where the loss is no number: the best would be the start, or whatever NaN rates.
     """
 
     epochs: Count = 2
@@ -175,6 +179,11 @@ class Descended(Universal):
                 optimiser.step()
                 v.data.copy_(in_ball(v.data, threat))
                 lost += loss.detach() * len(rows) / len(fitting)
+            if not bool(lost.isfinite() & v.isfinite().all()):
+                raise ConfigError(
+                    f"the loss of epoch {epoch + 1} of the fit is {lost.item():g}, and says nothing of a perturbation; "
+                    "take a smaller rel_step, or a network whose scores are numbers"
+                )
             rating = self.rating(lost, held.fooled(v.detach(), clipped=self.clipped)).cpu()
             if rating > highest:
                 best, highest = v.detach().clone(), rating

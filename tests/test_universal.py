@@ -13,6 +13,7 @@ from attacks.fg_uap import FGUAP
 from attacks.uap import UAP
 from attacks.universal import UniversalNoise, reader
 from bench.dataset import Split
+from bench.errors import ConfigError
 from bench.oracle.surrogate import Surrogate
 from bench.protocols import Job
 from bench.registry import attacks, datasets
@@ -60,6 +61,14 @@ def test_labels_are_never_looked_at(network):
     for attack in (FGUAP(epochs=1, images=200), UAP(epochs=1, images=200), DominantPattern(epochs=1, images=200)):
         one, other = (found(attack, network, data=data)["perturbation"] for data in (DIGITS, blind))
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("attack", [UAP(), DominantPattern()])
+def test_a_loss_that_is_no_number_is_no_reason_to_keep_the_start(attack):
+    broken = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+    nn.init.constant_(broken[1].weight, math.nan)
+    with pytest.raises(ConfigError, match="the loss of epoch 1 of the fit is nan, and says nothing of a perturbation"):
+        found(replace(attack, images=32, held_out=8), broken)
 
 
 def test_without_data_no_image_is_looked_at(network):
