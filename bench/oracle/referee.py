@@ -284,7 +284,9 @@ class Referee:
         images = probes.flatten(0, 1)
         if self._quantise:
             images = eight_bit(images, clean.repeat_interleave(k, dim=0), self.threat, self.reach)
-        streams = self._rng[rows.repeat_interleave(k)].fork(number.flatten()) if self._model.random else self._rng
+        streams = self._rng
+        if self._model.random:
+            streams = streams[rows if k == 1 else rows.repeat_interleave(k)].fork(number.flatten())
         wanted = None if asked is None else asked.repeat_interleave(each, dim=1)
         if paid:
             answerable = legal & self.live[rows, None] & (number <= self.query_budget)
