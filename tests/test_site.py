@@ -13,8 +13,9 @@ import pytest
 from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.report.portrait import curve
+from bench.report.sequence import confidence_sequence
 from bench.report.standings import tables
-from bench.report.stats import holm, mcnemar, paired_bootstrap, wilson
+from bench.report.stats import holm, mcnemar, mcnemar_of, paired_bootstrap, wilson
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
 from bench.site.boards import Name, boards
@@ -189,6 +190,46 @@ class TestInABrowser:
         one = next(place for place, row in enumerate(cells) if row[1] == "@200")
         least = sum(row[5:7] == ["10", "0"] for row in cells)  # lines with the same p, of which Holm knows no order
         assert float(cells[one][7]) == pytest.approx(min(1, len(lines) * mcnemar(a, b)), abs=1e-4), least
+
+    def test_its_statistics_are_those_of_python_on_random_tables(self, page, site):
+        rng, tables = np.random.default_rng(0), []
+        for n in [1, 2, *rng.integers(3, 1500, 40).tolist()]:
+            tables.append(rng.multinomial(n, rng.dirichlet(np.ones(4))).tolist())  # both, A alone, B alone, neither
+        ps = [(rng.random(size) ** 3).round(2).tolist() for size in (1, 2, 40)]
+        page.goto(at(site, "compare.html"))
+        found = page.evaluate(
+            """([tables, ps]) => {
+              const { wilson, sequence, mcnemar, paired, holm } = parry.statistics;
+              const of = ([both, a, b, neither]) => {
+                const n = both + a + b + neither;
+                const differences = [...Array(both + neither).fill(0), ...Array(a).fill(1), ...Array(b).fill(-1)];
+                return [wilson(a, n), sequence(a, n), mcnemar(a, b), paired(differences)];
+              };
+              return [tables.map(of), ps.map(holm)];
+            }""",
+            [tables, ps],
+        )
+        for (both, a, b, neither), (share, stopped, p, ends) in zip(tables, found[0], strict=True):
+            n = both + a + b + neither
+            assert share == pytest.approx(wilson(a, n), abs=1e-9)
+            assert stopped == pytest.approx(confidence_sequence(a, n), abs=1e-9)
+            assert p == pytest.approx(float(mcnemar_of(np.array(a), np.array(b))), abs=1e-9)
+            sides = (np.repeat([1, 1, 0, 0], [both, a, b, neither]), np.repeat([1, 0, 1, 0], [both, a, b, neither]))
+            assert ends == pytest.approx(paired_bootstrap(*sides), abs=2.01 / n), "exact here, of 10,000 draws there"
+        for given, adjusted in zip(ps, found[1], strict=True):
+            assert adjusted == pytest.approx(holm(np.array(given)).tolist(), abs=1e-12)
+
+    def test_no_worst_case_is_shown_without_an_attack_that_has_met_a_part(self, page, tmp_path):
+        whole = [attacked(each, name, 30) for each in ("none", "rnd") for name in ("rays", "simba")]
+        part = attacked("rnd", "square", 20)
+        few = {name: values[:9] for name, values in part.columns.items()}
+        shards = (replace(part.shards[0], stop=9, chosen=tuple(range(9))),)
+        write_site(boards(tables([*whole, attacked("none", "square", 50), Row(part.cell, {}, shards, few)])), tmp_path)
+        page.goto(at(tmp_path, "compare.html"))
+        cells = compared(page, "rnd", "none")
+        assert {row[0] for row in cells} == {"rays", "simba"}
+        assert "No worst case: square has not met all of its images." in page.locator("#said").inner_text()
+        assert not page.locator("#curves").is_visible()
 
     @pytest.mark.parametrize("scheme", ["light", "dark"])
     def test_a_phone_shows_every_page_without_scrolling_sideways(self, page, site, scheme):

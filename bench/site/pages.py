@@ -80,8 +80,11 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
     ``hits`` holds the first query that beat a sample, 0 where it was wrong before any and -1 where none did; ``right``
     a 1 for each sample whose final example is right. Of certificates, ``radius`` is that of each sample, -1 where the
     class is wrong or nothing is proven, and ``radii`` are those to compare at. Rows that met the same samples share a
-    list of ``ids``.
+    list of ``ids``. Attacks that have not met all of their samples are named ``apart``: a worst case without them would
+    be none.
     """
+    rows = list(rows)
+    apart = sorted({in_terminal(row.cell.attack.spec) for row in rows if row.partial and not is_control(row)})
     ids: dict[tuple[int, ...], int] = {}
     found = []
     for row in rows:
@@ -94,10 +97,11 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
         found.append({
             "attack": in_terminal(row.cell.attack.spec), "seed": row.cell.seed, "network": network(row),
             "control": is_control(row), "budget": query_budget(row), "ids": ids.setdefault(samples, len(ids)),
+            "sequence": row.sequential,
             "hits": hits.tolist(), **radius,
             "right": "".join(np.where(column(row, "final_pred") == column(row, "y"), "1", "0").tolist()),
         })  # fmt: skip
-    return {"never": NEVER, "ids": [list(samples) for samples in ids], "rows": found}
+    return {"never": NEVER, "apart": apart, "ids": [list(samples) for samples in ids], "rows": found}
 
 
 def _templates() -> jinja2.Environment:

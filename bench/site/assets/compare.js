@@ -20,12 +20,35 @@
     return promise;
   })();
 
-  // Statistics: as bench/report/stats.py has them, which says whose they are.
-  const wilson = (share, n) => {
-    const z = 1.959963984540054, middle = (share + z * z / (2 * n)) / (1 + z * z / n);
+  // Statistics: as bench/report/stats.py and sequence.py have them, which say whose they are.
+  const wilson = (successes, n) => {
+    const z = 1.959963984540054, share = successes / n, middle = (share + z * z / (2 * n)) / (1 + z * z / n);
     const half = z * Math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n);
-    return [share <= 0 ? 0 : middle - half, share >= 1 ? 1 : middle + half];
+    return [successes === 0 ? 0 : middle - half, successes === n ? 1 : middle + half];
   };
+  const logFactorials = [0];
+  const logFactorial = (n) => {
+    for (let k = logFactorials.length; k <= n; k++) logFactorials.push(logFactorials[k - 1] + Math.log(k));
+    return logFactorials[n];
+  };
+  const sequence = (successes, n) => {  // where outcomes could have decided how many samples there are
+    const failures = n - successes, mixture = logFactorial(successes) + logFactorial(failures) - logFactorial(n + 1);
+    const least = (hits, misses) => {
+      let low = 0, high = hits / n;
+      for (let halving = 0; hits && halving < 60; halving++) {
+        const middle = (low + high) / 2;
+        const alone = hits * Math.log(middle) + (misses ? misses * Math.log1p(-middle) : 0);
+        if (mixture - alone >= -Math.log1p(-0.95)) low = middle; else high = middle;
+      }
+      return low;
+    };
+    return [least(successes, failures), 1 - least(failures, successes)];
+  };
+  const even = (value) => {  // rounded; a half, of two networks, to the even number
+    const low = Math.floor(value);
+    return value - low === 0.5 ? low + (low % 2) : Math.round(value);
+  };
+  const interval = (share, n, stopped) => (stopped ? sequence : wilson)(even(share * n), n);
   const mcnemar = (more, less) => {  // twice the smaller tail of the binomial distribution of the pairs that differ
     const n = more + less;
     let term = -n * Math.LN2, sum = 0;  // the logarithm of the probability of 0, then of 1, ...
@@ -61,6 +84,17 @@
     return [at(0.025), at(0.975)];
   };
 
+  const holm = (ps) => {  // each adjusted for all
+    const adjusted = Array(ps.length);
+    let least = 0;
+    [...ps.keys()].sort((x, y) => ps[x] - ps[y]).forEach((which, place) => {
+      least = Math.max(least, Math.min(1, ps[which] * (ps.length - place)));
+      adjusted[which] = least;
+    });
+    return adjusted;
+  };
+  parry.statistics = { wilson, sequence, mcnemar, paired, holm };
+
   const named = (row) => `${row.attack}${row.network === null && row.seed ? `, seed ${row.seed}` : ""}`;
   const key = (row) => JSON.stringify([row.attack, row.seed]);
   const met = (data) => {  // by attack and seed; of several rows, that with the most queries and samples
@@ -92,9 +126,10 @@
 
   const versus = (name, pairs, ids, track, whole) => {
     const line = (at, right) => {
-      const [x, y] = [0, 1].map((side) => outcome(pairs, side, ids, right));
+      const sides = [0, 1], [x, y] = sides.map((side) => outcome(pairs, side, ids, right));
       const more = x.filter((each, place) => each > y[place]).length, less = x.filter((each, place) => each < y[place]).length;
-      return { name, at, x: mean(x), y: mean(y), n: ids.length, more, less,
+      const stopped = sides.map((side) => pairs.some((pair) => pair[side].sequence));
+      return { name, at, stopped, x: mean(x), y: mean(y), n: ids.length, more, less,
                ends: paired(x.map((each, place) => each - y[place])), p: mcnemar(more, less) };
     };
     if (track === "certificate") {
@@ -103,12 +138,12 @@
     if (track !== "query") return [line(track === "data" ? "test" : "robust", stands[track])];
     const most = Math.max(...pairs.map((pair) => pair.budget));
     const budgets = [...new Set([100, 1000].filter((each) => each < most).concat(most))];
-    const even = pairs.every((pair) => pair[0].budget === pair[1].budget);
+    const alike = pairs.every((pair) => pair[0].budget === pair[1].budget);
     if (!whole) return [line(`@${most}`, (row, place, budget) => stands.query(row, place, budget))];
     return [
       line("clean", stands.clean),
       ...budgets.map((each) => line(`@${each}`, (row, place, budget) => stands.query(row, place, Math.min(each, budget)))),
-      ...(even ? [line("final", stands.final)] : []),
+      ...(alike ? [line("final", stands.final)] : []),
     ];
   };
 
@@ -118,7 +153,8 @@
     const data = names.flatMap((name, side) => {
       const shares = queries.map((each) =>
         mean(outcome(pairs, side, ids, (row, place, budget) => stands.query(row, place, Math.min(each, budget)))));
-      const ends = shares.map((share) => wilson(share, ids.length).map((end) => 100 * end));
+      const stopped = pairs.some((pair) => pair[side].sequence);
+      const ends = shares.map((share) => interval(share, ids.length, stopped).map((end) => 100 * end));
       const colour = COLOURS[side];
       return [
         { x: [...queries, ...[...queries].reverse()], y: [...ends.map((end) => end[1]), ...ends.map((end) => end[0]).reverse()],
@@ -136,22 +172,15 @@
     const cut = name.length > 30 ? `${name.slice(0, 29)}…` : name;
     return cut.replaceAll("&", "&amp;").replaceAll("<", "&lt;").replaceAll(">", "&gt;");
   };
-  const holm = (lines) => {  // each p adjusted for all tests of the table
-    let least = 0;
-    [...lines].sort((x, y) => x.p - y.p).forEach((line, place) => {
-      least = Math.max(least, Math.min(1, line.p * (lines.length - place)));
-      line.adjusted = least;
-    });
-  };
-  const share = (value, n) => {
-    const [low, high] = wilson(value, n).map((end) => (100 * end).toFixed(0));
+  const share = (value, n, stopped) => {
+    const [low, high] = interval(value, n, stopped).map((end) => (100 * end).toFixed(0));
     return `${(100 * value).toFixed(1)} [${low}, ${high}]`;
   };
   const signed = (value, digits) => `${value < 0 ? "−" : "+"}${Math.abs(100 * value).toFixed(digits)}`;
   const fill = (lines) => {
     const rows = lines.map((line) => {
       const row = document.createElement("tr");
-      const texts = [line.name, line.at, share(line.x, line.n), share(line.y, line.n),
+      const texts = [line.name, line.at, share(line.x, line.n, line.stopped[0]), share(line.y, line.n, line.stopped[1]),
         `${signed(line.x - line.y, 1)} [${signed(line.ends[0], 0)}, ${signed(line.ends[1], 0)}]`,
         line.more, line.less, line.adjusted < 1e-4 ? "<0.0001" : line.adjusted.toFixed(4)];
       texts.forEach((text, place) => {
@@ -173,7 +202,13 @@
     if (a.value === b.value) { said.textContent = "Choose two that differ."; return; }
     try { history.replaceState(null, "", `#${a.value},${b.value}`); } catch { /* pages from files, in some browsers */ }
     let both;
-    try { both = (await Promise.all([load(a.value), load(b.value)])).map(met); } catch (error) { said.textContent = error.message; return; }
+    let apart = [];
+    try {
+      const data = await Promise.all([load(a.value), load(b.value)]);
+      const known = data.map((each) => new Set([...each.apart, ...each.rows.map((row) => row.attack)]));
+      apart = [...new Set(data.flatMap((each) => each.apart))].filter((attack) => known.every((names) => names.has(attack)));
+      both = data.map(met);
+    } catch (error) { said.textContent = error.message; return; }
     const pairs = [...both[0].keys()].filter((each) => both[1].has(each)).map((each) => {
       const pair = [both[0].get(each), both[1].get(each)];
       pair.budget = Math.min(pair[0].budget, pair[1].budget);
@@ -184,16 +219,19 @@
     if (!ids.length) { said.textContent = "They have no attack and no sample in common."; return; }
     const counted = pairs.filter((pair) => !pair[0].control);
     const groups = Map.groupBy(pairs, (pair) => named(pair[0]));
-    const pooled = !["data", "certificate"].includes(here.track) && new Set(counted.map((pair) => named(pair[0]))).size > 1;
+    const pooled = !["data", "certificate"].includes(here.track) && new Set(counted.map((pair) => named(pair[0]))).size > 1 && !apart.length;
     const lines = [...groups].sort().flatMap(([name, group]) => versus(name, group, ids, here.track, !pooled));
     const worst = pooled ? versus(`worst of ${new Set(counted.map((pair) => named(pair[0]))).size}`, counted, ids, here.track, true) : [];
     said.textContent = `A = ${names[0]}, B = ${names[1]}: ${ids.length} images in common.`;
+    if (apart.length) {
+      said.textContent += ` No worst case: ${apart.join(", ")} has not met all of its images. bench compare says what can be known.`;
+    }
     const all = [...worst, ...lines];
-    holm(all);
+    holm(all.map((line) => line.p)).forEach((p, place) => { all[place].adjusted = p; });
     fill(all);
     found.hidden = false;
     const figure = document.querySelector("#found figure");
-    figure.hidden = here.track !== "query";
+    figure.hidden = here.track !== "query" || apart.length > 0;
     drawn = figure.hidden ? null : curves(pooled ? counted : pairs, ids, names);
     if (drawn) parry.draw(document.getElementById("curves"), drawn);
   };
