@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from attacks.certifiers.smooth import Smooth
 from bench.cli import app
+from bench.entries.verify import Verdict, _compare
 from bench.errors import ConfigError
 from bench.measure.contradiction import PASSES, contradicted
 from bench.plan.cell import Cell, Component
@@ -56,6 +57,17 @@ def proven(radii: list[float], defense: str = "none", certifier: str = SMOOTH, w
         "invalid": False, "contradicted": [True] * contradicted + [False] * (n - contradicted),
     })  # fmt: skip
     return Row(cell, records, (Shard(cell, 0, n),))
+
+
+class TestVerification:
+    HELD = [0.1 * number for number in range(10)] * 2
+
+    @pytest.mark.parametrize("same_network", [True, False])
+    def test_radii_that_are_stated_too_large_do_not_agree(self, same_network):
+        honest, grown = (proven([radius + more for radius in self.HELD]) for more in (0.0, 0.25))
+        assert not Verdict([_compare(honest, honest, same_network)], []).problems
+        (problem,) = Verdict([_compare(grown, honest, same_network)], []).problems
+        assert ("samples end otherwise" if same_network else "by chance with p=") in problem
 
 
 class TestTables:

@@ -42,7 +42,7 @@ and open a pull request from that branch. Until somebody else has run bench veri
 
 def submit(
     defense: Annotated[str, typer.Argument(help="Your defense, path/to/file.py:Name, or a chain.")],
-    track: Annotated[str, typer.Option(help="query, white-box or data.")],
+    track: Annotated[str, typer.Option(help="query, white-box, data or certificate.")],
     model: Annotated[list[str] | None, typer.Option(help="Model; may be repeated; those of the suite.")] = None,
     suite: Annotated[
         str | None, typer.Option(help="Suite of the track; that on CIFAR-10. For a trial: query-digits.")

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +18,18 @@ from bench.entries.validate import Report
 from bench.measure.pipeline import Pipeline
 from bench.plan.cell import Cell
 from bench.plan.tasks import Loader, Task
-from bench.report.outcomes import Share, certified, clean, column, query_budget, restricted, standing, tested
+from bench.report.outcomes import (
+    Share,
+    certified,
+    certified_radius,
+    clean,
+    column,
+    query_budget,
+    radii,
+    restricted,
+    standing,
+    tested,
+)
 from bench.report.stats import holm, mcnemar
 from bench.results.store import Row, Store
 from bench.run.runner import Reporter
@@ -138,20 +150,22 @@ def _compare(stated: Row, again: Row, same_network: bool) -> Compared:
     theirs = restricted(stated, set(again.cell.ids))
     ours = restricted(again, set(again.cell.ids))
     traits = {trait for part in (cell.attack, *cell.defense) for trait in part.traits}
-    exact = same_network and not traits & {"random", "batch-dependent", "stateful"} and cell.threat.asks
-    measures = [clean, _stands] if cell.threat.asks else [_proven if cell.threat.access == "certificate" else tested]
+    proves = cell.threat.access == "certificate"
+    exact = same_network and not traits & {"random", "batch-dependent", "stateful"} and (cell.threat.asks or proves)
+    measures = [clean, _stands] if cell.threat.asks else [tested]
+    if proves:
+        measures = [partial(certified, radius=radius) for radius in radii([theirs, ours])]
     pairs = [(measure(theirs), measure(ours)) for measure in measures]
     differ = sum((a.right != b.right).astype(int) for a, b in pairs) > 0
-    fell = column(theirs, "first_hit") != column(ours, "first_hit") if cell.threat.asks else np.zeros(0, dtype=bool)
+    fell = column(theirs, "first_hit") != column(ours, "first_hit") if cell.threat.asks else np.zeros_like(differ)
     if exact and all(origin([stated])[name] == origin([again])[name] for name in ("hardware", "packages")):
         differ = differ | fell  # elsewhere, sums in another order may end a search a query sooner or later
+    a, b = pairs[-1]
     p = min(mcnemar(a.right, b.right) for a, b in pairs) * len(pairs)
-    last = pairs[-1]
-    return Compared(cell, last[0].n, int(differ.sum()), last[0].value, last[1].value, min(p, 1.0), exact)
-
-
-def _proven(row: Row) -> Share:
-    return certified(row, 0.0)
+    if proves:
+        a, b = max(pairs, key=lambda pair: abs(pair[0].value - pair[1].value))
+        p = mcnemar(certified_radius(theirs), certified_radius(ours))  # on radii it is the sign test
+    return Compared(cell, a.n, int(differ.sum()), a.value, b.value, min(p, 1.0), exact)
 
 
 def _stands(row: Row) -> Share:
