@@ -12,8 +12,11 @@ import pytest
 
 from bench.cli import main
 from bench.cli.narrow_board import print_narrow, short_names
+from bench.cli.narrow_duel import print_narrow_duel
 from bench.cli.terminal import Terminal
 from bench.oracle import NEVER
+from bench.report.compare import duels
+from bench.report.compare_table import lines_of
 from bench.report.standings import Table, tables
 from tests.rows import row
 from tests.test_reading import cell, store_rows
@@ -98,9 +101,11 @@ class Screen(io.TextIOWrapper):
         return True
 
 
-def said(monkeypatch: pytest.MonkeyPatch, out: io.TextIOWrapper, width: int, *arguments: object) -> str:
-    monkeypatch.setattr(import_module("bench.cli.leaderboard"), "console", Terminal(width=width))
-    monkeypatch.setattr(sys, "argv", ["bench", "leaderboard", *map(str, arguments)])
+def said(
+    monkeypatch: pytest.MonkeyPatch, out: io.TextIOWrapper, width: int, *arguments: object, command: str = "leaderboard"
+) -> str:
+    monkeypatch.setattr(import_module(f"bench.cli.{command}"), "console", Terminal(width=width))
+    monkeypatch.setattr(sys, "argv", ["bench", command, *map(str, arguments)])
     monkeypatch.setattr(sys, "stdout", out)
     with suppress(SystemExit):
         main()
@@ -117,3 +122,28 @@ def test_only_a_narrow_terminal_without_other_wishes_gets_the_narrow_table(tmp_p
     assert said(monkeypatch, screen(), 40, tmp_path / "rows", "--wide") == whole
     assert said(monkeypatch, screen(), 40, tmp_path / "rows", "--format", "md") == whole
     assert said(monkeypatch, screen(), 300, tmp_path / "rows") == whole
+
+
+def test_two_defenses_fit_a_terminal_of_80_columns_with_the_figures_of_the_wide_table(tmp_path: Path):
+    attacks = ("square(preset=aaa, loss=margin)", "reverse-square(preset=dld)")
+    rows = [row([1] * hit + [NEVER] * (40 - hit), name, attack)
+            for name, hit in (("none", 30), ("rnd(sigma=0.02)", 10)) for attack in attacks]  # fmt: skip
+    (found,) = duels(rows, "rnd(sigma=0.02)", "none")
+    out = io.StringIO()
+    print_narrow_duel(found, Terminal(width=80, file=out))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "[1] = reverse-square(preset=dld)" in lines
+    for line in lines_of(found):
+        shown = [text for name, text in line.items() if text and name not in ("attack", "alone", "cross at")]
+        assert any(all(text in each for text in shown) for each in lines), line
+
+
+def test_only_a_narrow_terminal_gets_the_narrow_comparison(tmp_path: Path, monkeypatch):
+    store_rows(tmp_path / "rows", [cell(), cell(defense="rnd")])
+    asked = (tmp_path / "rows", "--defense", "none", "--defense", "rnd")
+    narrow = said(monkeypatch, Screen(io.BytesIO(), "utf-8"), 40, *asked, command="compare")
+    assert narrow.startswith("A = none, B = rnd")
+    whole = said(monkeypatch, io.TextIOWrapper(io.BytesIO(), "utf-8"), 40, *asked, command="compare")
+    assert whole.startswith("### A = none, B = rnd")
+    assert said(monkeypatch, Screen(io.BytesIO(), "utf-8"), 40, *asked, "--wide", command="compare") == whole

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bench.report.stats import binomial_above, fisher_below, holm, mcnemar, paired_bootstrap, wilson
+from bench.report.stats import binomial_above, fisher_below, holm, mcnemar, paired_bootstrap, paired_t, wilson
 
 
 @pytest.mark.parametrize(
@@ -115,3 +115,5 @@ def test_intervals_and_tests_are_those_of_scipy_on_random_tables():
         b, c = int(table[0, 1]), int(table[1, 0])
         exact = stats.binomtest(b, b + c).pvalue if b + c else 1.0
         assert mcnemar(right[:, 0], right[:, 1]) == pytest.approx(exact, abs=1e-9)
+        differences = rng.normal(0.02, 0.3, n + 60)  # so many that the bound by their signs is none
+        assert paired_t(differences) == pytest.approx(stats.ttest_1samp(differences, 0).pvalue, abs=1e-9)

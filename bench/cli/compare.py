@@ -1,16 +1,20 @@
 """``bench compare``: rows beside published figures, or one defense beside another."""
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
 
-from bench.cli.console import complain, path
+from bench.cli.console import complain, console, path
+from bench.cli.narrow_board import fits
+from bench.cli.narrow_duel import print_narrow_duel
 from bench.entries.standing import Known, check_boards, entries_in
 from bench.errors import ConfigError, StoreError
 from bench.report.beside_published import Style as MatchStyle
 from bench.report.beside_published import match, render_matches
-from bench.report.compare import duels
+from bench.report.compare import Duel, duels
 from bench.report.compare_table import Style, render_duels
 from bench.report.published import load_published, result_folders
 from bench.report.two_runs import Run, duels_of_runs
@@ -35,10 +39,18 @@ def compare(
         Path | None,
         typer.Option(parser=path, help="Folder of published figures; leaderboards/published of the checkout."),
     ] = None,
-    style: Annotated[str, typer.Option("--format", help="md, csv, json; latex without --published.")] = "md",
+    style: Annotated[
+        str | None,
+        typer.Option(
+            "--format", help="md, csv, json; latex without --published. md by default, made to fit a narrow terminal."
+        ),
+    ] = None,
+    wide: Annotated[bool, typer.Option("--wide", help="Show all columns, however narrow the terminal is.")] = False,
 ) -> None:
     """Compare two defenses, of two runs or of one, or rows with published figures."""
     styles = get_args(MatchStyle if published else Style)
+    narrow = style is None and not wide and not published and sys.stdout.isatty()
+    style = style or "md"
     if style not in styles:
         raise ConfigError(f"format is {style!r}; use one of {', '.join(styles)}")
     two_runs = not published and len(folders or ()) == 2 and len(defense or ()) < 2
@@ -71,10 +83,19 @@ def compare(
     rows = united(row for run in runs for row in run.rows)
     if two_runs:
         found = duels_of_runs(runs[0], runs[1], defense[0] if defense else None, budget)
-        print(render_duels(found, style))  # type: ignore[arg-type]
+        _print(found, style, narrow)
     elif defense:
-        print(render_duels(duels(rows, defense[0], defense[1], budget), style))  # type: ignore[arg-type]
+        _print(duels(rows, defense[0], defense[1], budget), style, narrow)
     elif known:
         print(render_matches(match(known, rows), known, style, everything))  # type: ignore[arg-type]
     if damaged:
         raise typer.Exit(2)
+
+
+def _print(found: Sequence[Duel], style: str, narrow: bool) -> None:
+    text = render_duels(found, style)  # type: ignore[arg-type]
+    if not narrow or fits(text, console.width):
+        print(text)
+        return
+    for duel in found:
+        print_narrow_duel(duel, console)

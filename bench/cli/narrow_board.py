@@ -19,7 +19,10 @@ from bench.report.standings import Table
 
 LONGEST = 18  # characters of a name that stays whole, and of a short one without its number
 NAMES = ("defense", "attack", "under")
-ALWAYS = (*NAMES, "rank", "clean", "final", "test", "robust", "n")  # columns that stay
+ALWAYS = (
+    *NAMES, "rank", "clean", "final", "test", "robust", "n",
+    "at", "A", "B", "A − B", "p Holm",  # of two defenses beside each other
+)  # columns that stay
 
 
 class Frame(NamedTuple):
@@ -39,11 +42,12 @@ def print_narrow(table: Table, console: Terminal) -> None:
     """Print all that Markdown says of ``table``, as far as there is room for it."""
     short = short_names([*(line.defense for line in table.lines), *(line.attack for line in table.lines)])
     wide, bare = frames(table), frames(table, intervals=False)
-    shown = [_fitted(a, b, short, console.width) for (_, a), (_, b) in zip(wide, bare, strict=True)]
+    shown = [fitted(a, b, short, console.width) for (_, a), (_, b) in zip(wide, bare, strict=True)]
     console.print(table.title, style="bold")
-    _print_frame(shown[0], console)
+    print_frame(shown[0], console)
     console.print()
-    for line in (*_legend(shown, short), *_no_intervals(shown, table), *signs_told(table), *table.notes, table.origin):
+    notes = *_no_intervals(shown, table), *signs_told(table), *table.notes, table.origin
+    for line in (*told_names(shown, short), *notes):
         console.print(line)
     flags = [f"{flag.defense}: {flag.flag}. {flag.evidence}." for flag in table.flags]
     for title, told in ((FLAGS, flags), (FAILED, failures(table))):
@@ -52,7 +56,7 @@ def print_narrow(table: Table, console: Terminal) -> None:
     for frame, (title, _) in list(zip(shown, bare if shown[0].bare else wide, strict=True))[1:]:
         console.print()
         console.print(title)
-        _print_frame(frame, console)
+        print_frame(frame, console)
     console.print()
 
 
@@ -72,7 +76,7 @@ def _without_arguments(label: str) -> str:
     return kept
 
 
-def _fitted(whole: Lines, bare: Lines, short: Mapping[str, str], room: int) -> Frame:
+def fitted(whole: Lines, bare: Lines, short: Mapping[str, str], room: int) -> Frame:
     """The first way to show a table for which there is room: ``whole``, then in short names, then ``bare``."""
     numbers = {label: name[name.rindex("[") :] for label, name in short.items()}
     for lines in (whole, _renamed(whole, short, short)):
@@ -120,7 +124,7 @@ def _width(widths: Mapping[str, int]) -> int:
     return sum(widths.values()) + BETWEEN * (len(widths) - 1)
 
 
-def _print_frame(frame: Frame, console: Terminal) -> None:
+def print_frame(frame: Frame, console: Terminal) -> None:
     """The table, with an empty line before each defense that has several lines, or before each rank if none has."""
     names = columns(frame.lines)
     several = any(line.get("defense") == "" for line in frame.lines)  # under one name, which is said once
@@ -151,7 +155,7 @@ def _padded(cells: Sequence[str], widths: Mapping[str, int]) -> str:
     return (" " * BETWEEN).join(parts)
 
 
-def _legend(shown: Sequence[Frame], short: Mapping[str, str]) -> list[str]:
+def told_names(shown: Sequence[Frame], short: Mapping[str, str]) -> list[str]:
     """What the numbers in these tables stand for."""
     texts = {text for frame in shown for line in frame.lines for pair in line.items() for text in pair}
     numbers = {label: name[name.rindex("[") :] for label, name in short.items()}

@@ -1,6 +1,6 @@
 """Two defenses side by side as tables that people and programs read: Markdown, LaTeX, CSV and JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from bench.report.compare import Duel, Versus, listed
@@ -37,17 +37,22 @@ def render_duels(duels: Sequence[Duel], style: Style) -> str:
 
 def _markdown(duel: Duel) -> str:
     head = f"### A = {in_markdown(duel.a)}, B = {in_markdown(duel.b)}"
-    notes = "  \n".join((*legend(_marks(duel)), *map(in_markdown, _said(duel)), *(f"{each}." for each in _read(duel))))
-    return "\n\n".join((head, in_markdown(_setting(duel)), markdown_table(_lines(duel)), notes))
+    notes = "  \n".join(notes_of(duel, in_markdown))
+    return "\n\n".join((head, in_markdown(setting_of(duel)), markdown_table(lines_of(duel)), notes))
+
+
+def notes_of(duel: Duel, escaped: Callable[[str], str] = str) -> list[str]:
+    """What stands below the table, names of others ``escaped``."""
+    return [*legend(_marks(duel)), *map(escaped, _said(duel)), *(f"{each}." for each in _read(duel))]
 
 
 def _latex(duel: Duel) -> str:
     bold = {(number, side.upper()) for number, side in enumerate(duel.better) if side}
-    told = (f"A = {duel.a}, B = {duel.b}", _setting(duel), *legend(_marks(duel)), *_said(duel), *_read(duel), BOLD)
-    return latex_table(_lines(duel), " ".join(f"{each}." for each in told), bold)
+    told = (f"A = {duel.a}, B = {duel.b}", setting_of(duel), *legend(_marks(duel)), *_said(duel), *_read(duel), BOLD)
+    return latex_table(lines_of(duel), " ".join(f"{each}." for each in told), bold)
 
 
-def _lines(duel: Duel) -> Lines:
+def lines_of(duel: Duel) -> Lines:
     """The table as people read it, each attack named in its first line alone."""
     digits = 0 if duel.n < 1000 else 1
     lines = []
@@ -81,7 +86,8 @@ def _crosses(found: Crossing | None) -> str:
     return f"{found.ahead.upper()} {found.at}" + f", {found.times}×" * (found.times > 1)
 
 
-def _setting(duel: Duel) -> str:
+def setting_of(duel: Duel) -> str:
+    """Where the two meet, and on how many samples."""
     return f"{duel.setting} · {duel.n} samples in common"
 
 

@@ -321,8 +321,11 @@ def united(rows: Iterable[Row]) -> list[Row]:
 
     What is spelt in several ways is called as in the first row that has it.
     """
+    found = list(rows)
+    if len(found) < 2:
+        return found
     alike: dict[str, list[Row]] = {}
-    for row in rows:
+    for row in found:
         alike.setdefault(row.cell.meaning, []).append(row)
     spelling = Spelling(same[0].cell for same in alike.values())
     named = ((spelling.alike(same[0].cell), same) for same in alike.values())
