@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from attacks.certifiers.smooth import Smooth
 from bench.cli import app
+from bench.entries.proof import unproven
 from bench.entries.verify import Verdict, _compare
 from bench.errors import ConfigError
 from bench.measure.contradiction import PASSES, contradicted
@@ -28,7 +29,7 @@ from bench.report.portrait import overview, portrait
 from bench.report.standings import tables
 from bench.report.stats import paired_t, wilson
 from bench.results.records import check_records
-from bench.results.shards import Shard
+from bench.results.shards import Shard, Stored
 from bench.results.store import Row, Store, contradictions
 from bench.rng import SampleRng
 from bench.threat import Threat
@@ -68,6 +69,19 @@ class TestVerification:
         assert not Verdict([_compare(honest, honest, same_network)], []).problems
         (problem,) = Verdict([_compare(grown, honest, same_network)], []).problems
         assert ("samples end otherwise" if same_network else "by chance with p=") in problem
+
+
+    def test_radii_are_those_that_the_votes_prove(self):
+        certifier, shard = Smooth(sigma=0.5, n=200), proven([0.0] * 3).shards[0]
+        votes = torch.tensor([200, 150, 90])
+        radius, abstained = certifier.proven(votes)
+        honest = {"votes": votes.numpy(), "n0": np.full(3, 100), "n": np.full(3, 200), "alpha": np.full(3, 0.001),
+                  "radius": radius.numpy(), "abstained": abstained.numpy()}  # fmt: skip
+        shard = replace(shard, cell=replace(shard.cell, attack=replace(shard.cell.attack, version=1)))
+        assert not list(unproven(Stored(shard, honest)))
+        for name, value in {"radius": honest["radius"] + 0.1, "abstained": ~honest["abstained"],
+                            "n": np.full(3, 100_000)}.items():  # fmt: skip
+            assert any(problem.startswith(name) for problem in unproven(Stored(shard, honest | {name: value})))
 
 
 class TestTables:

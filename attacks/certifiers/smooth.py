@@ -53,13 +53,17 @@ class Smooth:
         predicted = chosen[:, :-1].argmax(dim=1)
         counted = self.votes(network, x, rng.fork("count"), self.n, batch)
         votes = counted.gather(1, predicted[:, None]).squeeze(1)
-        p = at_least(votes, self.n, self.alpha)
+        radius, abstained = self.proven(votes)
         invalid = (chosen[:, -1] + counted[:, -1]) > 0
         return Certificates(
-            predicted, radius=self.radius(p), abstained=p < 0.5, votes=votes, invalid=invalid,
-            n0=self.n0, n=self.n, alpha=self.alpha,
-            most=float(self.radius(at_least(torch.tensor([self.n]), self.n, self.alpha))),
+            predicted, radius=radius, abstained=abstained, votes=votes, invalid=invalid,
+            n0=self.n0, n=self.n, alpha=self.alpha, most=float(self.proven(torch.tensor([self.n]))[0]),
         )  # fmt: skip
+
+    def proven(self, votes: Tensor) -> tuple[Tensor, Tensor]:
+        """The radii (B,) that so many ``votes`` (B,) of the ``n`` draws prove, and where they prove nothing (B,)."""
+        p = at_least(votes, self.n, self.alpha)
+        return self.radius(p), p < 0.5
 
     def radius(self, p: Tensor) -> Tensor:
         """(B,) float64 in l2, within which no change takes the majority from a class of probability ``p`` (B,)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench.dataset import Dataset, Split
 from bench.entries.folder import NETWORKS
-from bench.entries.remade import Unknown, Untrue, data_of, plain, remade
+from bench.entries.remade import Unknown, Untrue, data_of, names_code, plain, remade
 from bench.errors import RefereeError, StoreError
 from bench.measure.judgement import Judgement, judge
 from bench.measure.keys import data_defense, release_key
@@ -23,6 +23,7 @@ from bench.oracle.served import ServedModel
 from bench.plan.cell import Cell
 from bench.plan.tasks import Loader, Task, sample_ids
 from bench.protection import check_release
+from bench.registry import attacks
 from bench.results.examples import SUFFIX, read_examples
 from bench.results.shards import Stored
 from bench.rng import SampleRng
@@ -30,6 +31,30 @@ from bench.system.sealed import kept_tensors
 
 CLOSE = 1e-3  # what another machine's rounding may change, of a probability or relative to a larger number
 BALL = 1e-5  # what float32 may add to a distance
+
+
+def unproven(stored: Stored) -> Iterator[str]:
+    """What the votes of a shard do not prove of what it states; nothing of a certifier that does not say.
+
+    Only certifiers that come with Parry are asked, in the version that they have today.
+    """
+    cell, told = stored.shard.cell, stored.columns
+    if cell.threat.access != "certificate" or names_code(cell.attack):
+        return
+    certifier = attacks.create(cell.attack.spec)
+    if getattr(certifier, "version", None) != cell.attack.version or not hasattr(certifier, "proven"):
+        return
+    if missing := [name for name in ("votes", "n0", "n", "alpha") if name not in told]:
+        yield f"{', '.join(missing)} of each image are not there"
+        return
+    for name in ("n0", "n", "alpha"):
+        if (told[name] != getattr(certifier, name)).any():
+            yield f"{name} is not that of {cell.attack.spec}"
+    radius, abstained = (part.numpy() for part in certifier.proven(torch.from_numpy(told["votes"])))
+    if not np.allclose(told["radius"], radius, rtol=CLOSE, atol=CLOSE):
+        yield "radius is not what the votes prove"
+    if (told["abstained"] != abstained).any():
+        yield "abstained is not what the votes say"
 
 
 class Rescorer:
@@ -55,7 +80,7 @@ class Rescorer:
             unseen = "what was proven: that needs its draws" if cell.threat.access == "certificate" else (
                 "what the learner reached: that needs its training"
             )
-            return list(self._release(data, cell, stored)), unseen
+            return [*self._release(data, cell, stored), *unproven(stored)], unseen
         ids = stored.shard.ids
         if cell.ids != sample_ids(data, len(cell.ids)):
             raise Untrue(f"its samples are not the {len(cell.ids)} that Parry takes of {cell.dataset.spec}")
