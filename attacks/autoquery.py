@@ -60,7 +60,10 @@ class AutoQuery:
         oracle.stage("probing")
         known = probe(oracle, x, y, rng.fork("probing"))
         x_adv = x.clone()
+        met = set(known.kind.tolist())  # a GPU is waited for once, and not for each kind that nobody is of
         for kind, (name, tactic) in tactics(known.classes).items():
+            if kind not in met:
+                continue
             rows = oracle.active()
             rows = rows[known.kind[rows] == kind]
             if len(rows) == 0:
