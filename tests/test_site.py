@@ -18,7 +18,7 @@ from bench.report.standings import tables
 from bench.report.stats import holm, mcnemar, mcnemar_of, paired_bootstrap, wilson
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
-from bench.site.boards import Name, boards
+from bench.site.boards import Name, boards, told_apart
 from bench.site.pages import write_site
 from bench.threat import Threat
 from bench.tracks import track_of
@@ -294,6 +294,11 @@ def test_entries_are_told_apart_by_what_differs():
     assert {label: str(name.arguments) for label, name in board.short_names.items()} == {
         "rnd(a=1, b=2)": "a=1", "rnd(b=2)": "", "unig(c=3)": "",
     }  # fmt: skip
+
+
+def test_boards_of_one_model_with_other_arguments_have_other_names():
+    names = [Name.of(f"digits · cnn(width=8{more}) · certified l2", " · ") for more in ("", ", heads=3")]
+    assert [name.arguments for name in told_apart(names)] == ["", "heads=3"]
 
 
 def test_the_command_writes_a_site_of_a_folder_and_says_where(tmp_path):

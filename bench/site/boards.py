@@ -48,6 +48,15 @@ class Name:
         return cls(between.join(head for head, _, _ in parts), " · ".join(filter(None, ends)))
 
 
+def told_apart(names: Sequence[Name]) -> list[Name]:
+    """The names with those arguments alone that tell them from others of the same components."""
+    alike: dict[str, list[set[str]]] = {}
+    for name in names:
+        alike.setdefault(name.short, []).append(set(name.each))
+    common = {short: set.intersection(*parts) for short, parts in alike.items()}
+    return [Name(name.short, ", ".join(part for part in name.each if part not in common[name.short])) for name in names]
+
+
 @dataclass(frozen=True)
 class Picture:
     """A PNG and what it shows."""
@@ -193,18 +202,9 @@ class Board:
 
     @cached_property
     def short_names(self) -> dict[str, Name]:
-        """The entries by their labels, with those arguments alone that tell them from others of the same components."""
-        alike: dict[str, list[set[str]]] = {}
-        for entry in self.entries:
-            alike.setdefault(entry.name.short, []).append(set(entry.name.each))
-        common = {short: set.intersection(*parts) for short, parts in alike.items()}
-        return {
-            entry.label: Name(
-                entry.name.short,
-                ", ".join(part for part in entry.name.each if part not in common[entry.name.short]),
-            )
-            for entry in self.entries
-        }
+        """The entries by their labels, as :func:`told_apart`."""
+        names = told_apart([entry.name for entry in self.entries])
+        return dict(zip([entry.label for entry in self.entries], names, strict=True))
 
     @property
     def best(self) -> Entry | None:

@@ -18,7 +18,7 @@ from bench.report.outcomes import certified, column, is_control, network, query_
 from bench.results.store import Row
 from bench.rules import NEVER
 from bench.site import charts
-from bench.site.boards import Board, Entry, Name
+from bench.site.boards import Board, Entry, Name, told_apart
 from bench.site.columns import columns
 from bench.system.extras import library_files
 from bench.system.files import slug
@@ -112,7 +112,8 @@ def _templates() -> jinja2.Environment:
         finalize=lambda value: in_terminal(value) if type(value) is str else value,
     )  # fmt: skip
     environment.globals |= {
-        "columns": columns, "name_of": Name.of, "charts": charts, "signs": signs, "legend": legend, "slug": slug,
+        "columns": columns, "name_of": Name.of, "told_apart": told_apart, "charts": charts, "signs": signs,
+        "legend": legend, "slug": slug,
     }  # fmt: skip
     environment.filters["json"] = lambda value: Markup(_json(value))
     environment.filters["percent"] = lambda share: "–" if not math.isfinite(share) else f"{100 * share:.1f}"
