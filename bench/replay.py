@@ -146,6 +146,8 @@ class Replay:
         for buffer, value in zip(self.buffers, before, strict=True):
             buffer.copy_(value)
         self._call(rows, epoch)
+        if not len(played[0]):
+            self.refused = "no parameter has a gradient"
         for what, one, other in zip(("gradients", "statistics"), played, self._left(before), strict=True):
             gap, size = float((one - other).norm()), float(other.norm())
             if not gap <= SAME * size:  # NaN is not

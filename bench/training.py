@@ -291,9 +291,9 @@ def fit(
     if selection is not None:
         more["selection"] = selection
     state = TrainingState(job, model, optimizer, more)
-    piece = _name(model, data, recipe, job)
     change = perturb
-    recorded = pure and job.device.type == "cuda" and recordable(model)
+    recorded = pure and perturb_at is None and job.device.type == "cuda" and recordable(model)
+    piece = _name(model, data, recipe, job, recorded)
     asked = InBfloat16(model) if recorded else model
 
     def losses(rows: Tensor, epoch: int | Tensor) -> Iterator[Tensor]:
@@ -404,11 +404,12 @@ class _Position:
         self.generator.set_state(state["position"])
 
 
-def _name(model: nn.Module, data: Dataset, recipe: Recipe, job: Job) -> str:
-    """What tells the training run apart from others of the same job: its start, its data and its recipe."""
+def _name(model: nn.Module, data: Dataset, recipe: Recipe, job: Job, coarse: bool) -> str:
+    """What tells the training run apart from others of the same job: its start, its data, its recipe, its numbers."""
     if job.scratch.folder is None:
         return ""
-    digest = sha256(repr((data.train.fingerprint(), recipe, job.seed)).encode())
+    numbers = ("bfloat16",) if coarse else ()
+    digest = sha256(repr((data.train.fingerprint(), recipe, job.seed, *numbers)).encode())
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().flatten().view(torch.uint8).numpy().tobytes())
     return f"training-{digest.hexdigest()[:16]}"
