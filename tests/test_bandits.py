@@ -242,7 +242,7 @@ def test_a_wrong_parameter_is_told_what_is_right():
         ({"prior_rate": -1.0}, "zero or more"),
         ({"exploration": 0.0}, "above 0"),
         ({"side": 0}, "at least one row"),
-        ({"loss": "dlr"}, "margin, ce"),
+        ({"loss": "hinge"}, "margin, ce"),
     ]:
         with pytest.raises(ConfigError, match=message):
             Bandits(**settings)

@@ -171,7 +171,7 @@ def test_a_wrong_parameter_is_told_what_is_right():
         ({"eta": 0.0}, "above 0"),
         ({"q": 0}, "at least 1"),
         ({"rel_step": -1.0}, "fraction of eps"),
-        ({"loss": "dlr"}, "margin, ce"),
+        ({"loss": "hinge"}, "margin, ce"),
     ]:
         with pytest.raises(ConfigError, match=message):
             NES(**settings)

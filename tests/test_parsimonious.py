@@ -211,7 +211,7 @@ def test_a_wrong_parameter_is_told_what_is_right():
         ({"group": 0}, "at least one block"),
         ({"grid": 0}, "at least one row"),
         ({"first": "always"}, "improving or reference"),
-        ({"loss": "dlr"}, "margin, ce"),
+        ({"loss": "hinge"}, "margin, ce"),
     ]:
         with pytest.raises(ConfigError, match=message):
             Parsimonious(**settings)

@@ -29,7 +29,7 @@ def test_blocks_halve_from_the_whole_image_to_single_values():
 
 def test_a_wrong_parameter_is_told_what_is_right():
     with pytest.raises(ConfigError, match="use one of margin, ce"):
-        SignHunter(loss="dlr")
+        SignHunter(loss="hinge")
     with pytest.raises(ConfigError, match="use hwc or chw"):
         SignHunter(layout="whc")
 

@@ -67,7 +67,7 @@ def test_a_wrong_parameter_is_told_what_is_right():
         ({"basis": "wavelet"}, "use pixel or dct"),
         ({"step": 0.0}, "above 0"),
         ({"freq_dims": 0}, "at least 1"),
-        ({"loss": "dlr"}, "margin, ce"),
+        ({"loss": "hinge"}, "margin, ce"),
     ]:
         with pytest.raises(ConfigError, match=message):
             SimBA(**settings)
