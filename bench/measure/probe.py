@@ -22,6 +22,7 @@ from bench.threat import Threat
 
 REPEATS = 5     # answers compared for randomness
 DRAWS = 16      # answers where they are found to be random
+LOUDER = 3  # times the largest noise that was seen: of 434 noisy models twice as much accused 11
 MOVES = 8       # windows on the path of an image
 
 EXACT = 1e-4    # relative difference between answers that should agree to the last bit
@@ -129,7 +130,7 @@ class Probe:
         """Which answers (B,) differ by more than ``tolerance`` and than noise does, or, where there is none, in class.
         """
         flipped = a.nan_to_num().argmax(dim=1) != b.nan_to_num().argmax(dim=1)
-        return (difference(a, b) > max(tolerance, 2 * self.noise)) | (flipped & (self.noise <= tolerance))
+        return (difference(a, b) > max(tolerance, LOUDER * self.noise)) | (flipped & (self.noise <= tolerance))
 
     @property
     def hidden(self) -> str:
