@@ -22,7 +22,7 @@ from bench.threat import Threat
 
 REPEATS = 5     # answers compared for randomness
 DRAWS = 16      # answers where they are found to be random
-LOUDER = 3  # times the largest noise that was seen: of 434 noisy models twice as much accused 11
+NOISES = 8      # answers to each question by which noise is measured, where there is some
 MOVES = 8       # windows on the path of an image
 
 EXACT = 1e-4    # relative difference between answers that should agree to the last bit
@@ -55,7 +55,9 @@ class Probe:
         if self.random:
             more = [self.ask(x, draw=draw) for draw in range(REPEATS, DRAWS)]
             self.draws = torch.cat((self.draws, torch.stack(more)))
-            self.noise = float(difference(self.base, self.ask(x, noise=1)).amax())
+            self.noise = self._noise(1)
+            if self.noise > EXACT:
+                self.noise = max(self.noise, *map(self._noise, range(2, NOISES + 1)))
         self.votes = self.draws.nan_to_num().argmax(dim=2)                          # (draws, n)
         self.prediction = self.votes.mode(dim=0).values
 
@@ -116,9 +118,9 @@ class Probe:
 
     def _live_on(self, live: ServedModel, weights: tuple[str, ...]) -> None:
         """Ask the copy that ``live`` is many other things, then the same again, also in reverse order."""
-        others = [other for _, other in zip(range(2), self.path(self.x, self.rows), strict=False)]
-        self.others = [self.ask(other, draw=1, model=live) for other in others]
-        self.others_alone = [self.ask(other, draw=1) for other in others]
+        self.elsewhere = [other for _, other in zip(range(2), self.path(self.x, self.rows), strict=False)]
+        self.others = [self.ask(other, draw=1, model=live) for other in self.elsewhere]
+        self.others_alone = [self.ask(other, draw=1) for other in self.elsewhere]
         self.again = self.ask(self.x, model=live)
         self.reverse = self.rows.flip(0)
         self.reversed_again = self.ask(self.x[self.reverse], self.reverse, model=live)
@@ -126,11 +128,21 @@ class Probe:
         now = examine(live.module).weights
         self.changed_weights = sum(one != other for one, other in zip(now, weights, strict=True))
 
+    def _noise(self, number: int) -> float:
+        """How far other generators, those of this ``number``, move the answers to the questions that tests compare.
+
+        Answers of a small spread move the most, so it takes the same questions to say how far noise goes.
+        """
+        moved = [difference(self.base, self.ask(self.x, noise=number))]
+        for x, alone in zip(self.elsewhere, self.others_alone, strict=True):
+            moved.append(difference(alone, self.ask(x, draw=1, noise=DRAWS + number)))
+        return float(torch.cat(moved).amax())
+
     def differs(self, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
         """Which answers (B,) differ by more than ``tolerance`` and than noise does, or, where there is none, in class.
         """
         flipped = a.nan_to_num().argmax(dim=1) != b.nan_to_num().argmax(dim=1)
-        return (difference(a, b) > max(tolerance, LOUDER * self.noise)) | (flipped & (self.noise <= tolerance))
+        return (difference(a, b) > max(tolerance, 2 * self.noise)) | (flipped & (self.noise <= tolerance))
 
     @property
     def hidden(self) -> str:
