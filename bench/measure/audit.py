@@ -46,9 +46,9 @@ def audit(
 ) -> list[Finding]:
     """Every flag, fired or not; without a twin, those that need none.
 
-    Each of 256 images costs 29 forwards of the model and 16 of its twin, or 41 and 10 where answers are random; a batch
-    coupling costs 3 more to confirm. Of a service, each of 32 costs 17 questions, or 28. What a probe could not see
-    because it failed is a finding, too.
+    Each of 256 images costs 29 forwards of the model and 16 of its twin, or 41 and 10 where answers are random, 52
+    where streams do not control them; a batch coupling costs 3 more to confirm. Of a service, each of 32 costs 17
+    questions, or 28 and 39. What a probe could not see because it failed is a finding, too.
 
     Args:
         served: the defended model, in plain numbers.

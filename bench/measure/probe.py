@@ -22,7 +22,7 @@ from bench.threat import Threat
 
 REPEATS = 5     # answers compared for randomness
 DRAWS = 16      # answers where they are found to be random
-NOISES = 8      # answers to each question by which noise is measured, where there is some
+NOISES = 4      # answers to each question by which noise is measured, where there is some
 MOVES = 8       # windows on the path of an image
 
 EXACT = 1e-4    # relative difference between answers that should agree to the last bit
@@ -55,9 +55,9 @@ class Probe:
         if self.random:
             more = [self.ask(x, draw=draw) for draw in range(REPEATS, DRAWS)]
             self.draws = torch.cat((self.draws, torch.stack(more)))
-            self.noise = self._noise(1)
+            self.noise = float(difference(self.base, self.ask(x, noise=1)).amax())
             if self.noise > EXACT:
-                self.noise = max(self.noise, *map(self._noise, range(2, NOISES + 1)))
+                self.noise = max(self.noise, *self._noises())
         self.votes = self.draws.nan_to_num().argmax(dim=2)                          # (draws, n)
         self.prediction = self.votes.mode(dim=0).values
 
@@ -128,15 +128,16 @@ class Probe:
         now = examine(live.module).weights
         self.changed_weights = sum(one != other for one, other in zip(now, weights, strict=True))
 
-    def _noise(self, number: int) -> float:
-        """How far other generators, those of this ``number``, move the answers to the questions that tests compare.
+    def _noises(self) -> Iterator[float]:
+        """How far other generators move the answers to each question that tests compare, again and again.
 
         Answers of a small spread move the most, so it takes the same questions to say how far noise goes.
         """
-        moved = [difference(self.base, self.ask(self.x, noise=number))]
-        for x, alone in zip(self.elsewhere, self.others_alone, strict=True):
-            moved.append(difference(alone, self.ask(x, draw=1, noise=DRAWS + number)))
-        return float(torch.cat(moved).amax())
+        for number in range(2, NOISES + 1):
+            yield float(difference(self.base, self.ask(self.x, noise=number)).amax())
+        for number in range(2, NOISES + 2):
+            for x, alone in zip(self.elsewhere, self.others_alone, strict=True):
+                yield float(difference(alone, self.ask(x, draw=1, noise=number)).amax())
 
     def differs(self, a: Tensor, b: Tensor, tolerance: float) -> Tensor:
         """Which answers (B,) differ by more than ``tolerance`` and than noise does, or, where there is none, in class.
