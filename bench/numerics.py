@@ -167,7 +167,7 @@ def _convert(network: nn.Module, images: Tensor, folded: bool) -> Converted:
     module = plain(copy.deepcopy(network))
     count = fold_batch_norm(module, images[:WATCHED]) if folded else 0
     module.to(memory_format=torch.channels_last)
-    wrapped = _Bfloat16(module) if images.is_cuda else _ChannelsLast(module)
+    wrapped = InBfloat16(module) if images.is_cuda else _ChannelsLast(module)
     numbers = COARSE if images.is_cuda else "float32"
     return Converted(wrapped.eval(), f"{numbers}, channels last" + (f", {count} batch-norms folded" if count else ""))
 
@@ -245,15 +245,21 @@ class _ChannelsLast(nn.Module):
         return logits
 
 
-class _Bfloat16(_ChannelsLast):
+class InBfloat16(_ChannelsLast):
+    """``network`` with its products and convolutions in bfloat16; weights, statistics and logits stay float32.
+
+    Weights are cast anew at each call: a cache would hold those of an earlier step of a training.
+    """
+
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):  # of frozen weights it caches nothing
+        """The logits (B, K) of images (B, C, H, W)."""
+        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
             return super().forward(x).float()
 
 
 def _settled(network: nn.Module) -> nn.Module:
     """``network``, in a copy with those weights cast that autocast would cast at each forward, to the same numbers."""
-    if not isinstance(network, _Bfloat16):
+    if not isinstance(network, InBfloat16):
         return network
     settled = copy.deepcopy(network)
     for module in settled.modules():

@@ -20,23 +20,6 @@ KNOWN = ("bench", "torch")  # packages whose layers do the same at each call, bu
 _RECORDING = Lock()  # there is one stream to record on
 
 
-class InBfloat16(nn.Module):
-    """``network`` with its products and convolutions in bfloat16; weights, statistics and logits stay float32.
-
-    Weights are cast anew at each call: a cache would hold those of an earlier step where another autocast is around.
-    """
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The logits (B, K) of images (B, C, H, W)."""
-        with torch.autocast(x.device.type, torch.bfloat16, cache_enabled=False):
-            logits: Tensor = self.network(x)
-        return logits.float()
-
-
 def recordable(network: nn.Module) -> bool:
     """Whether ``network`` is made of layers that a recording repeats truly: Python of others' may change its mind."""
     return all(type(module).__module__.partition(".")[0] in KNOWN for module in network.modules())

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 from bench.dataset import Dataset
 from bench.errors import ConfigError
 from bench.norms import per_sample
-from bench.numerics import tf32
+from bench.numerics import InBfloat16, tf32
 from bench.protocols import Job
 from bench.ranges import Count, NonNegative, Positive
 from bench.registry import added
-from bench.replay import InBfloat16, Replay, recordable
+from bench.replay import Replay, recordable
 from bench.rng import SampleRng
 
 Prepare = Callable[[Tensor], Tensor]

@@ -177,7 +177,7 @@ def test_large_images_have_smaller_graphs(monkeypatch):
 def test_weights_that_are_cast_once_give_what_casting_them_each_time_gives():
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(5)).eval()
     module(IMAGES)
-    eager = numerics._Bfloat16(numerics.plain(with_statistics(module)))
+    eager = numerics.InBfloat16(numerics.plain(with_statistics(module)))
     settled = numerics._settled(eager)
     with torch.no_grad():
         assert torch.equal(settled(IMAGES), eager(IMAGES))

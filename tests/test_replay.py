@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from bench import replay
 from bench.models import resolve
+from bench.numerics import InBfloat16
 from bench.protocols import Job
 from bench.registry import attacks, defenses
-from bench.replay import WARM_UP, InBfloat16, Replay, recordable
+from bench.replay import WARM_UP, Replay, recordable
 from bench.rng import SampleRng
 from tests.pretend import GPU, pretended_gpu
 from tests.test_device import build, few
