@@ -27,201 +27,46 @@ what the second has trained, or the weights of ``leaderboards/query-cifar10-prea
 
 import argparse
 import copy
-import json
-import math
 import os
-import shutil
-import statistics
 import subprocess
 import sys
 import time
 import traceback
-import zipfile
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from gpu_engine import engine
+from gpu_setting import SMOKE, SQUARE, Here, Log, Quiet, Scale, batch, ceiling, seconds, tasks, wait
 from torch import Tensor, nn
 
 from bench import numerics
-from bench.cuda_graphs import CudaGraphs
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
-from bench.measure import search
-from bench.measure.attacked import attack_served
 from bench.measure.pipeline import Pipeline, deploy
 from bench.metrics import calibration_error
 from bench.models import resolve
 from bench.models.weights import save_parts
 from bench.oracle import Referee
 from bench.oracle.served import ServedModel
-from bench.plan.suite import Suite
-from bench.plan.tasks import Loader, Task, expand
+from bench.plan.tasks import Loader
 from bench.protocols import Job
 from bench.registry import attacks, code_hash, defenses, load_plugins
 from bench.results.store import Row, Store
 from bench.rng import SampleRng
-from bench.run.executor import Executor, Local
-from bench.run.processes import Processes
 from bench.run.runner import run
-from bench.run.units import Unit
-from bench.system.files import keep_file
 
 SHARES = {1: 30, 2: 100, 3: 180, 4: 60, 5: 20, 6: 75}  # seconds of each step, of 480
-COMMITTED = Path("leaderboards/query-cifar10-preact-resnet18/weights")  # of the first network
-PART = 15 * 2**20  # bytes of tensors in a file
 UNDER_SQUARE = ("none", "aaa-linear", "rnd", "unig", "aaa-sine")  # in the order of what matters most
-SQUARE = "square(preset=aaa)"
 CELLS = [
     *[(defense, SQUARE) for defense in UNDER_SQUARE], ("none", "torchattacks:Square"),
     *[("aaa-linear", attack) for attack in ("up-square", "bi-square", "decode-square")],
 ]  # fmt: skip
 FALLEN = {"none": 0.4, "rnd": 0.5, "unig": 0.5}  # share of the queries that are left once samples fall; a guess
-SIZES = (5000, 3000, 2000, 1000, 700, 500, 300, 200, 100, 50)  # images that step 3 may take
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of everything: on a GPU, or to see in two minutes of a CPU that it works."""
-
-    dataset: str = "cifar10"
-    networks: tuple[str, str] = ("preact-resnet18", "wide-resnet28-10")  # all steps but the first take the first
-    batches: tuple[int, ...] = (256, 1024, 4096)
-    precisions: tuple[str, ...] = ("bf16", "f16", "tf32", "f32")
-    layouts: tuple[str, ...] = ("channels-last", "contiguous")
-    compiler: str = "inductor"
-    timed: float = 0.15      # seconds of forwards, at least
-    train: int | None = None  # images; all
-    epochs: int = 30         # at most
-    batch: int = 512
-    lr: float = 0.2
-    queries: int = 2500
-    sizes: tuple[int, ...] = SIZES
-    trial: int = 40          # queries that the pace of an attack is measured with
-    live: int = 1000         # images of which it is
-    first: int = 2560        # images that a training warms up with
-    training: float = 7.0    # seconds for each kind of training and numbers
-    checkpoints: int = 5
-    costs: tuple[int, ...] = (1, 64, 1024)
-    part: int = PART
-    answers: tuple[int, ...] = (1, 16, 64, 256, 1024)  # images that the engine is asked about at once
-    whole: int = 1000        # images of a whole run
-    beside: int = 500        # queries beside torchattacks
-    shared: int = 600        # queries of the cells that share the device
-    workers: int = 4
-
-    @property
-    def weights(self) -> str:
-        """The file of what step 2 trains."""
-        return f"{self.networks[0]}-{self.dataset}.safetensors"
-
-
-SMOKE = Scale(
-    dataset="digits", networks=("resnet20", "preact-resnet18"), batches=(2, 4), precisions=("bf16", "f32"),
-    layouts=("channels-last",), compiler="eager", timed=0.0, train=320, epochs=2, batch=32, lr=3e-3, queries=20,
-    sizes=(12,), trial=2, live=12, first=32, training=0.0, checkpoints=2, costs=(1, 4), part=300_000,
-    answers=(1, 4), whole=60, beside=4, shared=4, workers=2,
-)  # fmt: skip
-
-
-class Log:
-    """What was measured, in ``work`` and in a copy in ``out``, from the first figure on."""
-
-    def __init__(self, work: Path, out: Path | None, resume: Path | None) -> None:
-        self.work, self.out = work, out
-        for folder in filter(None, (work, out)):
-            folder.mkdir(parents=True, exist_ok=True)
-        for file in sorted(resume.iterdir()) if resume else ():
-            shutil.copy(file, self._place(file.name))
-        if (rows := work / "rows.zip").is_file():
-            shutil.unpack_archive(rows, work / "rows")
-        kept = work / "figures.json"
-        self.figures: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
-        self._copy()
-
-    def say(self, text: str) -> None:
-        """Print a line, and keep it."""
-        print(text, flush=True)
-        with (self.work / "printout.txt").open("a") as file:
-            file.write(text + "\n")
-        self._copy("printout.txt")
-
-    def keep(self, name: str, value: Any, text: str) -> None:
-        """Keep a figure and print what it says."""
-        self.figures[name] = value
-        keep_file(self.work / "figures.json", (json.dumps(self.figures, indent=1) + "\n").encode())
-        self._copy("figures.json")
-        self.say(f"  {text}")
-
-    def keep_rows(self) -> None:
-        """Pack the rows so far."""
-        beside = self.work / ".rows.zip"
-        with zipfile.ZipFile(beside, "w") as packed:
-            for file in sorted((self.work / "rows").rglob("*-*.*")):
-                if file.suffix in (".json", ".parquet"):
-                    packed.write(file, file.relative_to(self.work / "rows"))
-        beside.replace(self.work / "rows.zip")
-        self._copy("rows.zip")
-
-    def keep_weights(self) -> None:
-        """Copy the parts of the weights, which lie where models look for them."""
-        for file in sorted(self.models.glob("*.safetensors")):
-            if self.out is not None:
-                shutil.copy(file, self.out / file.name)
-
-    @property
-    def models(self) -> Path:
-        """The folder of weights."""
-        return self.work / "models"
-
-    def _place(self, name: str) -> Path:
-        folder = self.models if name.endswith(".safetensors") else self.work
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / name
-
-    def _copy(self, *names: str) -> None:
-        for name in names or ("printout.txt", "figures.json", "rows.zip"):
-            if self.out is not None and (self.work / name).is_file():
-                shutil.copy(self.work / name, self.out / name)
-        if not names:
-            self.keep_weights()
-
-
-@dataclass(frozen=True)
-class Here:
-    """What all steps share. ``left()`` is how many seconds the step in work has."""
-
-    log: Log
-    scale: Scale
-    device: torch.device
-    loader: Loader
-    left: Callable[[], float]
-
-    def data(self) -> Dataset:
-        """The data set, with as many training images as are to be trained on."""
-        data = self.loader.dataset(self.scale.dataset)[1]
-        if self.scale.train is None:
-            return data
-        return replace(data, train=data.train.subset(slice(self.scale.train)))
-
-    @property
-    def trained(self) -> bool:
-        """Whether step 2 has been done."""
-        return any(self.log.models.glob(f"{Path(self.scale.weights).stem}*"))
-
-    def network(self, name: str, data: Dataset) -> nn.Module:
-        """An untrained network, always the same, on the device."""
-        torch.manual_seed(0)
-        return numerics.plain(resolve(name)(len(data.classes), data.test.shape, None)).to(self.device)
-
-    def images(self, data: Dataset, count: int) -> Split:
-        """``count`` test images on the device, again from the first where there are too few."""
-        return data.test.subset(torch.arange(count) % len(data.test)).to(self.device)
 
 
 def main() -> None:
@@ -326,12 +171,6 @@ def forward(
     return call
 
 
-def ceiling(here: Here) -> float:
-    """The most images per second that were seen of the first network, or NaN."""
-    paces = [pace for name, pace in here.log.figures.items() if name.startswith(f"1 {here.scale.networks[0]}") and pace]
-    return max(paces, default=math.nan)
-
-
 # 2 ------------------------------------------------------------------------------------------------------------------
 
 
@@ -401,13 +240,6 @@ def attack(here: Here) -> None:
         here.log.keep_rows()
 
 
-def tasks(here: Here, model: str, defense: str, attack: str, n: int, **more: Any) -> list[Task]:
-    """The cell, as the command line would make it, or several for ``more`` settings."""
-    grid = {"dataset": here.scale.dataset, "n": n, "model": model, "defense": defense, "attack": attack,
-            "eps": "8/255", "queries": here.scale.queries, **more}  # fmt: skip
-    return expand(Suite.model_validate({"name": "gpu", "grid": [grid]}), here.loader)
-
-
 def say_row(here: Here, row: Row, what: str) -> None:
     """Print what a row of the store says."""
     if row.errors:
@@ -461,26 +293,6 @@ def attack_pace(here: Here, model: str, defense: str, name: str) -> float | None
     shown = f"{defense} under {name}: {pace:,.0f} queries/s, {of:.0%} of the limit, {scale.live} images"
     here.log.keep(key, pace, shown)
     return pace
-
-
-def batch(here: Here) -> int:
-    """Images in one forward, as the command line has it."""
-    return 1024 if here.device.type == "cuda" else 256
-
-
-class Quiet:
-    """Tells nobody how a run goes; notes when its first unit began."""
-
-    begun: float | None = None
-
-    def plan(self, samples: int) -> None: ...
-    def start(self, task: Task, unit: Unit) -> None:
-        self.begun = self.begun or time.perf_counter()
-
-    def work(self, unit: Unit, done: int, total: int, what: str) -> None: ...
-    def end(self, unit: Unit, samples: int) -> None: ...
-    def finish(self, task: Task, row: Row, seconds: float) -> None: ...
-    def wait(self, cells: int) -> None: ...
 
 
 # 4 ------------------------------------------------------------------------------------------------------------------
@@ -586,201 +398,6 @@ def costs(here: Here) -> None:
             figures[str(count)] = {"network_ms": 1e3 * alone, "defended_ms": 1e3 * with_it}
         shown = (f"{one['network_ms']:.2f} -> {one['defended_ms']:.2f} ms at {count}" for count, one in figures.items())
         here.log.keep(key, figures, f"{name}: {', '.join(shown)}")
-
-
-# 6 ------------------------------------------------------------------------------------------------------------------
-
-
-def engine(here: Here) -> None:
-    """The search network by torch's own forward and by CUDA graphs: alone, in whole runs, and in several processes."""
-    scale, where = here.scale, here.device
-    if where.type != "cuda":
-        here.log.say("  no GPU: what is of CUDA graphs is skipped")
-    model = known(here)
-    (task,) = tasks(here, model, "none", SQUARE, scale.whole)
-    first = task.build().to(where)
-    forwards(here, {scale.networks[0]: first} | {"resnet20": here.network("resnet20", task.data)})
-    whole_runs(here, task)
-    beside(here, model)
-    shared(here, model)
-    if where.type == "cuda":
-        compiled(here, first, task.data)
-
-
-def known(here: Here) -> str:
-    """The first network with what step 2 has trained, or the committed weights, or some that nobody has trained."""
-    scale, models = here.scale, here.log.models
-    models.mkdir(parents=True, exist_ok=True)
-    if not here.trained:
-        committed = sorted(COMMITTED.glob(f"{Path(scale.weights).stem}-*"))
-        for file in committed:
-            shutil.copy(file, models / file.name)
-        if not committed:
-            here.log.say("  there are no weights of step 2: the network of this step is untrained")
-            state = here.network(scale.networks[0], here.data()).cpu().state_dict()
-            save_parts(state, models / "untrained.safetensors", scale.part)
-            return f"{scale.networks[0]}(weights=untrained.safetensors)"
-    return f"{scale.networks[0]}(weights={scale.weights})"
-
-
-def forwards(here: Here, networks: dict[str, nn.Module]) -> None:
-    """Times of one forward, and how far the logits lie apart."""
-    data, scale = here.data(), here.scale
-    specimens = data.specimens(numerics.SPECIMENS).to(here.device)
-    for name, network in networks.items():
-        eager, began = numerics.fast(network, specimens), time.perf_counter()
-        graphs = numerics.fast(network, specimens, engine=CudaGraphs()) if here.device.type == "cuda" else None
-        if graphs:
-            took = time.perf_counter() - began
-            here.log.keep(f"6 engine {name}", graphs.facts, f"{name}: {graphs.facts}, converted in {took:.2f} s")
-        for count in scale.answers:
-            x, figures = here.images(data, count).pixels(), {}
-            with torch.no_grad():
-                for mode, module in {"eager": eager.module, "graphs": graphs and graphs.module}.items():
-                    if module is not None:
-                        figures[mode] = seconds(partial(module, x), here.device, scale.timed)
-                gap = float((graphs.module(x) - eager.module(x)).abs().max()) if graphs else math.nan
-            shown = (f"{mode} {1e3 * each:.3f} ms, {count / each:,.0f} images/s" for mode, each in figures.items())
-            ratio = f"; {figures['eager'] / figures['graphs']:.2f} x, logits differ by {gap:.2g}" if graphs else ""
-            here.log.keep(f"6 forward {name} batch {count}", {**figures, "gap": gap},
-                          f"{name} batch {count}: {', '.join(shown)}{ratio}")  # fmt: skip
-
-
-def floor(here: Here) -> float:
-    """The most images per second that were seen of the first network, by whatever engine, or NaN."""
-    name = f"6 forward {here.scale.networks[0]} batch "
-    paces = [int(key.removeprefix(name)) / figures[mode] for key, figures in here.log.figures.items()
-             if key.startswith(name) for mode in ("eager", "graphs") if mode in figures]  # fmt: skip
-    return max([*paces, *filter(math.isfinite, [ceiling(here)])], default=math.nan)
-
-
-def whole_runs(here: Here, task: Task) -> None:
-    """Square to its end, tail included, judging too, without what is converted or probed."""
-    for mode in modes(here):
-        figures = attacked(here, task, mode)
-        of = figures["queries"] / figures["seconds"] / floor(here)
-        here.log.keep(
-            f"6 whole run {mode}", {**figures, "share": of},
-            f"whole run, {mode}: {figures['n']} images, {task.cell.threat.query_budget} queries, "
-            f"@{task.cell.threat.query_budget} {figures['robust']:.1%}; {figures['queries']:,} queries in "
-            f"{figures['seconds']:.2f} s, {of:.1%} of the limit, {1e3 * figures['step']:.2f} ms a step",
-        )  # fmt: skip
-
-
-def beside(here: Here, model: str) -> None:
-    """Ours and torchattacks' on the same images; with fewer queries, as the foreign one takes long to the end."""
-    paces, n = {}, here.scale.whole
-    for name, mode in [*((SQUARE, mode) for mode in modes(here)), ("torchattacks:Square", "eager")]:
-        try:
-            (task,) = tasks(here, model, "none", name, n, queries=here.scale.beside)
-        except Exception as error:
-            here.log.say(f"  {name}: not here ({(str(error).splitlines() or [''])[0][:160]})")
-            continue
-        figures = attacked(here, task, mode)
-        paces[f"{name}, {mode}"] = pace = figures["queries"] / figures["seconds"]
-        here.log.keep(
-            f"6 beside {name} {mode}", figures,
-            f"{name}, {mode}: {n} images, {here.scale.beside} queries, @{here.scale.beside} {figures['robust']:.1%}; "
-            f"{figures['queries']:,} queries in {figures['seconds']:.2f} s, {pace:,.0f} a second",
-        )  # fmt: skip
-    foreign = paces.get("torchattacks:Square, eager")
-    for name, pace in paces.items() if foreign else ():
-        here.log.say(f"  {name}: {pace / foreign:.2f} x torchattacks")
-
-
-def shared(here: Here, model: str) -> None:
-    """As many cells as workers, one after the other in this process and at once in as many on one device."""
-    scale, spent = here.scale, {}
-    cells = tasks(here, model, "none", SQUARE, scale.whole, queries=scale.shared, seed=list(range(scale.workers)))
-    ways: dict[str, Executor] = {"one process": Local()}
-    ways[f"{scale.workers} processes"] = Processes([here.device] * scale.workers)
-    for how, executor in ways.items():
-        if here.left() < 0:
-            here.log.say(f"  {how}: left out, no time")
-            continue
-        folder, told = here.log.work / "shared" / how.replace(" ", "-"), Quiet()
-        shutil.rmtree(folder, ignore_errors=True)
-        store, began = Store(folder).open(), time.perf_counter()
-        pipeline = Pipeline(folder / "networks", here.device, batch(here))
-        run(cells, store, pipeline, scale.whole, batch(here), told, executor=executor)
-        ended, rows = time.perf_counter(), [store.row(task.cell) for task in cells]
-        if errors := [error for row in rows for error in row.errors]:
-            here.log.say(f"  {how}: failed: {errors[-1].strip().splitlines()[-1][:160]}")
-            continue
-        spent[how] = ended - (told.begun or began)
-        hits = hash(tuple(tuple(row.records["first_hit"]) for row in rows))
-        here.log.keep(
-            f"6 shared {how}", {"seconds": spent[how], "with_start": ended - began},
-            f"{len(cells)} cells of {scale.whole} images and {scale.shared} queries, {how}: {spent[how]:.2f} s from "
-            f"the first unit, {ended - began:.2f} s with their start; first hits {hits:x}",
-        )  # fmt: skip
-    if len(spent) == 2:
-        alone, together = spent.values()
-        here.log.say(f"  {scale.workers} processes are {alone / together:.2f} times as fast as one")
-
-
-def compiled(here: Here, network: nn.Module, data: Dataset) -> None:
-    """The network by torch.compile, which compiles for each size of a batch anew."""
-    if here.left() < 45:
-        here.log.say("  torch.compile: left out, no time")
-        return
-    specimens, count = data.specimens(numerics.SPECIMENS).to(here.device), 64
-    module = torch.compile(numerics.fast(network, specimens).module, mode="reduce-overhead")
-    x, began = here.images(data, count).pixels(), time.perf_counter()
-    with torch.no_grad():
-        module(x)
-        wait(here.device)
-        took = time.perf_counter() - began
-        each = seconds(lambda: module(x), here.device, here.scale.timed)
-    here.log.keep("6 compiled", {"seconds": each, "compile": took},
-                  f"torch.compile batch {count}: {1e3 * each:.3f} ms, compiled in {took:.1f} s")  # fmt: skip
-
-
-def modes(here: Here) -> list[str]:
-    """What may answer for the search network."""
-    return ["eager", "graphs"] if here.device.type == "cuda" else ["eager"]
-
-
-def attacked(here: Here, task: Task, mode: str) -> dict[str, Any]:
-    """What came of the attack of ``task``, on all samples at once, and the seconds that it took once all was made."""
-    most = math.inf if mode == "eager" else search.WORTH
-    with patch.object(search, "WORTH", most), torch.no_grad():
-        pipeline = Pipeline(here.log.work / "networks", here.device, batch(here))
-        with pipeline.serving(task) as target:
-            says = target.numbers["engine"]
-            if (mode == "graphs") != says.startswith("CUDA"):
-                here.log.say(f"  {mode}: the engine is {says}")
-            wait(here.device)
-            began = time.perf_counter()
-            records = attack_served(task, target, list(task.cell.ids), here.device)
-            wait(here.device)
-            spent = time.perf_counter() - began
-    hit, budget = records["first_hit"], task.cell.threat.query_budget
-    return {"n": len(records), "robust": float((hit < 0).mean()), "queries": int(records["forwards"].sum()),
-            "seconds": spent, "step": spent / max(int(records["forwards"].max()), 1), "budget": budget}  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def seconds(call: Callable[[], Tensor], device: torch.device, least: float) -> float:
-    """The median time of ``call``, over as many as take ``least`` seconds, after two to warm up."""
-    for _ in range(2 if least else 1):
-        call()
-    wait(device)
-    times: list[float] = []
-    while not times or (sum(times) < least and len(times) < 200):
-        began = time.perf_counter()
-        call()
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
-
-
-def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

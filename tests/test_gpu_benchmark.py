@@ -21,6 +21,7 @@ def smoke(folder: Path, *more: str) -> str:
 
 
 def test_a_step_that_fails_says_why_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     spec = importlib.util.spec_from_file_location("gpu_benchmark", ROOT / "benchmarks" / "gpu.py")
     gpu = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, gpu)
