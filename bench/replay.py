@@ -7,6 +7,7 @@ A CUDA graph launches all of them at once.
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from threading import Lock
 from typing import Any
 
@@ -63,6 +64,7 @@ class Recording:
     play: Callable[[], None]
     inputs: tuple[Tensor, ...]
     gradients: list[Tensor | None]
+    memory: tuple[int, ...]  # where the network was
 
 
 class Replay:
@@ -80,7 +82,7 @@ class Replay:
     """
 
     def __init__(self, backward: Callable[[Tensor, Tensor], None], model: nn.Module, device: torch.device) -> None:
-        self.backward, self.device = backward, device
+        self.backward, self.model, self.device = backward, model, device
         self.parameters, self.buffers = list(model.parameters()), list(model.buffers())
         self.calls: Counter[int] = Counter()
         self.recordings: dict[int, Recording] = {}
@@ -92,8 +94,10 @@ class Replay:
         self.calls[size] += 1
         if self.calls[size] == WARM_UP + 1 and not self.refused:
             self._record(rows, epoch)
-        recording = None if self.refused else self.recordings.get(size)
-        if recording is None:
+        recording = self.recordings.get(size)
+        if recording and recording.memory != self._memory():
+            self.refused = "the network has moved in memory since it was recorded"
+        if recording is None or self.refused:
             self._call(rows, epoch)
         elif self.calls[size] <= WARM_UP + CHECKED:
             self._compare(recording, rows, epoch)
@@ -119,7 +123,9 @@ class Replay:
         except RuntimeError as error:
             self.refused = str(error).partition("\n")[0][:200]
         else:
-            self.recordings[len(rows)] = Recording(play, inputs, [parameter.grad for parameter in self.parameters])
+            self.recordings[len(rows)] = Recording(
+                play, inputs, [parameter.grad for parameter in self.parameters], self._memory()
+            )
 
     def _compare(self, recording: Recording, rows: Tensor, epoch: Tensor) -> None:
         """Play and call: what the call leaves counts."""
@@ -141,6 +147,9 @@ class Replay:
         gradients = (parameter.grad for parameter in self.parameters)
         now, then = (_joined(filter(torch.is_floating_point, buffers)) for buffers in (self.buffers, before))
         return _joined(gradient for gradient in gradients if gradient is not None), now - then
+
+    def _memory(self) -> tuple[int, ...]:
+        return tuple(tensor.data_ptr() for tensor in chain(self.model.parameters(), self.model.buffers()))
 
     def _clear(self) -> None:
         for parameter in self.parameters:

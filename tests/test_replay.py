@@ -82,6 +82,29 @@ def test_the_gradients_are_those_of_each_batch(tape, seed):
     assert tape[0].played == 12 - 2 * WARM_UP  # of which two of each size are called, too
 
 
+@pytest.mark.parametrize("what", ["weight", "running_mean"])
+def test_a_network_that_moves_in_memory_is_called_again(tape, what):
+    model, images = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4)), torch.randn(40, 5)
+    tape.append(Tape(model))
+    called = []
+
+    def backward(rows: Tensor, epoch: Tensor) -> None:
+        called.append(len(rows))
+        model(images[rows]).square().sum().backward()
+
+    replayed = Replay(backward, model, CPU)
+    for turn in range(10):
+        if turn == 7:
+            if what == "weight":
+                model[0].weight.data = model[0].weight.data.clone()
+            else:
+                model[1].running_mean = model[1].running_mean.clone()
+        replayed(torch.arange(turn, turn + 7), torch.tensor(0))
+    assert tape[0].played == 7 - WARM_UP
+    assert "moved in memory" in replayed.refused
+    assert len(called) > tape[0].played + 3
+
+
 def test_what_cannot_be_recorded_is_called_each_time(monkeypatch):
     def record(call, device):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
