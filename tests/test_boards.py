@@ -74,3 +74,29 @@ def test_pictures_and_pages_keep_them_apart(boards, tmp_path):
     assert len(list((tmp_path / "site" / "entry").glob("rnd-*"))) == 2
     page = (tmp_path / "site" / "index.html").read_text()
     assert page.count('class="board"') == 2
+
+
+def test_boards_whose_names_are_alike_in_files_have_pictures_of_their_own(boards, tmp_path):
+    (boards / "first").rename(boards / "a b")
+    (boards / "second").rename(boards / "a-b")
+    said = bench("plot", boards, "--out", tmp_path / "plots", "--format", "svg")
+    pictures = list((tmp_path / "plots").rglob("*.svg"))
+    assert len({picture.parent for picture in pictures}) == 2
+    assert said.out.startswith(f"{len(pictures)} pictures")
+
+
+@pytest.mark.parametrize("command", [("leaderboard",), ("plot", "--out", "plots"), ("site", "--out", "site")])
+def test_what_lies_behind_a_link_is_not_read_and_that_is_said(boards, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    bench(command[0], boards, *command[1:])  # which may be remembered
+    (boards / "third").symlink_to(boards / "first")
+    linked = bench(command[0], boards, *command[1:])
+    assert linked.code == 2
+    assert f"{boards / 'third'} is a link, behind which nothing is read" in " ".join(linked.err.split())
+    shutil.rmtree(boards / "second")
+    shutil.move(boards / "first", tmp_path / "first")
+    (boards / "third").unlink()
+    (boards / "third").symlink_to(tmp_path / "first")
+    alone = bench(command[0], boards, *command[1:])
+    assert alone.code == 2
+    assert "is a link, behind which nothing is read" in " ".join(alone.err.split())

@@ -10,7 +10,7 @@ from bench.entries.boards import boards_in, standings
 from bench.errors import ConfigError, did_you_mean
 from bench.report.plots import Style, draw
 from bench.report.portrait import overview, portrait
-from bench.system.files import slug
+from bench.system.files import slugs
 from bench.tracks import track_of
 
 
@@ -37,19 +37,22 @@ def plot(
         if name not in known:
             hint = did_you_mean(name, known, otherwise="")
             raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {', '.join(known)}")
-    count = 0
-    for table in standings(boards):
-        for name in dict.fromkeys(line.defense for line in table.lines):
+    count, shown = 0, standings(boards)
+    places = slugs(table.title for table in shown)
+    for table in shown:
+        within, names = out / places[table.title], dict.fromkeys(line.defense for line in table.lines)
+        stems = slugs(names)
+        for name in names:
             own = [row for row in table.rows if row.cell.defense_label == name]
             if own and (not defense or name in defense):
                 lines = [line for line in table.lines if line.defense == name]
-                stem = out / slug(table.title) / slug(name)
+                stem = within / stems[name]
                 measures = track_of(own[0].cell).measures
                 found = draw(portrait(own, lines), name, measures, stem, styles or get_args(Style))  # type: ignore[arg-type]
                 count += len(found)
         if table.rows and not defense and (whole := overview(table.rows)):
             track = track_of(table.rows[0].cell)
-            found = draw(whole, table.title, track.measures, out / slug(table.title) / "all", styles or get_args(Style))  # type: ignore[arg-type]
+            found = draw(whole, table.title, track.measures, within / "all", styles or get_args(Style))  # type: ignore[arg-type]
             count += len(found)
     console.print(f"{count} pictures in {out}", soft_wrap=True)
     for error in damaged:

@@ -75,9 +75,15 @@ def _place(folder: Path, asked: object, code: str) -> Path | None:
 
 
 def _files(folder: str) -> Iterator[str]:
-    """What readers may open in ``folder`` and below, in an order of its own."""
+    """What readers may open in ``folder`` and below, in an order of its own.
+
+    Raises:
+        ValueError: there is a link to a folder, which readers complain of and which is no file.
+    """
     for place, below, names in os.walk(folder):
         below.sort()
+        if any(os.path.islink(os.path.join(place, name)) for name in below):  # noqa: PTH114, PTH118
+            raise ValueError(place)
         for name in sorted(names):
             if any(fnmatch(name, each) for each in READ) and not fnmatch(name, UNREAD):
                 yield os.path.join(place, name)  # noqa: PTH118 ten thousand of them

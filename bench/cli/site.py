@@ -26,7 +26,9 @@ def site(
 
     found, damaged = boards_in(folders)
     if not any(board.rows for board in found):
-        raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out first")
+        for error in damaged:
+            complain(error)
+        raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out {folders[0]} first")
     sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]
     pictures = Pictures(folders, loader(data_dir, None))
     pages = write_site(boards(standings(found, BUDGETS), sheets, pictures.of), out)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from bench.entries.standing import Known, check_boards, entries_in, marked
 from bench.errors import StoreError
 from bench.report.standings import Table, tables
-from bench.results.store import Row, cell_folders, rows_in
+from bench.results.store import Row, cell_folders, links_in, rows_in
 from bench.tracks import TRACKS, track_of
 
 DEPTH = 3  # a cell's folder below its board
@@ -42,7 +42,7 @@ def boards_in(folders: Iterable[Path]) -> tuple[list[OnBoard], list[StoreError]]
         real = folder.resolve()
         known, unread = entries_in(folder)
         entries |= {real / path.relative_to(folder): each for path, each in known}
-        damaged += unread
+        damaged += [*unread, *links_in(folder)]
         for path in cell_folders(folder):
             cells.setdefault(real / path.relative_to(folder), (path, real))
     check_boards(entries.values())

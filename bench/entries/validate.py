@@ -1,7 +1,7 @@
 """Whether an entry is what it says, without running any code or any attack of it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -82,7 +82,7 @@ def validate(folder: Path, loader: Loader, code: Path | None, device: torch.devi
     report.add("records", [str(error) for error in damaged], f"{len(report.rows)} cells, each with checksums that hold")
     if report.wrong or not report.rows:
         return report
-    report.add("complete", list(_complete(entry, report.rows)), "every cell of the suite, with every sample")
+    report.add("complete", list(_complete(entry, report.rows)), _all_of(report.rows))
     report.add("code", list(_code(folder, report.rows)), "the source has the hash that the cells state")
     try:
         again = statement(report.rows, entry.about, entry.suite, entry.board, entry.budgets)
@@ -95,6 +95,12 @@ def validate(folder: Path, loader: Loader, code: Path | None, device: torch.devi
     said_by = f"verified by {verified.by} on {100 * verified.fraction:g} % of the samples" if verified else ""
     report.checks.append(Check("standing", "ok" if verified else "note", said_by or "self-reported"))
     return report
+
+
+def _all_of(rows: Sequence[Row]) -> str:
+    if any(row.cell.limited for row in rows):
+        return "every cell that was run, with each of the few samples that --limit took; never ranked"
+    return "every cell of the suite, with every sample"
 
 
 def differences(stated: Any, again: Any, where: str = "") -> Iterator[str]:

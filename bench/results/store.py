@@ -9,6 +9,7 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -302,6 +303,13 @@ def cell_folders(root: Path) -> list[Path]:
     if not root.is_dir():
         raise StoreError(f"no results folder {root}; run a suite with --out {root} first")
     return _holding(root)
+
+
+def links_in(root: Path) -> list[StoreError]:
+    """What is wrong with each link to a folder below ``root``: nothing behind it is read."""
+    below = (Path(place, name) for place, names, _ in os.walk(root) for name in names)
+    links = sorted(path for path in below if path.is_symlink())
+    return [StoreError(f"{link} is a link, behind which nothing is read; name {link.resolve()}") for link in links]
 
 
 def rows_in(folders: Iterable[Path]) -> tuple[list[Row], list[StoreError]]:

@@ -3,7 +3,9 @@
 import os
 import re
 import secrets
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
+from hashlib import sha256
 from pathlib import Path
 
 from bench.errors import StoreError
@@ -14,6 +16,14 @@ BESIDE = re.compile(r"\..*\.[0-9a-f]{8}\.tmp")  # a file in the making, which a 
 def slug(*names: str) -> str:
     """``names`` as part of a file name: at most 80 small letters, digits and hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:80].rstrip("-")
+
+
+def slugs(names: Iterable[str]) -> dict[str, str]:
+    """A slug for each of ``names``, no two the same: those that would be end with a hash of their names."""
+    found = {name: slug(name) for name in names}
+    shared = Counter(found.values())
+    hashed = {name: f"{short}-{sha256(name.encode(errors='replace')).hexdigest()[:8]}" for name, short in found.items()}
+    return {name: short if short and shared[short] == 1 else hashed[name] for name, short in found.items()}
 
 
 def reachable(path: Path, check: Callable[[Path], bool] = Path.exists) -> bool:
