@@ -68,9 +68,16 @@ ANY: Declarations = {
     "version": Declaration("1", _whole),
     "paper": Declaration('"Who, when, where"', lambda value: isinstance(value, str)),
 }
-LEARNER: Declarations = {"access": one_of(Access, required=True), **ANY}
+ATTACKER: Declarations = {"access": one_of(Access, required=True), **ANY}
+LEARNER: Declarations = {
+    **ATTACKER,
+    "sources": Declaration('("resnet20(weights=FILE)",), the model it starts from',
+                           lambda value: isinstance(value, tuple)),
+    "source_classes": Declaration("100, or as many as its source tells apart",
+                                  lambda value: value is None or _whole(value)),
+}  # fmt: skip
 ATTACK: Declarations = {
-    **LEARNER,
+    **ATTACKER,
     "norms": Declaration('frozenset({"linf"}), or what it works in', _are_norms, required=True),
     "rules": Declaration("Rules(minimal=True), or another of bench.oracle.Rules",
                          lambda value: isinstance(value, Rules)),
@@ -88,7 +95,7 @@ ATTACK: Declarations = {
     "replays": Declaration('"apgd", the attack whose examples it takes', lambda value: isinstance(value, str)),
 }  # fmt: skip
 CERTIFIER: Declarations = {
-    **LEARNER,
+    **ATTACKER,
     "norm": one_of(Norm, required=True),
     "draws": Declaration("1000, or as many forward passes as an image costs", _whole, required=True),
     "predict": Declaration("a method predict(network, x, rng, batch, draws, alpha)", callable, required=True),

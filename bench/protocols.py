@@ -20,6 +20,7 @@ from bench.service import Line, Service
 from bench.threat import Access, Norm, Threat
 
 if TYPE_CHECKING:
+    from bench.models.pretrained import Pretrained
     from bench.oracle import Oracle
     from bench.oracle.surrogate import Surrogate
 
@@ -66,7 +67,8 @@ class Job:
 
     ``watch`` is shown the model in eval mode after each epoch (0, 1, ...), and leaves it as it is; ``note`` takes what
     a training says of itself once, by name, for those who read its curves. ``scratch`` keeps what is done so far; a job
-    that goes on with it watches only the epochs again that it has to train again.
+    that goes on with it watches only the epochs again that it has to train again. ``pretrained`` is the network that a
+    learner names in ``sources``.
     """
 
     seed: int = 0
@@ -75,6 +77,7 @@ class Job:
     watch: Callable[[nn.Module, int], None] | None = None
     note: Callable[[str, float], None] = lambda name, value: None
     scratch: Scratch = field(default_factory=Scratch)
+    pretrained: "Pretrained | None" = None
 
 
 @runtime_checkable
@@ -101,7 +104,11 @@ class FittedAttack(Attack, Protocol):
 
 @runtime_checkable
 class Learner(Protocol):
-    """Trains on a released data set, which is how it attacks one; class attribute ``access = "training-data"``."""
+    """Trains on a released data set, which is how it attacks one; class attribute ``access = "training-data"``.
+
+    Optionally ``sources``, the one model with weights from which it starts, to be found at ``job.pretrained``, and
+    ``source_classes``, how many classes that tells apart where those are not the data's.
+    """
 
     @property
     def access(self) -> Access: ...

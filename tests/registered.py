@@ -3,18 +3,20 @@
 from typing import Any
 
 from bench.check.attack import BUDGET
-from bench.check.problem import build, network
+from bench.check.problem import build, network, pretrained
 from bench.registry import Registry, attacks, defenses, parameters
 from bench.spec import Spec
 
 __all__ = [
-    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "radius", "small",
+    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "pretrained", "radius",
+    "small",
 ]  # fmt: skip
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
 # Of those that have to be told something, what fits :func:`network` and :func:`build`; of those that
 # train networks while they attack, what does so in no time.
 EXAMPLES = {
+    "fine-tuning": "fine-tuning(from=cnn)",
     "rfd": 'rfd(layer="2", sigma=0.1)',
     "query-net": "query-net(networks=2, network=cnn(width=2), first_steps=5, steps=1, fewest=3)",
     **{name: f"{name}(sigma=0.25)" for name in ("smooth", "gaussian-training", "some")},

@@ -19,7 +19,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, network, radius, small
+from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, network, pretrained, radius, small
 
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
@@ -130,7 +130,8 @@ def test_a_certifier_proves_the_same_on_the_device_and_waits_for_no_batch(name):
 )
 def test_training_stays_on_the_device_and_waits_in_no_step(registry, name):
     def train(device: torch.device, batch_size: int) -> nn.Module:
-        return small(name, registry, batch_size=batch_size, linear_epochs=1)(build, few(), Job(device=device))
+        job = Job(device=device, pretrained=pretrained())
+        return small(name, registry, batch_size=batch_size, linear_epochs=1)(build, few(), job)
 
     waits = []
     for batch_size in (30, 15):  # 2 steps, and 4

@@ -14,7 +14,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from bench.training import Recipe
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, radius, small
+from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, pretrained, radius, small
 from tests.test_device import few
 
 pytestmark = [
@@ -71,7 +71,7 @@ def test_an_output_defense_answers_alike(name):
 def test_training_goes_the_same_way(registry, name):
     """Adam moves a weight by its rate at a step, whatever the size of the gradient, whose sign rounding may turn."""
     data = few()
-    trained = [small(name, registry)(build, data, Job(device=device)) for device in (CPU, GPU)]
+    trained = [small(name, registry)(build, data, Job(device=device, pretrained=pretrained())) for device in (CPU, GPU)]
     here, there = (nn.utils.parameters_to_vector(model.parameters()).cpu() for model in trained)
     steps = -(-len(data.train) // Recipe.for_dataset(data).batch_size)
     assert next(trained[1].parameters()).is_cuda

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bench.check.problem import build, digits
+from bench.check.problem import build, digits, pretrained
 from bench.check.subject import Subject
 from bench.check.verdict import Remark, Rules, require
 from bench.measure.pipeline import kept_weights
@@ -14,7 +14,7 @@ from bench.protocols import Job
 def trained(subject: Subject, seed: int = 0, reported: list[tuple[int, int]] | None = None) -> nn.Module:
     """The network that it trains on a few digits, which stay as they were."""
     said: list[tuple[int, int]] = [] if reported is None else reported
-    job, data = Job(seed=seed, progress=lambda done, total: said.append((done, total))), digits()
+    job, data = Job(seed, progress=lambda done, total: said.append((done, total)), pretrained=pretrained()), digits()
     model = as_module(subject.component(build, data, job), "it")
     require(data.fingerprint == digits().fingerprint, "it writes into the data", "work on copies: data.train.pixels()")
     return model

@@ -21,6 +21,7 @@ from bench.measure.keys import fit_key, learner_key, recipe_key, release_key
 from bench.measure.probe import ROUNDED, difference
 from bench.measure.search import check_outside, in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
+from bench.models.pretrained import Pretrained
 from bench.models.weights import put_weights
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.oracle.surrogate import Surrogate
@@ -250,7 +251,7 @@ class Pipeline:
 
     def learning(self, task: Task, progress: Progress) -> AbstractContextManager[Job]:
         """What the learner of ``task`` is given; its unfinished work is dropped when the context ends well."""
-        return self._job(task, learner_key(task), progress)
+        return self._job(task, learner_key(task), progress, task.pretrained())
 
     @contextmanager
     def attacking(self, task: Task, positions: Sequence[int]) -> Iterator[Scratch]:
@@ -287,11 +288,11 @@ class Pipeline:
         sweep(self.folder / "unfinished", self._code, finished)
 
     @contextmanager
-    def _job(self, task: Task, key: str, progress: Progress) -> Iterator[Job]:
+    def _job(self, task: Task, key: str, progress: Progress, start: Pretrained | None = None) -> Iterator[Job]:
         sample = initialised(task.build, Job(task.cell.seed))
         with scratch(self.folder / "unfinished" / key, self._code) as kept, training_threads():
             with _unchanged(task, sample, contents(sample)):
-                yield Job(task.cell.seed, self.device, progress, scratch=kept)
+                yield Job(task.cell.seed, self.device, progress, scratch=kept, pretrained=start)
             kept.clear()
 
     def _own_network(self, task: Task) -> nn.Module:

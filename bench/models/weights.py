@@ -36,8 +36,8 @@ def load_weights(module: nn.Module, path: str | Path, model_dir: Path | None, ar
     put_weights(module, state, file, architecture)
 
 
-def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path, architecture: str = "") -> None:
-    """Copy the weights ``state``, which come from ``file``, into ``module``.
+def put_weights(module: nn.Module, state: Mapping[str, Tensor], file: Path | str, architecture: str = "") -> None:
+    """Copy the weights ``state``, which come from ``file``, or whatever it is called, into ``module``.
 
     Raises:
         WeightsError: they are of another architecture, or no numbers that it could compute with.

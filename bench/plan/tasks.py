@@ -10,9 +10,10 @@ from typing import cast
 import torch
 
 from bench.dataset import Dataset
-from bench.errors import BenchError, ConfigError
+from bench.errors import BenchError, ConfigError, RefereeError, WeightsError
 from bench.models import FromFile, check_logits, resolve
 from bench.models.lent import fingerprint
+from bench.models.pretrained import Pretrained, head_of
 from bench.models.weights import state_fingerprint
 from bench.oracle import check_levels
 from bench.plan.cell import Cell, Component, Source
@@ -63,6 +64,7 @@ class Task:
     attack: Attack | Learner | Certifier
     model_dir: Path | None
     sources: tuple["Task", ...] = ()  # the networks that the attack works on, as if they were to be attacked
+    classes: int | None = None  # that the network tells apart, where those are not the data's
 
     @property
     def trains(self) -> bool:
@@ -83,16 +85,41 @@ class Task:
 
     def build(self) -> torch.nn.Module:
         """The network of the cell, with its weights where it comes with some."""
-        return build(self.architecture, self.data, self.model_dir)
+        return build(self.architecture, self.data, self.model_dir, self.classes)
+
+    def pretrained(self) -> Pretrained | None:
+        """What the learner of the cell starts from, if it names a source.
+
+        Raises:
+            ConfigError: no weight of the network depends on the number of classes, so nobody knows its head.
+            RefereeError: the source has other weights than when it was planned.
+        """
+        if self.cell.threat.access != "training-data" or not self.sources:
+            return None
+        (source,) = self.sources
+        head = head_of(
+            lambda classes: build(self.architecture, self.data, self.model_dir, classes), len(self.data.classes)
+        )
+        if not head:
+            name = self.cell.model.spec
+            raise ConfigError(f"no weight of {name} depends on the number of classes; name a model that has a head")
+        network = source.build()
+        if weights_hash(network, source.architecture) != source.cell.weights_hash:
+            raise RefereeError(f"{source.cell.model.label} gives other weights at each call; seed what it draws")
+        return Pretrained(source.cell.model.spec, network.state_dict(), head)
 
 
-def build(architecture: Architecture, data: Dataset, model_dir: Path | None) -> torch.nn.Module:
-    """The network of ``architecture`` for ``data``; one that comes with weights may draw, and draws the same each time.
+def build(
+    architecture: Architecture, data: Dataset, model_dir: Path | None, classes: int | None = None
+) -> torch.nn.Module:
+    """The network of ``architecture`` for images of ``data``, and for its classes where ``classes`` is no other number.
+
+    One that comes with weights may draw, and draws the same each time.
 
     Of an untrained one, whoever trains it seeds the initial weights.
     """
     with global_generators(0) if architecture.trained else nullcontext():
-        return architecture(len(data.classes), data.test.shape, model_dir)
+        return architecture(classes or len(data.classes), data.test.shape, model_dir)
 
 
 def weights_hash(network: torch.nn.Module, architecture: Architecture) -> str:
@@ -113,7 +140,7 @@ class Loader:
     def __init__(self, data_dir: Path | None, model_dir: Path | None) -> None:
         self.data_dir, self.model_dir = data_dir, model_dir
         self._datasets: dict[str, Dataset] = {}
-        self._weights: dict[tuple[str, str], str] = {}
+        self._weights: dict[tuple[str, str, int], str] = {}
 
     def dataset(self, text: str) -> tuple[Component, Dataset]:
         """The data set that ``text`` names."""
@@ -122,19 +149,22 @@ class Loader:
             self._datasets[text] = _load(text, source, self.data_dir)
         return pin(datasets.shortest(text), source, hashed=True), self._datasets[text]
 
-    def weights_hash(self, text: str, architecture: Architecture, data_name: str, data: Dataset) -> str:
+    def weights_hash(
+        self, text: str, architecture: Architecture, data_name: str, data: Dataset, classes: int | None = None
+    ) -> str:
         """Build the network that ``text`` names once, check it against the data, and hash the weights it came with.
 
         A service shows none, and no plan asks it anything.
         """
         if said := declared_by(architecture):
             return said.identity
-        if (text, data_name) not in self._weights:
+        count = classes or len(data.classes)
+        if (text, data_name, count) not in self._weights:
             with torch.random.fork_rng([]):  # on the CPU
-                network = build(architecture, data, self.model_dir)
-            check_logits(network, len(data.classes), data.test.shape)
-            self._weights[text, data_name] = weights_hash(network, architecture)
-        return self._weights[text, data_name]
+                network = build(architecture, data, self.model_dir, count)
+            check_logits(network, count, data.test.shape)
+            self._weights[text, data_name, count] = weights_hash(network, architecture)
+        return self._weights[text, data_name, count]
 
 
 def expand(suite: Suite, loader: Loader, limit: int | None = None) -> list[Task]:
@@ -227,7 +257,10 @@ def _sourced(task: Task, dataset: str, loader: Loader) -> Task:
     told = {"from": " + ".join(source.model.spec for source in models)} if models else {}
     attack = rewritten(task.cell.attack, told | ({"attack": replays.spec} if replays else {}))
     cell = replace(task.cell, attack=attack, sources=models, replays=replays)
-    return replace(task, cell=cell, sources=tuple(sources))
+    sourced = replace(task, cell=cell, sources=tuple(sources))
+    if (pretrained := sourced.pretrained()) is not None:
+        pretrained.give(task.build(), head=sources[0].classes is None)  # complains where it does not fit
+    return sourced
 
 
 def _source(task: Task, text: str, dataset: str, loader: Loader) -> Task:
@@ -235,15 +268,25 @@ def _source(task: Task, text: str, dataset: str, loader: Loader) -> Task:
     architecture = resolve(text)
     if declared_by(architecture):
         raise ConfigError(f"the source {text} is a service, on which no examples can be made; name a network")
+    learns = task.cell.threat.access == "training-data"
+    if learns and not architecture.trained:
+        raise ConfigError(
+            f"the source {text} has no weights to start from; name them, as in {text.partition('(')[0]}(weights=FILE)"
+        )
     _check_training(False, {}, architecture, text, dataset, task.data)
-    weights = loader.weights_hash(text, architecture, dataset, task.data)
+    classes = getattr(task.attack, "source_classes", None) if learns else None
+    try:
+        weights = loader.weights_hash(text, architecture, dataset, task.data, classes)
+    except WeightsError as error:
+        hint = "; or say with classes=100 how many classes it tells apart" if learns and classes is None else ""
+        raise WeightsError(f"{error}{hint}") from error
     if weights and weights == task.cell.weights_hash:
         raise ConfigError(f"the source {text} is the attacked network itself; name another, or leave from= out")
     cell = replace(
         task.cell, model=pin(models.shortest(text), architecture, hashed=True), defense=(), weights_hash=weights,
         seed=task.cell.seed + (not architecture.trained),
     )  # fmt: skip
-    return Task(cell, task.data, architecture, Chain(), task.attack, task.model_dir)
+    return Task(cell, task.data, architecture, Chain(), task.attack, task.model_dir, classes=classes)
 
 
 def _replayed(task: Task) -> Component:

@@ -60,7 +60,12 @@ def seconds_of_training(task: Task, device: torch.device) -> float | None:
     Returns:
         ``None`` for one that cannot train on few images, or does not tell how far it is.
     """
-    return _seconds_of(lambda data, job: task.trainer(task.build, data.lent(), job), task, device, len(task.data.train))
+    start = task.pretrained()
+
+    def begin(data: Dataset, job: Job) -> object:
+        return task.trainer(task.build, data.lent(), replace(job, pretrained=start))
+
+    return _seconds_of(begin, task, device, len(task.data.train))
 
 
 def seconds_of_fit(task: Task, device: torch.device) -> float | None:
