@@ -29,7 +29,7 @@ def takes(hint, kind):
 
 
 def refused(registry, name, field, value):
-    given = {"path": "x", "url": "https://example.org", "sigma": "1"}
+    given = {"path": "x", "url": "https://example.org", "sigma": "1", "from": "cnn"}
     known = parameters(registry.factory(name))
     needed = "".join(f"{key}={given[key]}, " for key in known if known[key] == REQUIRED and key != field)
     try:
