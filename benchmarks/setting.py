@@ -18,6 +18,8 @@ from bench.rng import SampleRng
 from bench.rules import rules_of
 from bench.threat import Threat
 
+WEIGHTS = "resnet20(weights=cifar10_resnet20.safetensors)"  # those that are not robust
+
 
 class Clocked(nn.Module):
     """A network that counts its images and the seconds that it takes."""
@@ -58,7 +60,7 @@ class Beside(nn.Module):
 
 @dataclass(frozen=True)
 class Setting:
-    """A ResNet-20 in plain float32 and ``x``, ``y`` that it gets right."""
+    """A network in plain float32 and ``x``, ``y`` that it gets right."""
 
     network: nn.Module
     x: Tensor
@@ -75,8 +77,8 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def setting(options: argparse.Namespace) -> Setting:
-    """ResNet-20 with the weights beside the data folder; without one, with random weights on random images.
+def setting(options: argparse.Namespace, model: str = WEIGHTS) -> Setting:
+    """``model`` with the weights beside the data folder; without one, a ResNet-20 with random ones, on random images.
 
     Speed does not depend on the weights, but how soon samples fall does.
     """
@@ -87,8 +89,7 @@ def setting(options: argparse.Namespace) -> Setting:
         x = SampleRng.create(0, torch.arange(options.n), "benchmark").uniform(3, 32, 32).to(device)
         with torch.no_grad():
             return Setting(network.requires_grad_(False), x, network(x).argmax(1))
-    weights = "resnet20(weights=cifar10_resnet20.safetensors)"
-    network = resolve(weights)(10, (3, 32, 32), options.data_dir.resolve().parent / "models").to(device)
+    network = resolve(model)(10, (3, 32, 32), options.data_dir.resolve().parent / "models").to(device)
     test = Cifar10()(options.data_dir).test.subset(slice(0, 2 * options.n)).to(device)
     x, y = test.pixels(), test.labels
     with torch.no_grad():
