@@ -111,6 +111,7 @@ OUTPUT_DEFENSE: Declarations = {
     "needs_batch_norm": _yes_or_no(),
     "outside": _yes_or_no(),
     "knows": Declaration('("decode-square", "square(loss=dlr)"), the attacks that know it', _are_attacks),
+    "fit": Declaration("a method fit(model, data, job)", callable),
 }
 DATA_DEFENSE: Declarations = {
     **TRAINING_DEFENSE,

@@ -252,7 +252,38 @@ class OutputDefense(Protocol):
         ...
 
 
-Defense = DataDefense | TrainingDefense | OutputDefense  # told apart by their stage; a chain holds one of each at most
+@runtime_checkable
+class FittedDefense(Protocol):
+    """An output defense that is trained before it serves, once for each network and seed.
+
+    Whoever acts at the output and has the method ``fit`` is one; all else is as of an :class:`OutputDefense`.
+    """
+
+    @property
+    def stage(self) -> Literal["output"]: ...
+    @property
+    def random(self) -> bool: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def paper(self) -> str: ...
+
+    def fit(self, model: "Surrogate", data: Dataset, job: Job) -> Mapping[str, Tensor]:
+        """What it learns on the images of ``data``, as it was released, which holds no test images.
+
+        ``model`` is the network in plain float32, to work on at will; it counts the images that pass it. ``job`` keeps
+        unfinished work, and ``job.progress`` is told of steps. Single numbers, tensors of shape (), are figures of the
+        row as well; one named ``queries`` says how many answers of the network it took.
+        """
+        ...
+
+    def __call__(self, model: nn.Module, calibration: Split, seed: int, fitted: Mapping[str, Tensor]) -> nn.Module:
+        """The served model, as that of an :class:`OutputDefense`, with what the defense has learned."""
+        ...
+
+
+AtOutput = OutputDefense | FittedDefense
+Defense = DataDefense | TrainingDefense | AtOutput  # told apart by their stage; a chain holds one of each at most
 
 
 class Architecture(Protocol):

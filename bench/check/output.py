@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +14,17 @@ from bench.check.verdict import Broken, Remark, Rules, require, said
 from bench.errors import BenchError
 from bench.measure.audit import audit, confirm
 from bench.measure.finding import Finding
+from bench.measure.fitting import fit_defense
 from bench.measure.gradients import gradient_findings
 from bench.measure.inspection import relative_cost
 from bench.oracle.served import ServedModel, Target, as_module
 from bench.plan.pin import pin
+from bench.protocols import FittedDefense, Job
 from bench.registry import attacks
 from bench.rng import SampleRng
 from bench.threat import Threat
 
+CPU = torch.device("cpu")
 IMAGES = 40
 FEW = 5
 BATCH = 7  # images of a smaller batch
@@ -38,9 +43,52 @@ FIXES = {
 }
 
 
-def served(subject: Subject) -> nn.Module:
-    """The model that the defense serves, around the tiny network."""
-    return as_module(subject.component(built(), digits().calibration, 0), "it")
+def served(subject: Subject, network: nn.Module | None = None, device: torch.device = CPU) -> nn.Module:
+    """The model that the defense serves around ``network``, or the tiny one; not put into eval mode."""
+    fitted = learned(subject)
+    own = () if fitted is None else ({name: value.to(device, copy=True) for name, value in fitted.items()},)
+    calibration = digits().calibration.to(device)
+    return as_module(subject.component(built().to(device) if network is None else network, calibration, 0, *own), "it")
+
+
+def learned(subject: Subject) -> Mapping[str, Tensor] | None:
+    """What the defense has learned on a few digits, once for a subject; ``None`` where it is not trained."""
+    if not isinstance(subject.component, FittedDefense):
+        return None
+    if not subject.learned:
+        subject.learned.update(fit(subject))
+    return subject.learned
+
+
+def fit(subject: Subject, seed: int = 0, reported: list[tuple[int, int]] | None = None) -> Mapping[str, Tensor]:
+    """What the defense learns on a few digits, which stay as they were."""
+    said: list[tuple[int, int]] = [] if reported is None else reported
+    job, data = Job(seed, CPU, lambda done, total: said.append((done, total))), digits()
+    data = replace(data, test=data.test.subset(slice(0)))
+    before = data.fingerprint
+    made = fit_defense(subject.component, built(), data, job, "it")
+    require(replace(data).fingerprint == before, "it writes into the data", "work on copies: data.train.pixels()")
+    return made
+
+
+def learns(subject: Subject) -> str:
+    """One that is trained learns the same under one seed, whatever the global generators hold, and tells of its steps.
+    """
+    fitted, reported = learned(subject), list[tuple[int, int]]()
+    if fitted is None:
+        return "learns nothing before it serves"
+    torch.manual_seed(torch.initial_seed() + 1)
+    before = torch.get_rng_state()
+    again = fit(subject, reported=reported)
+    fix = "draw from a SampleRng or a torch.Generator of job.seed, and initial weights in bench.training.seeded(job)"
+    same = again.keys() == fitted.keys() and all(torch.equal(again[name], fitted[name]) for name in fitted)
+    require(same, "one seed gives two fits", fix)
+    require(torch.equal(torch.get_rng_state(), before), "it moves torch's global generator", fix)
+    if not reported:
+        return Remark("is trained, and says nothing of its steps: call job.progress(done, total)")
+    require(reported[-1][0] == reported[-1][1], f"ends at step {reported[-1][0]} of {reported[-1][1]}",
+            "call job.progress(total, total) at the end")  # fmt: skip
+    return f"learns {len(fitted)} tensors, the same under one seed"
 
 
 def answer(subject: Subject, rows: Tensor, seed: int = 0, module: nn.Module | None = None) -> Tensor:
@@ -107,7 +155,7 @@ def stays_outside(subject: Subject) -> str:
     fix = "call the network and nothing else of it, or leave outside = True away"
     rows = torch.arange(IMAGES)
     try:
-        closed = as_module(subject.component(_Closed(built()), digits().calibration, 0), "it")
+        closed = served(subject, _Closed(built()))
         same = torch.equal(answer(subject, rows, module=closed), answer(subject, rows))
     except Exception as error:
         raise Broken(f"it fails on a network that can only be called: {said(error)}", fix) from error
@@ -201,7 +249,7 @@ def works_on_gpu(subject: Subject) -> str:
     if not torch.cuda.is_available():
         return Remark("no GPU here, so whether it works on one was not tried")
     rows, device = torch.arange(FEW), torch.device("cuda")
-    module = as_module(subject.component(built().to(device), digits().calibration.to(device), 0), "it")
+    module = served(subject, device=device)
     with torch.no_grad():
         logits = _ask(subject, module, digits().test.pixels(rows).to(device), rows.to(device))
     require(logits.is_cuda, f"answers on {logits.device}", "make tensors with device=x.device")
@@ -228,7 +276,8 @@ def trial(subject: Subject) -> Tensor:
 
 
 RULES: Rules[Subject] = {
-    "logits": answers, "random as declared": random_as_declared, "no view of the batch": sees_no_batch,
-    "outside": stays_outside, "known": names_who_knows_it, "gradients": has_gradients, "copies": is_copied,
+    "learning": learns, "logits": answers, "random as declared": random_as_declared,
+    "no view of the batch": sees_no_batch, "outside": stays_outside, "known": names_who_knows_it,
+    "gradients": has_gradients, "copies": is_copied,
 }  # fmt: skip
 MORE: Rules[Subject] = {"probes": stands_probes, "time of a query": costs, "device": works_on_gpu}

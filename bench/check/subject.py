@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from bench.errors import ConfigError, did_you_mean
 from bench.models import resolve
@@ -34,6 +34,7 @@ class Subject:
     kind: Kind
     component: Any
     norms: tuple[Norm, ...] = ()  # of an attack: those to be tried
+    learned: dict[str, Tensor] = dataclasses.field(default_factory=dict, compare=False, repr=False)  # of a defense
 
     @property
     def file(self) -> str:

@@ -192,7 +192,9 @@ def _print_plan(name: str, plans: "list[Estimate]", device: "torch.device") -> N
     told = [f"{queries:,} queries at most, {duration(seconds)} at most on {device.type}"]
     told += [f"about {duration(trainings)} for trainings, of which a few images were timed"] if trainings else []
     told += [f"{untimed} {'training' if untimed == 1 else 'trainings'} that cannot be timed"] if untimed else []
-    told += ["services aside"] if any(plan.seconds is None for plan in plans) else []
+    told += ["services aside"] if any(plan.task.service for plan in plans) else []
+    unknown = any(plan.seconds is None and not plan.task.service for plan in plans)
+    told += ["output defenses that are yet to be trained aside"] if unknown else []
     told += ["what attacks do on networks of their own aside"] if any(_on_their_own(plan) for plan in plans) else []
     told += ["data defenses aside"] if any(plan.task.chain.data and plan.samples for plan in plans) else []
     console.print(f"{name}: {cells}, {', '.join(told)}; nothing was run", soft_wrap=True)

@@ -15,7 +15,7 @@ from bench.entries.folder import NETWORKS
 from bench.entries.remade import Unknown, Untrue, data_of, names_code, plain, remade
 from bench.errors import RefereeError, StoreError
 from bench.measure.judgement import Judgement, judge
-from bench.measure.keys import data_defense, release_key
+from bench.measure.keys import data_defense, defense_key, release_key
 from bench.measure.perturbation import perturbation
 from bench.measure.pipeline import Pipeline
 from bench.norms import lp_norm
@@ -23,6 +23,7 @@ from bench.oracle.served import ServedModel
 from bench.plan.cell import Cell
 from bench.plan.tasks import Loader, Task, sample_ids
 from bench.protection import check_release
+from bench.protocols import FittedDefense
 from bench.registry import attacks
 from bench.results.examples import SUFFIX, read_examples
 from bench.results.shards import Stored
@@ -128,6 +129,10 @@ class Rescorer:
         if task.trains and not self._pipeline.has_network(task):
             raise Unknown(
                 f"the network of {task.cell.model.spec} is not in {NETWORKS}/, and nothing is trained for this"
+            )
+        if isinstance(task.chain.output, FittedDefense) and not self._pipeline.has(defense_key(task)):
+            raise Unknown(
+                f"what {task.cell.defense_name} has learned is not in {NETWORKS}/, and nothing is trained for this"
             )
         return task
 

@@ -15,7 +15,7 @@ import pickle
 import socket
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from bench.dataset import Split
 from bench.errors import RefereeError
+from bench.measure.fitting import around
 from bench.measure.inside import Look, look, optimisation, seeded
 from bench.models.lent import changes, contents
-from bench.oracle.served import ServedModel, as_module
-from bench.protocols import OutputDefense
+from bench.oracle.served import ServedModel
+from bench.protocols import AtOutput
 from bench.registry import load_plugins
 from bench.rng import SampleRng, pinned
 from bench.system.frames import fill, receive, send
@@ -52,16 +53,17 @@ class RemoteError(Exception):
 class Deployment:
     """All that a process is given: networks, and an output ``defense`` to be put around each of them, in this order.
 
-    ``who`` is what the defense is called in complaints.
+    ``who`` is what the defense is called in complaints, and ``fitted`` what it has learned where it was trained.
     """
 
-    defense: OutputDefense
+    defense: AtOutput
     networks: Sequence[nn.Module]
     calibration: Split
     seed: int
     batch_size: int
     device: torch.device
     who: str
+    fitted: Mapping[str, Tensor] | None = None
 
 
 @contextmanager
@@ -303,8 +305,8 @@ class _State:
         self.served: dict[int, ServedModel] = {}
         seed_globals(told.seed)
         for number, network in enumerate(networks):
-            made = told.defense(network, told.calibration.clone().to(told.device), told.seed)
-            module = as_module(made, f"the output defense of {told.who}").eval()
+            calibration = told.calibration.clone().to(told.device)
+            module = around(told.defense, network, calibration, told.seed, told.fitted, told.who)
             self.served[number] = ServedModel(module, told.defense.random, told.batch_size)
 
     def answer(self, asked: dict[str, Any], given: list[Tensor]) -> tuple[dict[str, Any], list[Tensor]]:

@@ -58,5 +58,12 @@ def fit_key(task: Task) -> str:
     })  # fmt: skip
 
 
+def defense_key(task: Task) -> str:
+    """A hash of all that decides what the output defense of ``task``, which is trained, has learned."""
+    defense = next(asdict(part) for part in task.cell.defense if part.stage == "output")
+    told = (defense["spec"], defense["version"], defense["params"])
+    return _digest({"output": told, "seed": task.cell.seed, "network": recipe_key(task)})
+
+
 def _digest(recipe: Mapping[str, Any]) -> str:
     return sha256(json.dumps(recipe, sort_keys=True, default=str).encode()).hexdigest()[:32]

@@ -1,27 +1,27 @@
 """What has to be made before a cell can be measured, and what cells share of it: released images, trained networks, and
-what attacks are fitted to.
+what attacks and output defenses are fitted to.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.measure.keys import fit_key, recipe_key, release_key
+from bench.measure.keys import defense_key, fit_key, recipe_key, release_key
 from bench.measure.pipeline import Pipeline, Progress
 from bench.plan.tasks import Task
-from bench.protocols import FittedAttack
+from bench.protocols import FittedAttack, FittedDefense
 
 
 @dataclass(frozen=True)
 class Need:
-    """The released images of ``task``, its trained network or the fit of its attack; cells of one ``key`` share it.
+    """The released images of ``task``, its trained network or the fit of its output defense or of its attack.
 
-    ``after`` are the keys of what it is made of.
+    Cells of one ``key`` share it. ``after`` are the keys of what it is made of.
     """
 
     key: str
     task: Task
-    what: Literal["release", "network", "fit"]
+    what: Literal["release", "network", "defense", "fit"]
     after: frozenset[str] = frozenset()
 
     def make(self, pipeline: Pipeline, progress: Progress) -> None:
@@ -31,16 +31,21 @@ class Need:
             Held: another process is at it.
         """
         makers: dict[str, Callable[[Task, Progress], object]] = {
-            "release": pipeline.released, "network": pipeline.train, "fit": pipeline.fitted,
+            "release": pipeline.released, "network": pipeline.train, "defense": pipeline.fitted_defense,
+            "fit": pipeline.fitted,
         }  # fmt: skip
         makers[self.what](self.task, progress)
 
 
 def needs(task: Task) -> list[Need]:
-    """All that ``task`` needs, in the order in which it can be made: of its sources, its own, then of its attack."""
+    """All that ``task`` needs, in the order in which it can be made: of its sources, its own, then of what is fitted.
+    """
     found = [need for owner in (*task.sources, task) for need in _of_network(owner)]
+    networks = frozenset(need.key for need in found)
+    if isinstance(task.chain.output, FittedDefense):
+        found.append(Need(defense_key(task), task, "defense", after=networks))
     if isinstance(task.attack, FittedAttack):
-        found.append(Need(fit_key(task), task, "fit", after=frozenset(need.key for need in found)))
+        found.append(Need(fit_key(task), task, "fit", after=networks))
     return found
 
 

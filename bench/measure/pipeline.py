@@ -16,8 +16,9 @@ from bench import numerics
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.diagnostics import Watch
+from bench.measure.fitting import around, as_tensors, fit_defense
 from bench.measure.isolated import Deployment, in_own_process
-from bench.measure.keys import fit_key, learner_key, recipe_key, release_key
+from bench.measure.keys import defense_key, fit_key, learner_key, recipe_key, release_key
 from bench.measure.probe import ROUNDED, difference
 from bench.measure.search import check_outside, in_numbers, mode_of
 from bench.models.lent import Contents, changes, contents, own, restore_shared, some
@@ -28,7 +29,7 @@ from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task, weights_hash
 from bench.precision import Numerics
 from bench.protection import check_release, declared_threat
-from bench.protocols import FittedAttack, Job, ServiceModel
+from bench.protocols import FittedAttack, FittedDefense, Job, ServiceModel
 from bench.registry import code_hash
 from bench.scratch import Scratch, scratch, sweep
 from bench.service import Asked, Desk, Journal
@@ -48,7 +49,7 @@ class _Network(NamedTuple):
 
 
 class Pipeline:
-    """Builds what cells attack, on ``device``; trained networks and protected images are kept in ``folder``.
+    """Builds what cells attack, on ``device``; trained networks, protected images and fits are kept in ``folder``.
 
     So is the unfinished work on them and on learners, until it is done. Output defenses of users' own files are served
     from a process of their own, and with ``isolate`` all are, but for attacks that need gradients through them. Every
@@ -129,7 +130,7 @@ class Pipeline:
         searched, plain = (in_numbers(task, self._own_network(task), each, self.device) for each in modes)
         deployment = Deployment(
             defense, (searched.module, plain.module), task.data.calibration, task.cell.seed, self.batch_size,
-            self.device, task.cell.defense_label,
+            self.device, task.cell.defense_label, self.fitted_defense(task),
         )  # fmt: skip
         with in_own_process(deployment) as modules:
             one, other = (
@@ -140,7 +141,8 @@ class Pipeline:
 
     def served(self, task: Task, mode: Numerics) -> ServedModel:
         """The deployed model of ``task``: its network in the numbers of ``mode``, its output defense around it."""
-        return deploy(task, self._own_network(task), mode, self.device, self.batch_size, self.desk(task))
+        fitted, network = self.fitted_defense(task), self._own_network(task)
+        return deploy(task, network, mode, self.device, self.batch_size, self.desk(task), fitted)
 
     def undefended(self, task: Task, mode: Numerics) -> ServedModel:
         """The network of ``task`` without its output defense."""
@@ -239,12 +241,38 @@ class Pipeline:
         """
         if not isinstance(task.attack, FittedAttack):
             return None
-        key = fit_key(task)
+        attack, cell = task.attack, task.cell
+
+        def fit(job: Job) -> Mapping[str, Tensor]:
+            model = Surrogate([self.undefended(owner, "plain").module for owner in task.sources or (task,)])
+            return as_tensors(attack.fit(model.eval(), task.data.lent(), cell.threat.free, job), cell.attack.label)
+
+        return self._kept(task, fit_key(task), progress, fit)
+
+    def fitted_defense(self, task: Task, progress: Progress = lambda done, total: None) -> Mapping[str, Tensor] | None:
+        """What the output defense of ``task`` has learned, by now if not before; ``None`` for one that is not trained.
+
+        Raises:
+            RefereeError: it has learned something else than tensors, or has changed data that other cells share.
+        """
+        defense = task.chain.output
+        if not isinstance(defense, FittedDefense):
+            return None
+
+        def fit(job: Job) -> Mapping[str, Tensor]:
+            network, released = self.undefended(task, "plain").module, self.released(task, progress)
+            return fit_defense(defense, network, released.lent(), job, task.cell.defense_label)
+
+        return self._kept(task, defense_key(task), progress, fit)
+
+    def _kept(
+        self, task: Task, key: str, progress: Progress, fit: Callable[[Job], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """What ``fit`` has come to for ``task`` under this ``key``, here or in an earlier run."""
         if (kept := kept_tensors(self._path(key), key)) is not None:
             return kept
-        model = Surrogate([self.undefended(owner, "plain").module for owner in task.sources or (task,)])
         with self._job(task, key, progress) as job:
-            made = as_tensors(task.attack.fit(model.eval(), task.data.lent(), task.cell.threat.free, job), task)
+            made = fit(job)
             self.check_data(task)
             keep_tensors(self._path(key), made, key)
         return made
@@ -364,12 +392,13 @@ class Pipeline:
         return self._path(key).is_file()
 
     def made_for(self, task: Task) -> list[Path]:
-        """The files of the trained network and the released images of ``task`` and of what its attack was fitted to,
-        as far as they were made here.
+        """The files of the trained network and the released images of ``task`` and of what its attack and its output
+        defense were fitted to, as far as they were made here.
         """
         keys = [recipe_key(task)] if task.trains else []
         keys += [release_key(task.cell)] if task.chain.data else []
         keys += [fit_key(task)] if isinstance(task.attack, FittedAttack) else []
+        keys += [defense_key(task)] if isinstance(task.chain.output, FittedDefense) else []
         return [self._path(key) for key in keys if self.has(key)]
 
     def files(self, key: str) -> list[Path]:
@@ -438,20 +467,6 @@ def kept_weights(network: nn.Module, build: Callable[[], nn.Module], x: Tensor, 
     return bare
 
 
-def as_tensors(made: object, task: Task) -> Mapping[str, Tensor]:
-    """What the attack of ``task`` has come to when it was fitted.
-
-    Raises:
-        RefereeError: no tensors by their names, or some that are not finite.
-    """
-    if not isinstance(made, Mapping) or not all(isinstance(value, Tensor) for value in made.values()):
-        raise RefereeError(f"the fit of {task.cell.attack.label} gave a {type(made).__name__}; give tensors by name")
-    broken = [name for name, value in made.items() if not value.isfinite().all()]
-    if broken:
-        raise RefereeError(f"the fit of {task.cell.attack.label} gave {broken[0]} with NaN or infinity in it")
-    return {name: value.detach().cpu() for name, value in made.items()}
-
-
 def _diagnostics(task: Task, released: Dataset, job: Job) -> Watch | None:
     """Who looks at the training of ``task``: nobody where no training defense says in which ball it trains."""
     eps = getattr(task.chain.training, "eps", None)
@@ -469,14 +484,15 @@ def deploy(
     device: torch.device,
     batch_size: int,
     desk: Desk | None = None,
+    fitted: Mapping[str, Tensor] | None = None,
 ) -> ServedModel:
     """``network``, of a service what asks at ``desk``, in the numbers of ``mode``, with the output defense of ``task``
-    around it."""
+    around it, which has learned what is ``fitted`` where it was trained."""
     converted = in_numbers(task, network, mode, device)
     served, random = converted.module, task.service is not None and task.service.random
     if (defense := task.chain.output) is not None:
-        made = defense(converted.module, task.data.calibration.clone().to(device), task.cell.seed)
-        served = as_module(made, f"the output defense of {task.cell.defense_label}").eval()
+        calibration = task.data.calibration.clone().to(device)
+        served = around(defense, converted.module, calibration, task.cell.seed, fitted, task.cell.defense_label)
         random = defense.random
     return ServedModel(served, random=random, batch_size=batch_size, numbers=converted.facts, desk=desk)
 

@@ -1,13 +1,13 @@
 """What can be asked of a service, decided before anything is."""
 
 from bench.errors import ConfigError
-from bench.protocols import Attack
+from bench.protocols import AtOutput, Attack, FittedDefense
 from bench.rules import rules_of
 from bench.service import Service
 
 
-def check_service(service: Service, defended: bool, attack: Attack, quantise: bool) -> None:
-    """Whether ``attack`` can do with what ``service`` tells, and whether an output defense can stand around it.
+def check_service(service: Service, defense: AtOutput | None, attack: Attack, quantise: bool) -> None:
+    """Whether ``attack`` can do with what ``service`` tells, and whether the output ``defense`` can stand around it.
 
     Raises:
         ConfigError: it cannot.
@@ -24,7 +24,9 @@ def check_service(service: Service, defended: bool, attack: Attack, quantise: bo
     if service.images == "uint8" and not quantise:
         raise ConfigError("the service takes 8-bit images; add --quantise, so that what is measured is what was asked")
     varies = service.random or service.stateful or service.batch_dependent
-    if defended and (not service.tells_all or service.decimals is not None or varies):
+    if isinstance(defense, FittedDefense):
+        raise ConfigError("this output defense is trained on a network of its own, and a service is none; use another")
+    if defense is not None and (not service.tells_all or service.decimals is not None or varies):
         raise ConfigError(
             "an output defense works on the scores of all classes, not rounded and always the same, which this "
             "service does not give; use none"

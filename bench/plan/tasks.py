@@ -23,14 +23,15 @@ from bench.plan.suite import Grid, Suite
 from bench.protection import declared_threat
 from bench.protocols import (
     Architecture,
+    AtOutput,
     Attack,
     Certifier,
     DataDefense,
     DatasetSource,
     Defense,
     FittedAttack,
+    FittedDefense,
     Learner,
-    OutputDefense,
     TrainingDefense,
 )
 from bench.registry import attacks, datasets, defenses, models
@@ -47,7 +48,7 @@ class Chain:
 
     data: DataDefense | None = None
     training: TrainingDefense | None = None
-    output: OutputDefense | None = None
+    output: AtOutput | None = None
 
 
 STAGES = tuple(field.name for field in fields(Chain))  # in the order in which they act
@@ -217,13 +218,11 @@ def _task(
     else:
         threat = _served_threat(grid, cast(Attack, attack))
     if service:
-        check_service(service, chain.output is not None, cast(Attack, attack), grid.quantise)
+        check_service(service, chain.output, cast(Attack, attack), grid.quantise)
     n = min(grid.n, limit or grid.n)
     ids = sample_ids(data, n)
-    if isinstance(attack, FittedAttack) and not len(data.train) + len(data.calibration):
-        raise ConfigError(
-            f"this attack is fitted on other images than it attacks, and {grid.dataset} has none; add training images"
-        )
+    if not len(data.train) + len(data.calibration):
+        _check_fitted(attack, chain.output, grid.dataset)
     if hasattr(attack, "check"):
         attack.check(len(data.classes), data.test.shape)
     if grid.quantise and threat.asks:
@@ -338,6 +337,19 @@ def _check_certified(service: Service | None, texts: dict[str, str], model: str)
         raise ConfigError(
             f"a certifier proves something of a network alone, so {texts['output']} has no say; use data or training "
             "defenses, or none"
+        )
+
+
+def _check_fitted(attack: object, output: object, dataset: str) -> None:
+    """Whether nothing has to learn on ``dataset``, which has test images alone."""
+    if isinstance(attack, FittedAttack):
+        raise ConfigError(
+            f"this attack is fitted on other images than it attacks, and {dataset} has none; add training images"
+        )
+    if isinstance(output, FittedDefense):
+        raise ConfigError(
+            f"this output defense is trained on images that are not asked about, and {dataset} has none; add training "
+            "images"
         )
 
 

@@ -1,16 +1,16 @@
 """What a run would cost, from a few timed images."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from bench.measure.keys import fit_key, recipe_key
+from bench.measure.keys import defense_key, fit_key, recipe_key
 from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
-from bench.protocols import FittedAttack
+from bench.protocols import FittedAttack, FittedDefense
 from bench.results.store import Store
-from bench.run.timing import seconds_of_fit, seconds_of_training, seconds_per_query
+from bench.run.timing import seconds_of_defense, seconds_of_fit, seconds_of_training, seconds_per_query
 from bench.tracks import track_of
 
 
@@ -18,9 +18,10 @@ from bench.tracks import track_of
 class Estimate:
     """The most that a cell can still cost: samples to run, queries for them, and seconds to ask those.
 
-    Samples that fall early cost less. ``seconds`` are ``None`` for a service, whose time is its own. ``training`` are
-    those of the training and of the fit of an attack that this cell is the first to need, 0 where it needs none or
-    another cell has made it, ``None`` where it could not be timed.
+    Samples that fall early cost less. ``seconds`` are ``None`` for a service, whose time is its own, and for an output
+    defense that is yet to be trained. ``training`` are those of the training and of the fit of an output defense or an
+    attack that this cell is the first to need, 0 where it needs none or another cell has made it, ``None`` where it
+    could not be timed.
     """
 
     task: Task
@@ -33,7 +34,8 @@ class Estimate:
 def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_size: int) -> list[Estimate]:
     """Plan ``tasks`` against what ``store`` holds; nothing is trained to its end, attacked or written."""
     timings: dict[tuple[object, ...], float] = {}
-    trainings = _Trainings(Pipeline(store.root / "networks", device, batch_size), device)
+    pipeline = Pipeline(store.root / "networks", device, batch_size)
+    trainings = _Trainings(pipeline, device)
     plans = []
     for task in tasks:
         samples = len(store.missing(task.cell))
@@ -45,7 +47,8 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
         if queries is None:
             plans.append(Estimate(task, samples, 0, 0.0, training))
             continue
-        if task.service:  # of which a plan asks nothing
+        trains = isinstance(task.chain.output, FittedDefense)
+        if task.service or (trains and not pipeline.has(defense_key(task))):  # of a service a plan asks nothing
             plans.append(Estimate(task, samples, queries, None, training))
             continue
         batch = min(batch_size, samples)
@@ -53,7 +56,8 @@ def estimate(tasks: Sequence[Task], store: Store, device: torch.device, batch_si
         parts = tuple((part.spec, part.version) for part in (task.cell.dataset, task.cell.model, *served))
         kind = (*parts, task.attack.access, batch)
         if kind not in timings:
-            timings[kind] = seconds_per_query(task, device, batch)
+            learned = pipeline.fitted_defense(task) if trains else None
+            timings[kind] = seconds_per_query(task, device, batch, learned)
         plans.append(Estimate(task, samples, queries, queries * timings[kind], training))
     return plans
 
@@ -67,18 +71,20 @@ class _Trainings:
         self.timings: dict[tuple[object, ...], float | None] = {}
 
     def needed(self, task: Task) -> float | None:
-        """The seconds that ``task`` adds, of its training and of fitting its attack."""
-        training, fit = self._training(task), self._fit(task)
-        return None if training is None or fit is None else training + fit
+        """The seconds that ``task`` adds, of its training and of fitting its output defense and its attack."""
+        parts = [self._training(task)]
+        if isinstance(task.chain.output, FittedDefense):
+            parts.append(self._fit(task, defense_key(task), seconds_of_defense))
+        if isinstance(task.attack, FittedAttack):
+            parts.append(self._fit(task, fit_key(task), seconds_of_fit))
+        timed = [part for part in parts if part is not None]
+        return sum(timed) if len(timed) == len(parts) else None
 
-    def _fit(self, task: Task) -> float | None:
-        if not isinstance(task.attack, FittedAttack):
-            return 0.0
-        key = fit_key(task)
+    def _fit(self, task: Task, key: str, time: Callable[[Task, torch.device], float | None]) -> float | None:
         if key in self.counted or self.pipeline.has(key):
             return 0.0
         self.counted.add(key)
-        return seconds_of_fit(task, self.device)
+        return time(task, self.device)
 
     def _training(self, task: Task) -> float | None:
         learns = track_of(task.cell).queries(task, 1) is None  # its cost is all training

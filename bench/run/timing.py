@@ -1,18 +1,19 @@
 """How long queries and trainings take, timed on as few images as show it."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from bench.dataset import Dataset
 from bench.measure.pipeline import deploy
 from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
-from bench.protocols import FittedAttack, Job
+from bench.protocols import FittedAttack, FittedDefense, Job
 from bench.rng import SampleRng
 from bench.system.process_state import undisturbed
 from bench.system.threads import training_threads
@@ -26,14 +27,16 @@ class _Enough(BaseException):
     """Ends a training that has been timed; no component catches it by mistake."""
 
 
-def seconds_per_query(task: Task, device: torch.device, batch: int) -> float:
+def seconds_per_query(
+    task: Task, device: torch.device, batch: int, fitted: Mapping[str, Tensor] | None = None
+) -> float:
     """Of an image in batches of ``batch``, through the served model and, where the attack takes gradients, back.
 
-    Weights do not matter for speed.
+    The network's weights do not matter for speed; ``fitted`` is what an output defense has learned that is trained.
     """
     with torch.random.fork_rng([]):
         network = task.build().to(device)
-    model = deploy(task, network, task.cell.numerics, device, batch)
+    model = deploy(task, network, task.cell.numerics, device, batch, fitted=fitted)
     gradients = task.attack.access == "gradients"
 
     def ask(count: int) -> float:
@@ -74,6 +77,18 @@ def seconds_of_fit(task: Task, device: torch.device) -> float | None:
     model = Surrogate([owner.build() for owner in task.sources or (task,)]).to(device).eval()
     most = min(getattr(attack, "most_images", len(task.data.train)), len(task.data.train))
     return _seconds_of(lambda data, job: attack.fit(model, data.lent(), task.cell.threat.free, job), task, device, most)
+
+
+def seconds_of_defense(task: Task, device: torch.device) -> float | None:
+    """Of what the output defense of ``task`` learns: all steps, extrapolated from those that it tells of first."""
+    defense, data = cast(FittedDefense, task.chain.output), task.data.lent()
+    model = Surrogate([task.build()]).to(device).eval()
+    try:
+        with undisturbed(), training_threads():
+            seconds, steps = _epoch(lambda job: defense.fit(model, data, job), task.cell.seed, device)
+    except Exception:  # of the component's own
+        return None
+    return seconds * steps
 
 
 def _seconds_of(begin: Callable[[Dataset, Job], object], task: Task, device: torch.device, most: int) -> float | None:

@@ -106,7 +106,8 @@ class Worker:
             with undisturbed(), shared_code() if task.cell.of_files else nullcontext() as code:
                 if unit.makes:
                     need = next(need for need in needs(task) if need.key == unit.makes)
-                    need.make(self._tools.pipeline, partial(_epochs, hear))
+                    told = _steps if need.what == "defense" else _epochs
+                    need.make(self._tools.pipeline, partial(told, hear))
                     _check(code, task)
                     return
                 track = track_of(task.cell)
@@ -156,6 +157,10 @@ def _check(code: SharedCode | None, task: Task) -> None:
 
 def _epochs(hear: Hear, done: int, total: int) -> None:
     hear(done, total, "epochs")
+
+
+def _steps(hear: Hear, done: int, total: int) -> None:
+    hear(done, total, "steps")
 
 
 def _place(measured: Measured) -> str:

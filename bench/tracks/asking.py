@@ -1,6 +1,6 @@
 """Shards of cells whose attack asks a served model, measured."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -27,6 +27,7 @@ def measure(task: Task, positions: Sequence[int], tools: Tools, progress: Progre
     """
     for needed in (*task.sources, task):
         tools.pipeline.train(needed, progress.epochs)
+    tools.pipeline.fitted_defense(task, progress.epochs)
     tools.pipeline.fitted(task, progress.epochs)
     seed_globals(task.cell.seed)  # after what only the first shard has to do, so that it matters to none
     with tools.pipeline.attacking(task, positions) as kept, tools.pipeline.asking(task, positions) as asked:
@@ -58,7 +59,8 @@ def _measured(
             tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
         if opens:
             figures, findings = tools.inspect(task, deployed)
-            figures = {**figures, **_of_fit(target)}
+            learned = tools.pipeline.fitted_defense(task)
+            figures = {**figures, **_numbers("fit", target.fitted), **_numbers("defense", learned)}
             findings = [*findings, *_testimony(witnesses)]  # after all have been asked
     training = tools.pipeline.curves(task) if opens else ()
     isolated = None if task.chain.output is None else target.isolated
@@ -66,9 +68,9 @@ def _measured(
     return Measured(records, figures, findings, target.numbers, training, isolated, examples)
 
 
-def _of_fit(target: Target) -> dict[str, float]:
-    """What an attack that was fitted says of that in single numbers."""
-    return {f"fit_{name}": float(value) for name, value in (target.fitted or {}).items() if value.ndim == 0}
+def _numbers(of: str, fitted: Mapping[str, Tensor] | None) -> dict[str, float]:
+    """What an attack or a defense that was fitted says of that in single numbers, named by what they are ``of``."""
+    return {f"{of}_{name}": float(value) for name, value in (fitted or {}).items() if value.ndim == 0}
 
 
 def _unasked(target: Target, held: ExitStack) -> Target:
