@@ -168,3 +168,12 @@ def _unfit(component: object, untold: Collection[str], declarations: Declaration
                 yield f"does not declare {name}; add {name} = {declaration.example}"
         elif not declaration.fits(value):
             yield f"declares {name} = {value!r}; write {name} = {declaration.example}"
+
+
+def is_entangled(*components: object) -> bool:
+    """Whether what comes of a sample depends on which others are there, under an attack and defenses like these."""
+    return any(
+        getattr(part, "batch_dependent", False)
+        or (getattr(part, "stateful", False) and not getattr(part, "by_sample", False))
+        for part in components
+    )

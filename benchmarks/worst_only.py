@@ -12,13 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from bench.declarations import is_entangled
 from bench.entries.plan import asked, met
 from bench.plan.cell import Cell
 from bench.plan.suite import load_suite
 from bench.registry import attacks, defenses, load_plugins
 from bench.report.versions import by_version
 from bench.results.store import Row, Store
-from bench.run.worst_only import Turn, WorstOnly, is_entangled
+from bench.run.worst_only import Turn, WorstOnly
 
 
 class Spent(NamedTuple):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from bench.declarations import is_entangled
 from bench.measure.pipeline import Pipeline
 from bench.oracle import NEVER
 from bench.plan.cell import Component
@@ -17,7 +18,7 @@ from bench.report.versions import by_version
 from bench.results.records import length
 from bench.results.store import Row, Store
 from bench.run.runner import run
-from bench.run.worst_only import WorstOnly, is_entangled
+from bench.run.worst_only import WorstOnly
 from bench.threat import Threat
 from bench.tracks import track_of
 from benchmarks.worst_only import Replay, of_suite, replay, total

@@ -4,12 +4,13 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 
+from bench.declarations import is_entangled
 from bench.plan.tasks import Task
 from bench.results.store import Store
 from bench.run.part import Part
 from bench.run.units import Unit, chosen, in_order, in_stretches, units_of
 from bench.run.until import Rule, Until
-from bench.run.worst_only import Turn, WorstOnly, is_entangled
+from bench.run.worst_only import Turn, WorstOnly
 
 Planned = Mapping[str, Sequence[Unit]]  # units by the keys of their cells
 

@@ -58,7 +58,8 @@ class WorstOnly:
     """
 
     def __init__(self, cells: Sequence[Cell], store: Stored, entangled: Collection[str] = ()) -> None:
-        """``entangled`` are the keys of cells whose samples bear on each other; see :func:`is_entangled`."""
+        """``entangled`` are the keys of cells whose samples bear on each other; see
+        :func:`bench.declarations.is_entangled`."""
         self._entangled = frozenset(entangled)
         self._cells = {cell.key: cell for cell in cells}
         self._store = store
@@ -117,15 +118,6 @@ class WorstOnly:
         taken = int((fallen & (column(met, "first_hit") != 0)).sum())
         passes = sum(cost * float(column(met, name).sum()) for name, cost in PASSES.items())
         self._yields[key] = taken, passes
-
-
-def is_entangled(*components: object) -> bool:
-    """Whether what comes of a sample depends on which others are there, under an attack and defenses like these."""
-    return any(
-        getattr(part, "batch_dependent", False)
-        or (getattr(part, "stateful", False) and not getattr(part, "by_sample", False))
-        for part in components
-    )
 
 
 @dataclass(frozen=True)
