@@ -3,14 +3,16 @@
 import math
 import shutil
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import pandas as pd
 import torch
 from gpu_setting import SQUARE, Here, Quiet, batch, ceiling, seconds, tasks, wait
-from torch import nn
+from torch import Tensor, nn
 
 from bench import numerics
 from bench.cuda_graphs import CudaGraphs
@@ -92,16 +94,24 @@ def floor(here: Here) -> float:
 
 
 def whole_runs(here: Here, task: Task) -> None:
-    """Square to its end, tail included, judging too, without what is converted or probed."""
-    for mode in modes(here):
-        figures = attacked(here, task, mode)
-        of = figures["queries"] / figures["seconds"] / floor(here)
+    """Square to its end, tail included, judging too, without what is converted or probed.
+
+    In each mode all images at once; in the last one batch by batch, too, each with a tail of its own.
+    """
+    ways = [(mode, 1) for mode in modes(here)]
+    paces = {}
+    for mode, cuts in [*ways, (ways[-1][0], here.scale.cuts)]:
+        figures, name = attacked(here, task, mode, cuts), mode if cuts == 1 else f"{mode} in {cuts} batches"
+        paces[cuts] = figures["queries"] / figures["seconds"]
+        of = paces[cuts] / floor(here)
         here.log.keep(
-            f"6 whole run {mode}", {**figures, "share": of},
-            f"whole run, {mode}: {figures['n']} images, {task.cell.threat.query_budget} queries, "
+            f"6 whole run {name}", {**figures, "share": of},
+            f"whole run, {name}: {figures['n']} images, {task.cell.threat.query_budget} queries, "
             f"@{task.cell.threat.query_budget} {figures['robust']:.1%}; {figures['queries']:,} queries in "
-            f"{figures['seconds']:.2f} s, {of:.1%} of the limit, {1e3 * figures['step']:.2f} ms a step",
+            f"{figures['seconds']:.2f} s, {of:.1%} of the limit, {1e3 * figures['step']:.2f} ms a step, "
+            f"{figures['images']:.0f} images a forward",
         )  # fmt: skip
+    here.log.say(f"  all at once is {paces[1] / paces[here.scale.cuts]:.2f} x as fast as batch by batch")
 
 
 def beside(here: Here, model: str) -> None:
@@ -178,8 +188,24 @@ def modes(here: Here) -> list[str]:
     return ["eager", "graphs"] if here.device.type == "cuda" else ["eager"]
 
 
-def attacked(here: Here, task: Task, mode: str) -> dict[str, Any]:
-    """What came of the attack of ``task``, on all samples at once, and the seconds that it took once all was made."""
+class Counting(nn.Module):
+    """``network``, and how often it was called."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network, self.calls = network, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        logits: Tensor = self.network(x)
+        return logits
+
+
+def attacked(here: Here, task: Task, mode: str, cuts: int = 1) -> dict[str, Any]:
+    """What came of the attack of ``task``, on all samples at once or in so many ``cuts`` one after the other, and the
+    seconds that it took once all was made."""
+    ids = list(task.cell.ids)
+    size = math.ceil(len(ids) / cuts)
     most = math.inf if mode == "eager" else search.WORTH
     with patch.object(search, "WORTH", most), torch.no_grad():
         pipeline = Pipeline(here.log.work / "networks", here.device, batch(here))
@@ -187,11 +213,15 @@ def attacked(here: Here, task: Task, mode: str) -> dict[str, Any]:
             says = target.numbers["engine"]
             if (mode == "graphs") != says.startswith("CUDA"):
                 here.log.say(f"  {mode}: the engine is {says}")
+            searched = Counting(target.searched.module)
+            target = replace(target, searched=replace(target.searched, module=searched))
             wait(here.device)
             began = time.perf_counter()
-            records = attack_served(task, target, list(task.cell.ids), here.device)
+            parts = [attack_served(task, target, ids[at : at + size], here.device) for at in range(0, len(ids), size)]
             wait(here.device)
             spent = time.perf_counter() - began
-    hit, budget = records["first_hit"], task.cell.threat.query_budget
-    return {"n": len(records), "robust": float((hit < 0).mean()), "queries": int(records["forwards"].sum()),
-            "seconds": spent, "step": spent / max(int(records["forwards"].max()), 1), "budget": budget}  # fmt: skip
+    records, budget = pd.concat(parts, ignore_index=True), task.cell.threat.query_budget
+    queries, steps = int(records["forwards"].sum()), sum(int(part["forwards"].max()) for part in parts)
+    return {"n": len(records), "robust": float((records["first_hit"] < 0).mean()), "queries": queries,
+            "seconds": spent, "step": spent / max(steps, 1), "images": queries / max(searched.calls, 1),
+            "budget": budget}  # fmt: skip

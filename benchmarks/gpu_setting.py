@@ -54,6 +54,7 @@ class Scale:
     part: int = PART
     answers: tuple[int, ...] = (1, 16, 64, 256, 1024)  # images that the engine is asked about at once
     whole: int = 1000        # images of a whole run
+    cuts: int = 4            # batches that it is cut into, one after the other
     beside: int = 500        # queries beside torchattacks
     shared: int = 600        # queries of the cells that share the device
     workers: int = 4
