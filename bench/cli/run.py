@@ -67,7 +67,8 @@ def run(
         int | None, typer.Option(min=1, help="Images in one forward; 256 on a CPU, 1024 on a GPU.")
     ] = None,
     shard_size: Annotated[
-        int | None, typer.Option(min=1, help="Samples stored at once, the cost of a kill; 100, or 1000 on a GPU.")
+        int | None,
+        typer.Option(min=1, help="Samples stored at once, the cost of a kill; 100, 1000 on GPUs, 4000 on one GPU."),
     ] = None,
     isolate: Annotated[
         bool, typer.Option("--isolate", help="Serve all output defenses from a process of their own, not only files.")
@@ -120,7 +121,9 @@ def run(
     who = choose(executor, devices, workers, unit_timeout, address)
     threads = use_spare_threads()
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
-    shard_size = shard_size or (1000 if where.type == "cuda" else 100)
+    # A GPU waits for the steps of an attack, which cost the same for many samples; several of them divide a cell.
+    usual = 4000 if isinstance(who, Local) and rule is None else 1000
+    shard_size = shard_size or (usual if where.type == "cuda" else 100)
     out = out or Path("runs") / plan.name
     alone = [Spec.parse(name) for grid in plan.grid for name in (grid.dataset, *grid.model, *grid.attack)]
     say_whose_code([*alone, *(spec for grid in plan.grid for chain in grid.defense for spec in parse_chain(chain))])

@@ -1,5 +1,6 @@
 """Shards of cells whose attack asks a served model, measured."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
@@ -10,15 +11,19 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from bench.declarations import is_entangled
 from bench.measure.attacked import attack_served
 from bench.measure.isolated import untouched
 from bench.measure.measured import Measured
 from bench.measure.witness import FINAL, Witness
 from bench.oracle.served import Target
 from bench.plan.tasks import Task
+from bench.rules import rules_of
 from bench.scratch import Scratch
 from bench.system.process_state import seed_globals
 from bench.tracks.track import Progress, Tools
+
+ROOM = 2**24  # values of the images that are attacked at once, for the memory of attacks: 5,461 images of CIFAR
 
 
 @contextmanager
@@ -51,9 +56,9 @@ def _measured(
     with tools.pipeline.serving(task) as target, ExitStack() as held:
         deployed = _unasked(target, held) if opens else target
         witnesses = _witnesses(task, target) if opens else ()
-        at_once = len(ids) if getattr(task.attack, "whole_set", False) else tools.batch_size
-        for first in range(0, len(ids), at_once):
-            part = ids[first : first + at_once]
+        together = at_once(task, len(ids), tools.batch_size)
+        for first in range(0, len(ids), together):
+            part = ids[first : first + together]
             met = target if first or not witnesses else _watched(target, *witnesses)
             told = partial(progress.queries, first)
             tables.append(attack_served(task, met, part, tools.pipeline.device, told, kept, keep_final))
@@ -66,6 +71,22 @@ def _measured(
     isolated = None if task.chain.output is None else target.isolated
     records, examples = pd.concat(tables, ignore_index=True), torch.cat(finals) if finals else None
     return Measured(records, figures, findings, target.numbers, training, isolated, examples)
+
+
+def at_once(task: Task, samples: int, batch_size: int) -> int:
+    """How many of ``samples`` an attack works on at once, whatever a forward takes, which is ``batch_size`` images.
+
+    As many as memory allows: then a forward is full until fewer are left than it takes, and each step of the attack
+    costs its time once. No more than a forward takes where what comes of a sample depends on those beside it, where a
+    service is asked, and where all that gradients need is kept until a batch has been answered.
+    """
+    attack = task.attack
+    if getattr(attack, "whole_set", False):
+        return samples
+    entangled = is_entangled(attack, task.architecture, task.chain.output)
+    if entangled or task.service or task.cell.threat.access == "gradients" or rules_of(attack).surrogate:
+        return batch_size
+    return max(batch_size, ROOM // math.prod(task.data.test.shape))
 
 
 def _numbers(of: str, fitted: Mapping[str, Tensor] | None) -> dict[str, float]:
