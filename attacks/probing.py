@@ -66,10 +66,13 @@ def probe(oracle: Oracle, x: Tensor, y: Tensor, rng: SampleRng) -> Scores:
     way.halve(FIRST)
     back = way.runs_back()
     kind[rows] = torch.where(back, REVERSED, PLAIN)
-    rows = way.keep(way.jumps(MAY) | (way.steep() & ~back))
+    rows = way.keep(way.jumps(MAY) | way.steep() | back)
     if len(rows) == 0:
         return Scores(kind, edit, twice.shape[2])
     way.halve(STEPS - FIRST)
+    rows = way.keep(way.jumps(DOES) | ~way.runs_back())  # where one ran far down at first, a jump shows only now
+    if len(rows) == 0:
+        return Scores(kind, edit, twice.shape[2])
     way.look_between(BETWEEN)
     level, all_level = way.level()
     high = way.reported.nan_to_num(-torch.inf).amax(dim=1)
