@@ -1,10 +1,12 @@
 """Who is at what work, and what is swept once nobody is."""
 
 import os
+import threading
 import time
 
 import pytest
 
+from bench.errors import StoreError
 from bench.scratch import Scratch, sweep
 from bench.system.claims import CLAIMS, Held, claim, present
 
@@ -16,6 +18,36 @@ def test_a_claim_is_exclusive_and_leaves_nothing(tmp_path):
     with claim(file):
         pass
     assert not file.parent.exists()
+
+
+def test_claims_beside_each_other_do_not_mind_that_their_folder_comes_and_goes(tmp_path):
+    errors, taken = [], []
+
+    def work(number):
+        for _ in range(100):
+            try:
+                with claim(tmp_path / "claims" / f"{number}.lock"):
+                    taken.append(number)
+            except Held:
+                pass
+            except StoreError as error:
+                errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert set(taken) == {0, 1, 2, 3}
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("file", "nowhere"):
+        with pytest.raises(StoreError, match="cannot lock"), claim(tmp_path / name / "work.lock"):
+            pass
 
 
 def test_what_killed_runs_left_is_swept_by_one_that_is_alone(tmp_path):

@@ -37,6 +37,9 @@ def claim(file: Path) -> Iterator[None]:
     except (Timeout, FileNotFoundError):  # held, or just given back with its folder
         raise Held(file.stem) from None
     except OSError as error:
+        if isinstance(error, FileExistsError) and not (file.parent.is_file() or file.parent.is_symlink()):
+            # The folder was there, and was gone when mkdir looked what it is.
+            raise Held(file.stem) from None
         raise StoreError(f"cannot lock {file}: {error.strerror or error}; choose another --out") from None
     try:
         yield
