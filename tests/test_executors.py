@@ -16,6 +16,7 @@ from bench.run.choice import choose
 from bench.run.executor import Local
 from bench.run.processes import Processes
 from bench.run.runner import run
+from bench.run.until import Ranked, Width
 from bench.system.claims import CLAIMS
 from tests.runs import Quiet
 from tests.test_cli import MODEL
@@ -123,6 +124,22 @@ def test_rows_are_equal_whoever_measured_them(done):
     assert len(files(folder / "one")) == 5 * 2 * 2 + 1
     assert store.row(cell_of(tasks, "do=ask")).complete
     assert store.row(cell_of(tasks, "do=fork")).complete  # of its two processes one goes on
+
+
+@pytest.mark.parametrize("rule", [Ranked(), pytest.param(Width(40), marks=pytest.mark.slow)], ids=str)
+def test_a_run_until_something_is_decided_takes_the_same_samples_whoever_measures_them(tmp_path, rule):
+    (tmp_path / "means.py").write_text(MODEL)
+    tasks = grid(
+        model=[f"{tmp_path / 'means.py'}:Means"], attack=["square"], defense=["none", "rnd(sigma=1)"],
+        n=60, queries=5, eps=0.1,
+    )  # fmt: skip
+    for name, executor in {"one": Local(), "two": Processes([CPU, CPU])}.items():
+        store, outcome, _ = run_in(tmp_path / name, tasks, executor, shard_size=40, until=rule)
+        assert (outcome.ran, outcome.failed) == (2, 0)
+        rows = [store.row(task.cell) for task in tasks]
+        assert any(row.stopped for row in rows)
+        assert sum(len(row.shards) for row in rows) > len(rows)  # they were looked at again
+    assert files(tmp_path / "two") == files(tmp_path / "one")
 
 
 def test_a_training_that_cells_share_is_done_once(done):
