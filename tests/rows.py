@@ -49,6 +49,12 @@ def row(
     return Row(cell, records if n else pd.DataFrame(), (Shard(cell, 0, asked or n, error=error),))
 
 
+def reached(hits: Sequence[int], distances: Sequence[float], eps: float = 0.1, defense: str = "none") -> Row:
+    """A row of a minimum-norm attack whose nearest misclassified queries lay at ``distances``."""
+    before = row(hits, defense, "rays", threat=Threat("linf", eps, "labels", 100))
+    return Row(before.cell, before.records.assign(best_distance=distances), before.shards)
+
+
 def learner(wrong: int, n: int, defense: str = "none", attack: str = "standard", seed: int = 0) -> Row:
     plain = row([NEVER] * n, defense, attack, threat=Threat("l0", 1.0, "training-data"), seed=seed)
     records = pd.DataFrame({"sample_id": range(n), "y": 0, "final_pred": [1] * wrong + [0] * (n - wrong)})

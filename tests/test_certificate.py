@@ -116,7 +116,7 @@ class TestTables:
         (table,) = tables([proven([0.3] * n, "gaussian-training") for n in (4, 8)])
         (line,) = table.lines
         assert (line.attack, line.n) == (SMOOTH, 8)
-        (curve,) = overview(table.rows).curves
+        (curve,) = overview(table.rows).graphs[0].curves
         assert curve.high[0] == 1
         assert curve.low[0] == wilson(8, 8)[0]
 
@@ -126,7 +126,7 @@ class TestTables:
         (table,) = tables(given)
         assert {line.attack for line in table.lines} == {SMOOTH, f"{SMOOTH}, seed 1"}
         assert [line.shares["r=0"].value for line in table.lines] == [2 / 3] * 2
-        assert {curve.name for curve in overview(given).curves} == {SMOOTH, f"{SMOOTH}, seed 1"}
+        assert {curve.name for curve in overview(given).graphs[0].curves} == {SMOOTH, f"{SMOOTH}, seed 1"}
 
     def test_who_has_met_less_is_not_ranked(self):
         whole, part = proven([0.3] * 4), proven([0.4] * 2, "gaussian-training")
@@ -172,12 +172,13 @@ def test_two_defenses_are_compared_at_each_radius():
 def test_its_curve_is_what_the_table_says_at_every_radius():
     rows = [proven([0.3, 1.1, 0.6, -1, 0.0], wrong=1), proven([0.1] * 5, "gaussian-training")]
     (table,) = tables(rows)
-    (curve,) = portrait(rows[:1], table.lines[:1]).curves
+    (curve,) = portrait(rows[:1], table.lines[:1]).graphs[0].curves
     assert curve.share[0] == 0.6
     assert curve.share[np.searchsorted(curve.at, 0.7)] == 0.2
     assert list(curve.at[-2:]) == [1.1, 1.1]  # nothing is proven beyond
     assert list(curve.share[-2:]) == [0.2, 0]
-    assert [each.name for each in overview(rows).curves] == [f"none, {SMOOTH}", f"gaussian-training, {SMOOTH}"]
+    (graph,) = overview(rows).graphs
+    assert [each.name for each in graph.curves] == [f"none, {SMOOTH}", f"gaussian-training, {SMOOTH}"]
     assert overview([row([1])]) is None
 
 

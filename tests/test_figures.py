@@ -13,17 +13,9 @@ from bench.report.figures_page import as_markdown
 from bench.report.leaderboard import render
 from bench.report.marks import MARKS, UNRANKED, legend, signs
 from bench.report.standings import tables
-from bench.results.store import Row
-from bench.threat import Threat
-from tests.rows import row
+from tests.rows import reached, row
 
 ROOT = Path(__file__).parents[1]
-
-
-def reached(hits: list[int], distances: list[float], eps: float = 0.1) -> Row:
-    """A row of a minimum-norm attack whose nearest misclassified queries lay at ``distances``."""
-    before = row(hits, attack="rays", threat=Threat("linf", eps, "labels", 100))
-    return Row(before.cell, before.records.assign(best_distance=distances), before.shards)
 
 
 class TestMedianDistance:

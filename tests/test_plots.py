@@ -1,5 +1,6 @@
 """Pictures as files: what is drawn, that the same figures give the same bytes, and that texts stay texts."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -8,7 +9,7 @@ from bench.oracle import NEVER
 from bench.report.plots import draw
 from bench.report.portrait import portrait
 from bench.report.standings import tables
-from tests.rows import learner, row
+from tests.rows import learner, reached, row
 
 MISCHIEF = "rnd(x=$\\frac{</text><script>1</script>)"
 
@@ -42,6 +43,32 @@ def test_the_svg_says_what_is_drawn(tmp_path):
 
 def test_a_learner_has_bars_alone(tmp_path):
     assert list(pictures([learner(2, 10, "ops"), learner(3, 10, "ops", "cutout")], tmp_path)) == ["x-attacks.svg"]
+
+
+class TestOverTheRadius:
+    """Of minimum-norm attacks, one run gives accuracy at every radius from its own on."""
+
+    def curve(self, found):
+        (table,) = tables([found])
+        return portrait(table.rows, table.lines).graphs[-1].curves[0]
+
+    def test_who_is_beaten_further_out_stands(self):
+        found = self.curve(reached([0, NEVER, NEVER, NEVER], [0.0, 0.1, 0.3, math.nan], eps=0.0))
+        stand = dict(zip(found.at.round(3).tolist(), found.share.tolist(), strict=True))
+        assert (stand[0.0], stand[0.3]) == (0.75, 0.25)
+        assert found.share[(found.at > 0.101) & (found.at < 0.299)].tolist() == [0.5] * 31
+
+    def test_it_begins_at_the_radius_of_the_run_where_searches_end(self):
+        found = self.curve(reached([5, 7, NEVER, NEVER], [0.03, 0.09, 0.4, 0.2], eps=0.1))
+        assert (found.at[0], found.share[0], found.share[-1]) == (0.1, 0.5, 0.0)
+
+    def test_it_is_drawn_beside_that_over_queries(self, tmp_path):
+        drawn = pictures([reached([5, NEVER], [0.03, 0.4], eps=0.1, defense="rnd")], tmp_path)
+        assert {"x-queries.svg", "x-radius.svg"} <= set(drawn)
+        assert b">radius (linf, pixel scale)<" in drawn["x-radius.svg"]
+
+    def test_attacks_that_seek_no_distance_have_none(self, tmp_path):
+        assert "x-radius.svg" not in pictures(served(), tmp_path)
 
 
 @pytest.mark.parametrize("name", [MISCHIEF, "_hidden", "\x1b[2J", "half\ud800"])

@@ -157,7 +157,7 @@ class TestInABrowser:
         served(page).locator("td.name a").first.click()
         assert page.locator("h1").inner_text().startswith("rnd")
         assert page.locator("#flags").inner_text().count("12 of 60 margins") == 1
-        plot = page.locator('[data-figure="curves"]')
+        plot = page.locator('[data-figure="queries"]')
         plot.scroll_into_view_if_needed()
         box = plot.locator(".nsewdrag").bounding_box()
         page.mouse.move(box["x"] + box["width"] - 3, box["y"] + box["height"] * 0.25)

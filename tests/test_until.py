@@ -213,7 +213,7 @@ class TestARowThatHasStopped:
         with pytest.raises(ConfigError, match=r"stopped early, after 80 of 200 samples.*without --until completes it"):
             duels(rows, "none", "rnd")
         (board,) = boards(tables(rows))
-        assert not any(entry.portrait.curves for entry in board.entries if entry.label == "none")
+        assert not any(entry.portrait.graphs for entry in board.entries if entry.label == "none")
 
     def test_is_left_out_of_records(self, tmp_path, capsys):
         met = stopped(drawn(0.5), 80)

@@ -135,7 +135,7 @@ def test_no_reader_of_rows_finds_a_figure_in_what_others_have_left():
     (board,) = boards(tables([whole, part]))
     (entry,) = board.entries
     assert entry.decisive == ""
-    assert entry.portrait.curves == []
+    assert entry.portrait.graphs == []
     assert [bar.name for bar in entry.portrait.bars] == ["worst of 2", "square"]
     shares = track_of(part.cell).shares([part], (100,))
     assert not any(share.n for share in shares.values())

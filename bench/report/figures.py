@@ -21,7 +21,7 @@ from bench.metrics import (
     log_query_curve_area,
     query_curve_area,
 )
-from bench.report.outcomes import certified_radius, column, query_budget
+from bench.report.outcomes import certified_radius, column, distances, query_budget
 from bench.results.store import Row
 from bench.rules import NEVER
 
@@ -147,10 +147,10 @@ def _median_distance(row: Row) -> float:
 
     A search ends when its sample falls, at a distance that says only that it is below the radius: it counts as that.
     """
-    distance = column(row, "best_distance").astype(float)[column(row, "first_hit") != 0]
-    if not np.isfinite(distance).any():
+    nearest = distances(row)[column(row, "first_hit") != 0]
+    if not np.isfinite(nearest).any():
         return math.nan
-    reached = np.where(np.isnan(distance), math.inf, np.maximum(distance, row.cell.threat.eps))
+    reached = np.maximum(nearest, row.cell.threat.eps)
     return float(np.sort(reached)[(len(reached) - 1) // 2])
 
 

@@ -1,5 +1,6 @@
 """What the records of a row say: who was right when clean, after so many queries and in the end."""
 
+import math
 import re
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
@@ -76,6 +77,13 @@ class Share:
 def column(row: Row, name: str) -> NDArray[Any]:
     """A column of the records, one entry for each sample; empty where the row does not have it."""
     return row.columns.get(name, np.zeros(0))
+
+
+def distances(row: Row) -> NDArray[np.float64]:
+    """(n,) of the nearest misclassified query that a minimum-norm attack found; infinite where none is, and of others.
+    """
+    found = column(row, "best_distance").astype(float)
+    return np.where(np.isnan(found), math.inf, found) if len(found) else np.full(row.n, math.inf)
 
 
 def query_budget(row: Row) -> int:

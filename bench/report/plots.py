@@ -23,8 +23,8 @@ UNDATED = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {"Softwa
 
 
 def draw(found: Portrait, title: str, measures: str, stem: Path, styles: Sequence[Style]) -> list[Path]:
-    """Draw what there is of ``found``, in each style: curves into ``STEM-queries`` or ``STEM-radius``, ``STEM-attacks``
-    and ``STEM-calibration``.
+    """Draw what there is of ``found``, in each style: curves into ``STEM-queries`` and ``STEM-radius``,
+    ``STEM-attacks`` and ``STEM-calibration``.
 
     Args:
         title: what stands above each picture.
@@ -47,8 +47,8 @@ def draw(found: Portrait, title: str, measures: str, stem: Path, styles: Sequenc
 
 
 def _figures(found: Portrait, title: str, measures: str) -> Iterator[tuple[str, Any]]:
-    if found.curves:
-        yield found.axis.name, _curves(shown(found.curves, MOST), found.axis, title)
+    for graph in found.graphs:
+        yield graph.axis.name, _curves(shown(graph.curves, MOST), graph.axis, title)
     if found.bars:
         yield "attacks", _bars(found.bars, title, measures)
     if found.reliability:

@@ -10,12 +10,22 @@ from numpy.typing import NDArray
 
 from bench.metrics import BINS, calibration_bins
 from bench.report.line import Line, attack_label, by_classifier, hardest
-from bench.report.outcomes import certified, certified_radius, column, is_control, network, query_budget, restricted
+from bench.report.outcomes import (
+    certified,
+    certified_radius,
+    column,
+    distances,
+    is_control,
+    network,
+    query_budget,
+    restricted,
+)  # fmt: skip
 from bench.report.ranking import counted
 from bench.report.sequence import sequence_bounds
 from bench.report.stats import wilson_bounds
 from bench.results.store import Row
 from bench.rules import NEVER
+from bench.threat import Norm
 
 WORST, CONTROL = "#d9480f", "#9a9aa2"  # colours, of the worst case and of controls, on light and on dark paper
 PALETTE = ("#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5cc4", "#8c6d31", "#4d8076")  # of attacks
@@ -46,6 +56,15 @@ RADIUS = Axis(
 )  # fmt: skip
 
 
+def distance(norm: Norm) -> Axis:
+    """Of curves over the radius of a ball in ``norm``, each from one run of a minimum-norm attack."""
+    return Axis(
+        "radius", f"radius ({norm}, pixel scale)", "robust accuracy", "radius %{x}",
+        "Images of which no misclassified query was found within the radius, with 95 % intervals; a curve is from one "
+        "run and begins at its radius, within which nothing is sought any nearer.",
+    )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Curve:
     """Accuracy (k,) at places ``at`` (k,), with the ends of its 95 % interval; that of a worst case is ``pooled``."""
@@ -57,6 +76,14 @@ class Curve:
     high: Floats
     control: bool = False
     pooled: bool = False
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Curves over one axis."""
+
+    axis: Axis
+    curves: list[Curve]
 
 
 @dataclass(frozen=True)
@@ -85,10 +112,9 @@ class Reliability:
 class Portrait:
     """All pictures of one defense in one setting; the worst case comes first, then the strongest attack."""
 
-    curves: list[Curve]
+    graphs: list[Graph]
     bars: list[Bar]
     reliability: list[Reliability]
-    axis: Axis = QUERIES  # of the curves
 
 
 def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
@@ -101,13 +127,16 @@ def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
     served = [row for row in rows if query_budget(row) and row.n]
     whole = not any(row.partial for row in rows)
     asked = served if whole and any(name.startswith("@") for line in lines for name in line.shares) else []
-    return Portrait(_curves(asked, lines), _bars(lines), _reliabilities(lines))
+    graphs = [Graph(QUERIES, _curves(asked, lines))] if asked else []
+    if near := _distance_curves(served):
+        graphs.append(Graph(distance(served[0].cell.threat.norm), near))
+    return Portrait(graphs, _bars(lines), _reliabilities(lines))
 
 
 def overview(rows: Sequence[Row]) -> Portrait | None:
     """One picture of all defenses of a table: of certificates, which have one curve each; ``None`` of others."""
     proven = [row for row in rows if row.n and row.cell.threat.access == "certificate"]
-    return Portrait(_certified_curves(proven), [], [], RADIUS) if proven else None
+    return Portrait([Graph(RADIUS, _certified_curves(proven))], [], []) if proven else None
 
 
 def curve(name: str, rows: Sequence[Row]) -> Curve:
@@ -146,6 +175,22 @@ def _certified_curve(name: str, rows: Sequence[Row]) -> Curve:
     return Curve(name, at, right / max(len(common), 1), low, high)
 
 
+def _distance_curves(rows: Sequence[Row]) -> list[Curve]:
+    """Accuracy over the radius, of each minimum-norm attack that has found anything; the lowest curve first."""
+    found = [_distance_curve(row) for row in rows if np.isfinite(distances(row)).any()]
+    return sorted(found, key=lambda each: (each.control, each.share.mean()))
+
+
+def _distance_curve(row: Row) -> Curve:
+    """From the radius of the run on, within which nothing is sought any nearer, to the largest distance found."""
+    wrong, nearest = column(row, "first_hit") == 0, distances(row)
+    reached = np.where(wrong, -1.0, np.maximum(nearest, row.cell.threat.eps))
+    at = np.linspace(row.cell.threat.eps, max(reached[np.isfinite(reached)].max(), row.cell.threat.eps), POINTS)
+    stand = row.n - np.searchsorted(np.sort(reached), at, side="right")
+    low, high = (sequence_bounds if row.sequential else wilson_bounds)(stand, row.n)
+    return Curve(attack_label(row), at, stand / row.n, low, high, is_control(row))
+
+
 def _common(rows: Sequence[Row]) -> set[int]:
     """The samples that all ``rows`` have met, by their numbers."""
     return set.intersection(*(set(column(row, "sample_id").tolist()) for row in rows))
@@ -160,8 +205,6 @@ def _hits(row: Row, ids: set[int]) -> Floats:
 
 
 def _curves(rows: Sequence[Row], lines: Sequence[Line]) -> list[Curve]:
-    if not rows:
-        return []
     single = sorted((curve(attack_label(row), [row]) for row in rows), key=lambda each: (each.control, each.share[-1]))
     return single if len(rows) == 1 else [replace(curve(lines[0].attack, counted(rows)), pooled=True), *single]
 
