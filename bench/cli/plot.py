@@ -1,4 +1,4 @@
-"""``bench plot``: accuracy against queries and radius, what each attack leaves, and calibration, as files for a paper."""
+"""``bench plot``: accuracy against queries and radius, what attacks leave, and calibration, as files for a paper."""
 
 from pathlib import Path
 from typing import Annotated, get_args
