@@ -3,7 +3,8 @@
     python benchmarks/boards.py --entries 500 --attacks 10
 
 Rows are made up, each of ``--n`` samples, with every column that a run writes. Each command is a process of its own, as
-users start them; seconds are of the clock and of the processor, which differ where others share the machine.
+users start them; seconds are of the clock and of the processor, which differ where others share the machine, and where
+the work is on several processors.
 """
 
 import argparse

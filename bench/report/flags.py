@@ -24,6 +24,7 @@ from bench.report.stats import binomial_above, fisher_below, mcnemar
 from bench.results.store import Row
 from bench.rules import NEVER
 from bench.system.files import keep_file
+from bench.system.spread import spread
 
 THRESHOLDS = {  # the effect beyond which each flag fires; docs/red-flags.md says of what, and why
     "invalid-answers": 0.0,
@@ -76,16 +77,21 @@ def flags(rows: Sequence[Row], elsewhere: Sequence[Row] = ()) -> list[Flag]:
     every, others = _by_model(rows), _by_model(elsewhere)
     served = {model: _whole(members) for model, members in every.items()}
     found: dict[tuple[str, str], Flag] = {}
-    for (defense, seed), members in sorted(every.items()):
-        signs = [*_probed(members), *_in_single_samples(members)]
-        if whole := served[defense, seed]:
-            twins = served.get((_undefended(whole[0].cell), seed), [])
-            at_other_radii = _whole(others.get((defense, seed), []))
-            every_attack = len(whole) == len(members)
+
+    def signs(model: tuple[str, int]) -> list[Sign]:
+        signs = [*_probed(every[model]), *_in_single_samples(every[model])]
+        if whole := served[model]:
+            twins = served.get((_undefended(whole[0].cell), model[1]), [])
+            at_other_radii = _whole(others.get(model, []))
+            every_attack = len(whole) == len(every[model])
             signs += [*_alone(whole, every_attack), *_beside(whole, twins), *_at_radii(whole, at_other_radii)]
-        for flag, evidence in signs:
+        return signs
+
+    models = sorted(every)
+    for (defense, seed), fired in zip(models, spread(signs, models), strict=True):
+        for flag, evidence in fired:
             shown = f"{evidence}, seed {seed}" if seed else evidence
-            found.setdefault((defense, flag), Flag(members[0].cell.setting, defense, flag, shown))
+            found.setdefault((defense, flag), Flag(every[defense, seed][0].cell.setting, defense, flag, shown))
     for row in ordered(rows):
         if sign := _certificate_contradicted(row):
             defense = row.cell.defense_label

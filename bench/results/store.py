@@ -28,6 +28,7 @@ from bench.results.records import Columns, frame, joined, length, rows_of
 from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
 from bench.results.spelling import Spelling
 from bench.system.files import keep_file, replace_file, slug
+from bench.system.spread import spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -318,7 +319,8 @@ def rows_in(folders: Iterable[Path]) -> tuple[list[Row], list[StoreError]]:
     A cell with damaged shards has the records of the others. One that lies in two folders comes once; where they give
     the same samples other results, that is damage, too, as nobody can say which is right.
     """
-    found = {folder: _read_all(folder) for folder in folders}
+    folders = list(dict.fromkeys(folders))
+    found = dict(zip(folders, spread(_read_all, folders), strict=True))
     damaged = [error for _, errors in found.values() for error in errors]
     rows = united(row for rows, _ in found.values() for row in rows)
     return rows, damaged + contradictions({folder: united(rows) for folder, (rows, _) in found.items()})

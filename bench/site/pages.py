@@ -22,6 +22,7 @@ from bench.site.boards import Board, Entry, Name, told_apart
 from bench.site.columns import columns
 from bench.system.extras import library_files
 from bench.system.files import slug
+from bench.system.spread import spread
 
 ASSETS = ("site.css", "theme.js", "site.js", "compare.js")
 EXPORT = "export{"  # how the bundle of itables ends: a module, which no browser loads from a file
@@ -47,12 +48,11 @@ def write_site(boards: Sequence[Board], out: Path) -> int:
         (out / "index.html").write_text(index, encoding="utf-8")
         (out / "compare.html").write_text(_compare(templates, boards), encoding="utf-8")
         page = templates.get_template("entry.html")
-        for board in boards:
-            for entry in board.entries:
-                _write_entry(page, board, entry, out)
+        entries = [(board, entry) for board in boards for entry in board.entries]
+        spread(lambda each: _write_entry(page, *each, out), entries)
     except OSError as error:
         raise StoreError(f"cannot write {error.filename or out}: {error.strerror}; choose another --out") from None
-    return 2 + sum(len(board.entries) for board in boards)
+    return 2 + len(entries)
 
 
 def _write_entry(page: jinja2.Template, board: Board, entry: Entry, out: Path) -> None:

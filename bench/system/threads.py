@@ -8,12 +8,12 @@ by default, cost six times as much on a busy machine. So they sleep (``bench/__i
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from bench.system.processors import processors
+
 TRAINING = 2  # of every training and data defense; other numbers train other networks under the same keys
-_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 @contextmanager
@@ -56,16 +56,6 @@ def spare(allowed: float, cores: int, machine: int, load: float) -> int:
         machine: processors of the whole machine, of which ``load`` are busy.
     """
     return max(1, round(min(allowed, cores, machine - load)))
-
-
-def processors() -> float:
-    """The processors that this process may use, by its affinity and the quota of its container."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = _QUOTA.read_text().split()
-        return min(affinity, float(quota) / float(period))
-    except (OSError, ValueError):  # no container, or no quota ("max")
-        return affinity
 
 
 def _load() -> float:

@@ -31,6 +31,7 @@ from bench.report.outcomes import (
 from bench.report.ranking import TIERS, Held, Terms, counted, ranks_of
 from bench.results.records import length
 from bench.results.store import Row
+from bench.system.spread import spread
 from bench.threat import Access
 from bench.tracks.track import Progress, Tools, Words
 
@@ -110,12 +111,14 @@ class Query:
                 value = held[name].standing[held[name].taken].mean()
             return ranked.get(name, len(worst) + 1), -float(value)
 
+        def single(name: str) -> list[Line]:  # without their rows, which need not travel
+            return [replace(_line(row, columns), row=None) for row in met[name]] if len(met[name]) > 1 else []
+
         lines = []
-        for name in sorted(worst, key=order):
-            line = with_rank(worst[name], ranked.get(name), held.get(name))
-            lines.append(line)
-            if len(met[name]) > 1:
-                lines += [_line(row, columns) for row in met[name]]
+        names = sorted(worst, key=order)
+        for name, below in zip(names, spread(single, names), strict=True):
+            lines.append(with_rank(worst[name], ranked.get(name), held.get(name)))
+            lines += [replace(line, row=row) for line, row in zip(below, met[name], strict=False)]
         return lines
 
     def contest(self, rows: Sequence[Row]) -> dict[str, Held]:
