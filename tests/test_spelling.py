@@ -7,9 +7,11 @@ import pytest
 
 from bench.plan.cell import Cell, Component
 from bench.registry import attacks, defenses, describe
+from bench.report.compare import duels
+from bench.report.selection import Selection
 from bench.report.standings import tables
 from bench.results.shards import Shard
-from bench.results.spelling import Spelling
+from bench.results.spelling import Spelling, is_spelt
 from bench.results.store import Store
 from tests.rows import row
 from tests.test_grid import plan
@@ -114,3 +116,30 @@ def test_fast_and_plain_numbers_share_no_worst_case():
     for table in found:
         worst = next(line for line in table.lines if line.attack.startswith("worst"))
         assert worst.shares["@100"].value == 0.5
+
+
+@pytest.mark.parametrize(("spec", "params", "text", "same"), [
+    ("rnd", {"sigma": 0.02}, "rnd(sigma=0.02)", True),
+    ("rnd", {"sigma": 0.02}, "rnd( sigma = 2e-2 )", True),
+    ("rnd", {}, "rnd(sigma=0.02)", True),
+    ("rnd(sigma=0.02)", {"sigma": 0.02}, "rnd", True),
+    ("rnd", {"sigma": 0.02}, "rnd(sigma=0.03)", False),
+    ("rnd(sigma=0.03)", {"sigma": 0.03}, "rnd", False),
+    ("rnd", {"sigma": 0.01}, "rnd(sigma=0.02)", False),  # as an earlier version had it
+    ("rnd", {"sigma": 0.02}, "rnd(what=1)", False),
+    ("rnd", {"sigma": 0.02}, "rnd(", False),
+    ("mine.py:Mine", {"width": 3}, "a/mine.py:Mine(width=3)", True),
+    ("mine.py:Mine(width=4)", {"width": 4}, "mine.py:Mine", False),
+])
+def test_a_chain_is_known_however_its_defaults_are_written(spec, params, text, same):
+    assert is_spelt([Component(spec, params=params)], text, defenses) == same
+    after = Component("pgd-at")
+    assert is_spelt([after, Component(spec, params=params)], f"pgd-at + {text}", defenses) == same
+
+
+def test_tables_and_comparisons_know_a_defense_in_other_words():
+    rows = [row([1, 2, 3], "rnd", "square"), row([1, 2, 2], "none", "square")]
+    (table,) = Selection(defenses=["rnd(sigma=0.02)"], attacks=["square(loss=margin)"]).of(tables(rows))
+    assert {line.defense for line in table.lines} == {"rnd"}
+    (found,) = duels(rows, "none", "rnd(sigma=0.02)")
+    assert (found.a, found.b) == ("none", "rnd")

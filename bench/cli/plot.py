@@ -1,5 +1,6 @@
 """``bench plot``: accuracy against queries and radius, what attacks leave, and calibration, as files for a paper."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -8,8 +9,11 @@ import typer
 from bench.cli.console import complain, console, path
 from bench.entries.boards import boards_in, standings
 from bench.errors import ConfigError, did_you_mean
+from bench.registry import defenses
 from bench.report.plots import Style, draw
 from bench.report.portrait import overview, portrait
+from bench.results.spelling import is_spelt
+from bench.results.store import Row
 from bench.system.files import slugs
 from bench.tracks import track_of
 
@@ -32,11 +36,7 @@ def plot(
     rows = [row for board in boards for row in board.rows]
     if not rows and not damaged:
         raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
-    known = sorted({row.cell.defense_label for row in rows})
-    for name in defense or ():
-        if name not in known:
-            hint = did_you_mean(name, known, otherwise="")
-            raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {', '.join(known)}")
+    chosen = {label for name in defense or () for label in _labels(name, rows)}
     count, shown = 0, standings(boards)
     places = slugs(table.title for table in shown)
     for table in shown:
@@ -44,7 +44,7 @@ def plot(
         stems = slugs(names)
         for name in names:
             own = [row for row in table.rows if row.cell.defense_label == name]
-            if own and (not defense or name in defense):
+            if own and (not defense or name in chosen):
                 lines = [line for line in table.lines if line.defense == name]
                 stem = within / stems[name]
                 measures = track_of(own[0].cell).measures
@@ -59,3 +59,14 @@ def plot(
         complain(error)
     if damaged:
         raise typer.Exit(2)
+
+
+def _labels(name: str, rows: Sequence[Row]) -> set[str]:
+    """What tables call the chain that somebody has named, as they write it or in other words."""
+    chains = {row.cell.defense_label: row.cell.defense for row in rows}
+    if name in chains:
+        return {name}
+    if found := {label for label, chain in chains.items() if is_spelt(chain, name, defenses)}:
+        return found
+    hint = did_you_mean(name, sorted(chains), otherwise="")
+    raise ConfigError(f"no rows of defense {name!r}; {hint and hint + ' '}present: {', '.join(sorted(chains))}")

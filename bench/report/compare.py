@@ -8,6 +8,7 @@ import numpy as np
 
 from bench.errors import ConfigError, did_you_mean
 from bench.plan.pin import placeless
+from bench.registry import defenses
 from bench.report.crossing import Crossing, crossing, falls
 from bench.report.marks import marks_of
 from bench.report.outcomes import Share, failure, is_control, network, query_budget, restricted, scope, within
@@ -17,6 +18,7 @@ from bench.report.settings import by_setting
 from bench.report.stats import holm, mcnemar, paired_bootstrap
 from bench.report.versions import by_version
 from bench.results.records import length
+from bench.results.spelling import is_spelt
 from bench.results.store import Row
 from bench.spec import parse_chain
 from bench.tracks import track_of
@@ -126,12 +128,12 @@ def refuse_stopped(rows: Iterable[Row]) -> None:
         )
 
 
-def present(name: str, rows: Iterable[Row]) -> str:
-    """The chain ``name`` as rows write it: as it was given, or with files of users by their names alone."""
+def present(name: str, rows: Sequence[Row]) -> str:
+    """The chain ``name`` as rows write it, which may be in other words, and has files of users by their names alone."""
     present = {row.cell.defense_title for row in rows}
     given = parse_chain(name)
     written, *_ = ways = [" + ".join(map(str, chain)) or "none" for chain in (map(placeless, given), given)]
-    for way in ways:
+    for way in (*ways, *(row.cell.defense_title for row in rows if is_spelt(row.cell.defense, name, defenses))):
         if way in present:
             return way
     hint = did_you_mean(written, sorted(present), otherwise="")

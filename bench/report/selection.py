@@ -2,13 +2,18 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
+from typing import Any
 
 from bench.errors import ConfigError, did_you_mean
+from bench.plan.cell import Component
 from bench.plan.pin import placeless
+from bench.registry import Registry, attacks, defenses
+from bench.report.line import attack_label
 from bench.report.standings import Table
+from bench.results.spelling import is_spelt
 from bench.spec import parse_chain
 
 _VERSION = re.compile(r"( #\w+| \(version [^)]*\))(?= \+ |$|, seed)|, seed \d+$")
@@ -19,8 +24,9 @@ _POOLED = re.compile(r"(worst|best) of \d+")
 class Selection:
     """What to show, by names: one of ``defenses``, one of ``attacks`` and one of ``tracks``; empty means all.
 
-    A name fits what is written so, with its arguments, and as a bare name every line that has it among its parts, with
-    whatever arguments. ``worst`` and ``best`` stand for all attacks together: the only line of a defense is that, too.
+    A name with its arguments fits what is the same in whatever words, and as a bare name every line that has it among
+    its parts, with whatever arguments. ``worst`` and ``best`` stand for all attacks together: the only line of a
+    defense is that, too.
     """
 
     defenses: Sequence[str] = ()
@@ -37,7 +43,7 @@ class Selection:
         wanted = {what: [*map(_written, names)] for what, names in asked.items() if names}
         if not wanted:
             return list(tables)
-        called = [_called(table) for table in tables]
+        called = [_called(table, wanted) for table in tables]
         for what, names in wanted.items():
             known = sorted({name for lines in called for line in lines for name in line[what]})
             for name in names:
@@ -64,10 +70,17 @@ def _cut(table: Table, fits: Sequence[bool]) -> Table:
     )  # fmt: skip
 
 
-def _called(table: Table) -> list[dict[str, set[str]]]:
-    """What the defense, the attack and the track of each line may be called."""
+def _called(table: Table, wanted: Mapping[str, Sequence[str]]) -> list[dict[str, set[str]]]:
+    """What the defense, the attack and the track of each line may be called, also in the words that are ``wanted``."""
     lines_of = Counter(line.defense for line in table.lines)
     names = {label: _names(label) for line in table.lines for label in (line.defense, line.attack)}
+    chains = {row.cell.defense_label: row.cell.defense for row in table.rows}
+    met = {attack_label(row): (row.cell.attack,) for row in table.rows}
+    known: list[tuple[str, Mapping[str, Sequence[Component]], Registry[Any]]]
+    known = [("defense", chains, defenses), ("attack", met, attacks)]
+    for what, parts, registry in known:
+        for label in names.keys() & parts.keys():
+            names[label] |= {name for name in wanted.get(what, ()) if is_spelt(parts[label], name, registry)}
     return [
         {
             "defense": names[line.defense],

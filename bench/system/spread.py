@@ -19,7 +19,8 @@ from typing import TypeVar
 from bench.system.interrupt import SIGNALS
 from bench.system.processors import processors
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 FEW = 100  # things, of milliseconds each, for which processes are not worth their start
 MOST = 16  # processes: answers are collected by one
@@ -38,7 +39,8 @@ def spread(function: Callable[[T], R], things: Sequence[T], processes: int | Non
         try:
             open_ends = [end for _, end in begun]
             while open_ends:
-                for end in wait(open_ends):
+                ready = wait(open_ends)
+                for end in [end for end in open_ends if end in ready]:
                     try:
                         found |= end.recv()
                     except EOFError:
