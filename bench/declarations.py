@@ -53,6 +53,10 @@ def _are_attacks(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(name, str) and _reads(name) for name in value)
 
 
+def _are_parameters(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(name, str) for name in value)
+
+
 def _reads(name: str) -> bool:
     try:
         return bool(Spec.parse(name))
@@ -112,6 +116,7 @@ OUTPUT_DEFENSE: Declarations = {
     "outside": _yes_or_no(),
     "knows": Declaration('("decode-square", "square(loss=dlr)"), the attacks that know it', _are_attacks),
     "fit": Declaration("a method fit(model, data, job)", callable),
+    "serving": Declaration('("random",), the parameters that its fit does not depend on', _are_parameters),
 }
 DATA_DEFENSE: Declarations = {
     **TRAINING_DEFENSE,

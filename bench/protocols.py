@@ -257,6 +257,8 @@ class FittedDefense(Protocol):
     """An output defense that is trained before it serves, once for each network and seed.
 
     Whoever acts at the output and has the method ``fit`` is one; all else is as of an :class:`OutputDefense`.
+    ``serving = ("random",)`` names the parameters that ``fit`` does not depend on, so that those who differ in them
+    alone learn once.
     """
 
     @property

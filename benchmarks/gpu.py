@@ -378,6 +378,9 @@ def costs(here: Here) -> None:
             here.log.say(f"  {name}: left out, no time; the same command resumes with it")
             continue
         defense: Any = defenses.create(name)
+        if hasattr(defense, "fit"):
+            here.log.say(f"  {name}: left out, it is trained first")
+            continue
         fold = not getattr(defense, "needs_batch_norm", False)
         model = numerics.fast(network, specimens, fold).module
         try:

@@ -1,15 +1,21 @@
 """The registered components by kind, and as small as their parameters allow."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from bench.check.attack import BUDGET
-from bench.check.problem import build, network, pretrained
+from bench.check.problem import build, built, network, pretrained
+from bench.dataset import Dataset
+from bench.measure.fitting import fit_defense
+from bench.protocols import FittedDefense, Job
 from bench.registry import Registry, attacks, defenses, parameters
 from bench.spec import Spec
 
 __all__ = [
-    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "network", "pretrained", "radius",
-    "small",
+    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "learned", "network", "pretrained",
+    "radius", "small",
 ]  # fmt: skip
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]
@@ -17,6 +23,7 @@ FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torch
 # train networks while they attack, what does so in no time.
 EXAMPLES = {
     "fine-tuning": "fine-tuning(from=cnn)",
+    "lq-vae": "lq-vae(width=2, steps=2)",
     "rfd": 'rfd(layer="2", sigma=0.1)',
     "query-net": "query-net(networks=2, network=cnn(width=2), first_steps=5, steps=1, fewest=3)",
     **{name: f"{name}(sigma=0.25)" for name in ("smooth", "gaussian-training", "some")},
@@ -34,6 +41,12 @@ BY_STAGE = {
     stage: [name for name in _DEFENSES if defenses.create(name).stage == stage]
     for stage in ("data", "training", "output")
 }
+
+
+def learned(defense: Any, data: Dataset) -> Mapping[str, Tensor] | None:
+    """What an output ``defense`` has learned on ``data``, where it is trained, around :func:`build`."""
+    trains = isinstance(defense, FittedDefense)
+    return fit_defense(defense, built(), data.lent(), Job(), "it") if trains else None
 
 
 def radius(norm: str) -> float:

@@ -12,6 +12,7 @@ from torch import nn
 from bench.check.attack import fitted
 from bench.check.problem import CLASSES
 from bench.dataset import Dataset, Split
+from bench.measure.fitting import around
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
 from bench.registry import attacks, datasets, defenses
@@ -19,7 +20,18 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, network, pretrained, radius, small
+from tests.registered import (
+    BY_STAGE,
+    CERTIFIERS,
+    LEARNERS,
+    QUERYING,
+    build,
+    learned,
+    network,
+    pretrained,
+    radius,
+    small,
+)
 
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
@@ -87,11 +99,13 @@ def test_a_query_is_few_launches(name, most):
 @pytest.mark.parametrize("name", BY_STAGE["output"])
 def test_an_output_defense_answers_on_the_device_without_waiting(name):
     data, defense = few(), defenses.create(name)
+    known = learned(defense, data)
     torch.manual_seed(0)
     model = build().eval()
 
     def answer(device: torch.device) -> torch.Tensor:
-        served = ServedModel(defense(copy.deepcopy(model).to(device), data.calibration.to(device), 0), defense.random)
+        own = copy.deepcopy(model).to(device)
+        served = ServedModel(around(defense, own, data.calibration.to(device), 0, known, "it"), defense.random)
         x, rng = data.test.pixels().to(device), SampleRng.create(0, torch.arange(60).to(device), "defense")
         before = gpu.waited
         with torch.no_grad():

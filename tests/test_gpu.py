@@ -6,6 +6,7 @@ from torch import nn
 
 from bench.check.attack import fitted
 from bench.check.problem import CLASSES
+from bench.measure.fitting import around
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
 from bench.protocols import Job
@@ -14,7 +15,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from bench.training import Recipe
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, network, pretrained, radius, small
+from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, learned, network, pretrained, radius, small
 from tests.test_device import few
 
 pytestmark = [
@@ -53,10 +54,12 @@ def test_an_attack_falls_the_same_samples(name, norm):
 @pytest.mark.parametrize("name", BY_STAGE["output"])
 def test_an_output_defense_answers_alike(name):
     data, defense, answers = few(), defenses.create(name), []
+    known = learned(defense, data)
     for device in (CPU, GPU):
         torch.manual_seed(0)
         model = build().eval().to(device)
-        served = ServedModel(defense(model, data.calibration.to(device), 0), defense.random)
+        module = around(defense, model, data.calibration.to(device), 0, known, "it")
+        served = ServedModel(module, defense.random)
         rng = SampleRng.create(0, torch.arange(60, device=device), "defense")
         with torch.no_grad():
             answers.append(served(data.test.pixels().to(device), rng).cpu())

@@ -23,6 +23,7 @@ Kind = Literal[
 
 FEWER = {"epochs": 1, "subspace_epochs": 1}  # of what trains, where nothing else is given
 FEWER_DRAWS = {"n": 1000}  # of certifiers
+FEWEST_STEPS = {**FEWER, "warm_up": 2, "steps": 2, "width": 2}  # of output defenses that are trained
 FEWEST = {**FEWER, "checkpoints": 1, "steps": 2, "rounds": 1, "draws": 1, "adv_steps": 1}  # of data defenses
 
 
@@ -121,8 +122,9 @@ def _kind(component: Any, registry: Registry[Any]) -> Kind:
 def _smaller(spec: Spec, registry: Registry[Any], kind: Kind) -> Spec:
     """``spec`` with fewer of what it counts, where that would take long and the user has not said how many."""
     smaller = {"learner": FEWER, "training defense": FEWER, "data defense": FEWEST, "certifier": FEWER_DRAWS}
-    fewer = smaller.get(kind, {})
-    known = parameters(registry.factory(spec.name)) or {}
+    factory = registry.factory(spec.name)
+    fewer = FEWEST_STEPS if kind == "output defense" and hasattr(factory, "fit") else smaller.get(kind, {})
+    known = parameters(factory) or {}
     return Spec(spec.name, {**{key: value for key, value in fewer.items() if key in known}, **spec.args})
 
 

@@ -60,9 +60,11 @@ def fit_key(task: Task) -> str:
 
 def defense_key(task: Task) -> str:
     """A hash of all that decides what the output defense of ``task``, which is trained, has learned."""
-    defense = next(asdict(part) for part in task.cell.defense if part.stage == "output")
-    told = (defense["spec"], defense["version"], defense["params"])
-    return _digest({"output": told, "seed": task.cell.seed, "network": recipe_key(task)})
+    defense = next(part for part in task.cell.defense if part.stage == "output")
+    unseen = getattr(task.chain.output, "serving", ())
+    told = {name: value for name, value in defense.params.items() if name not in unseen}
+    output = (defense.name, defense.version, told or defense.spec)
+    return _digest({"output": output, "seed": task.cell.seed, "network": recipe_key(task)})
 
 
 def _digest(recipe: Mapping[str, Any]) -> str:
