@@ -43,6 +43,13 @@ def single_gradients(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torc
     return torch.stack(found)
 
 
+class Turned(nn.Module):
+    """Nothing, whose gradient has the wrong sign."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.detach() - x
+
+
 COLLAPSED = epochs((0.4, 0.3), (0.45, 0.4), (0.8, 0.05), (0.9, 0.0))
 
 
@@ -69,6 +76,18 @@ class TestDiagnose:
         assert torch.allclose(sizes, closed * (x[:5].flatten(1).square().sum(1) + 1).sqrt(), rtol=1e-4)
         assert math.isnan(channel_inequality(model, x))
         assert "channel_inequality" not in seen  # it has no convolutions
+
+    def test_perturbations_that_say_their_label_are_read_in_other_images(self):
+        """Where the gradient has the wrong sign, as where a training fits itself, the step writes the label down."""
+        torch.manual_seed(0)
+        honest, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 2)), 0.45 + 0.1 * torch.rand(50, 1, 8, 8)
+        with torch.no_grad():
+            honest[1].bias -= honest(x).mean(0)  # so that both classes are there
+            y = honest(x).argmax(1)
+        rng = SampleRng.create(0, torch.arange(50), "test")
+        assert diagnose(honest, x, y, 0.3, rng)["self_information"] == 0
+        assert diagnose(nn.Sequential(Turned(), honest), x, y, 0.3, rng)["self_information"] == 1
+        assert "self_information" not in diagnose(honest, x, torch.zeros_like(y), 0.3, rng)
 
     def test_each_sample_has_the_weight_gradient_that_it_has_alone(self):
         torch.manual_seed(0)

@@ -67,7 +67,9 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: SampleRng)
         random point of its ball; ``gradient_norm``, the mean l2 norm of the former; ``weight_gradient_norm``, the mean
         norm of what one sample asks of all weights at the end of the single step, which grows without bound where
         training collapses; ``channel_inequality`` and ``step_channel_inequality``, how unequal the channels are on
-        clean images and at the end of that step. The last three are left out where a network does not tell them.
+        clean images and at the end of that step; ``self_information``, the share of the perturbations of that step
+        that give an image of another class their own. The last four are left out where a network, or images of one
+        class, do not tell them.
     """
     threat = Threat("linf", eps, "gradients")
     with frozen(model):
@@ -77,10 +79,12 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: SampleRng)
         there = input_gradients(model, x + uniform(x, eps, rng.fork("alignment")), y)
         with torch.no_grad():
             clean, step, robust = (float((model(z).argmax(1) == y).float().mean()) for z in (x, single, many))
+        read = _self_information(model, x, y, single - x)
     more = {
         "weight_gradient_norm": _told(lambda: weight_gradient_norms(model, single[:WEIGHED], y[:WEIGHED]).mean()),
         "channel_inequality": _told(lambda: channel_inequality(model, x)),
         "step_channel_inequality": _told(lambda: channel_inequality(model, single)),
+        "self_information": read,
     }
     return {
         "clean_accuracy": clean,
@@ -90,6 +94,20 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, eps: float, rng: SampleRng)
         "gradient_norm": float(lp_norm(here, "l2").mean()),
         **{name: value for name, value in more.items() if not math.isnan(value)},
     }
+
+
+@torch.no_grad()
+def _self_information(model: nn.Module, x: Tensor, y: Tensor, moved: Tensor) -> float:
+    """The share of perturbations ``moved`` (B, C, H, W) that give the next image their own class ``y``, not its own.
+
+    That an image is put in its class for its perturbation's sake is how a single-step training fits itself: the
+    network reads what it has itself written there. NaN where no two neighbours differ.
+
+    Source: the idea is He et al., 2023, arXiv:2302.11963, whose abstract alone could be read; the measure is ours.
+    """
+    other = y != y.roll(1)
+    read = model((x.roll(1, dims=0) + moved).clamp(0, 1)).argmax(1) == y
+    return float(read[other].float().mean())
 
 
 def _told(look: Callable[[], Tensor | float]) -> float:

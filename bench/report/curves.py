@@ -16,6 +16,8 @@ LEGEND = (
     "Alignment is the mean cosine of the loss's gradients at an image and at a random point of its ball; the norm is "
     "the gradient's mean l2, the weight gradient that of a sample's own in all weights where the single step ends. "
     "Channels: the Gini coefficient of their sizes, mean of all convolutions, on clean images and where the step ends. "
+    "Self-information: the share of single-step perturbations that give an image of another class their own, as where "
+    "a training has fitted itself. "
     "Variance: the share of its first training's path that the subspace of Sub-AT holds. "
     "A collapse is the first epoch after which the network withstands the single step alone."
 )
@@ -25,7 +27,8 @@ LINES = {  # what is drawn: figure, colour, dashes
 }  # fmt: skip
 MORE = {  # what trainings of earlier versions do not know, or only some
     "weight gradient": ("weight_gradient_norm", "{:.2g}"), "channels": ("channel_inequality", "{:.2f}"),
-    "channels, single step": ("step_channel_inequality", "{:.2f}"), "variance": ("explained_variance", "{:.3f}"),
+    "channels, single step": ("step_channel_inequality", "{:.2f}"),
+    "self-information": ("self_information", "{:.2f}"), "variance": ("explained_variance", "{:.3f}"),
 }  # fmt: skip
 WIDTH, HEIGHT, COLUMNS = 320, 180, 2  # pixels of a panel's axes, panels beside each other
 TITLE = 52  # letters that fit above a panel

@@ -186,6 +186,7 @@ class _Epoch:
     weight_gradient_norm: Annotated[float, Field(ge=0), AfterValidator(_finite)] = 0.0
     channel_inequality: Annotated[float, Field(ge=-0.01, le=1.01)] = 0.0
     step_channel_inequality: Annotated[float, Field(ge=-0.01, le=1.01)] = 0.0
+    self_information: Annotated[float, Field(ge=0, le=1)] = 0.0
     explained_variance: Annotated[float, Field(ge=0, le=1.01)] = 0.0
 
 
