@@ -1,5 +1,6 @@
 """What a data set is, wherever it came from."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
@@ -101,6 +102,26 @@ class Dataset:
     def released(self, train: Split) -> "Dataset":
         """This data set with another training split, as a data defense releases it."""
         return replace(self, train=train)
+
+    def restricted(self, classes: Sequence[str]) -> "Dataset":
+        """The samples of ``classes`` alone, numbered in this order.
+
+        Raises:
+            DataError: fewer than two, one twice, or one that is not there.
+        """
+        unknown = [name for name in classes if name not in self.classes]
+        if len(set(classes)) < max(2, len(classes)) or unknown:
+            told = f"{self.name} has no class {unknown[0]!r}" if unknown else f"{len(set(classes))} different classes"
+            raise DataError(f"classes {'+'.join(classes)}: {told}; name two or more of {', '.join(self.classes)}")
+        number = torch.full((len(self.classes),), -1)
+        number[[self.classes.index(name) for name in classes]] = torch.arange(len(classes))
+
+        def of_them(split: Split) -> Split:
+            labels = number[split.labels]
+            return Split(split.images[labels >= 0], labels[labels >= 0])
+
+        train, calibration, test = map(of_them, (self.train, self.calibration, self.test))
+        return replace(self, classes=tuple(classes), train=train, calibration=calibration, test=test)
 
     def specimens(self, count: int) -> Tensor:
         """At most ``count`` real images (n, C, H, W) in [0, 1] that no figure is taken of, where there are others."""

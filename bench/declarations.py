@@ -105,9 +105,14 @@ CERTIFIER: Declarations = {
     "predict": Declaration("a method predict(network, x, rng, batch, draws, alpha)", callable, required=True),
     "soften": Declaration("a method soften(network, x, rng, draws)", callable, required=True),
 }
-TRAINING_DEFENSE: Declarations = {"stage": one_of(Stage, required=True), **ANY}
+DEFENSE: Declarations = {"stage": one_of(Stage, required=True), **ANY}
+TRAINING_DEFENSE: Declarations = {
+    **DEFENSE,
+    "trains": Declaration('"two-layer", the one model that it can train', lambda value: isinstance(value, str)),
+    "check": Declaration("a method check(classes, shape)", callable),
+}
 OUTPUT_DEFENSE: Declarations = {
-    **TRAINING_DEFENSE,
+    **DEFENSE,
     "random": Declaration("False, or True where it is called with random numbers", _yes_or_no().fits, required=True),
     "batch_dependent": _yes_or_no(),
     "stateful": _yes_or_no(),
@@ -119,7 +124,7 @@ OUTPUT_DEFENSE: Declarations = {
     "serving": Declaration('("random",), the parameters that its fit does not depend on', _are_parameters),
 }
 DATA_DEFENSE: Declarations = {
-    **TRAINING_DEFENSE,
+    **DEFENSE,
     "norm": one_of(Norm, required=True),
     "eps": Declaration("8 / 255, or the radius that it keeps to", _is_radius, required=True),
     "needs_classes": _yes_or_no(),

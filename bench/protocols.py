@@ -207,7 +207,11 @@ class DataDefense(Protocol):
 
 
 class TrainingDefense(Protocol):
-    """Trains the network, as a learner does; class attribute ``stage = "training"``."""
+    """Trains the network, as a learner does; class attribute ``stage = "training"``.
+
+    Optionally ``trains``, the name of the one model that it can train, and a method ``check(classes, shape)`` that may
+    refuse data by a ConfigError before anything runs.
+    """
 
     @property
     def stage(self) -> Literal["training"]: ...

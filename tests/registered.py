@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from bench.check.attack import BUDGET
-from bench.check.problem import build, built, network, pretrained
+from bench.check.problem import build, built, network
 from bench.dataset import Dataset
 from bench.measure.fitting import fit_defense
 from bench.protocols import FittedDefense, Job
@@ -14,8 +14,8 @@ from bench.registry import Registry, attacks, defenses, parameters
 from bench.spec import Spec
 
 __all__ = [
-    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "learned", "network", "pretrained",
-    "radius", "small",
+    "BUDGET", "BY_STAGE", "CERTIFIERS", "EXAMPLES", "LEARNERS", "QUERYING", "build", "learned", "network", "radius",
+    "small",
 ]  # fmt: skip
 
 FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torchattacks:Square(n_queries=20)"]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from bench.check.attack import fitted
-from bench.check.problem import CLASSES
+from bench.check.problem import CLASSES, pretrained, to_train
 from bench.dataset import Dataset, Split
 from bench.measure.fitting import around
 from bench.oracle.served import ServedModel
@@ -20,18 +20,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from tests.pretend import GPU, MixedDevices, pretended_gpu
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import (
-    BY_STAGE,
-    CERTIFIERS,
-    LEARNERS,
-    QUERYING,
-    build,
-    learned,
-    network,
-    pretrained,
-    radius,
-    small,
-)
+from tests.registered import BY_STAGE, CERTIFIERS, LEARNERS, QUERYING, build, learned, network, radius, small
 
 BUDGET = 20
 # Looking at who is still alive takes three waits in 16 queries; the rest is laid down before, or looked at in the end.
@@ -145,7 +134,8 @@ def test_a_certifier_proves_the_same_on_the_device_and_waits_for_no_batch(name):
 def test_training_stays_on_the_device_and_waits_in_no_step(registry, name):
     def train(device: torch.device, batch_size: int) -> nn.Module:
         job = Job(device=device, pretrained=pretrained())
-        return small(name, registry, batch_size=batch_size, linear_epochs=1)(build, few(), job)
+        component = small(name, registry, batch_size=batch_size, linear_epochs=1)
+        return component(*to_train(component, few()), job)
 
     waits = []
     for batch_size in (30, 15):  # 2 steps, and 4

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from bench.check.attack import fitted
-from bench.check.problem import CLASSES
+from bench.check.problem import CLASSES, pretrained, to_train
 from bench.measure.fitting import around
 from bench.norms import lp_norm
 from bench.oracle.served import ServedModel
@@ -15,7 +15,7 @@ from bench.rng import SampleRng
 from bench.threat import Threat
 from bench.training import Recipe
 from tests.problems import asks_for, attack_with, referee
-from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, learned, network, pretrained, radius, small
+from tests.registered import BUDGET, BY_STAGE, LEARNERS, QUERYING, build, learned, network, radius, small
 from tests.test_device import few
 
 pytestmark = [
@@ -73,8 +73,9 @@ def test_an_output_defense_answers_alike(name):
 )
 def test_training_goes_the_same_way(registry, name):
     """Adam moves a weight by its rate at a step, whatever the size of the gradient, whose sign rounding may turn."""
-    data = few()
-    trained = [small(name, registry)(build, data, Job(device=device, pretrained=pretrained())) for device in (CPU, GPU)]
+    component = small(name, registry)
+    make, data = to_train(component, few())
+    trained = [component(make, data, Job(device=device, pretrained=pretrained())) for device in (CPU, GPU)]
     here, there = (nn.utils.parameters_to_vector(model.parameters()).cpu() for model in trained)
     steps = -(-len(data.train) // Recipe.for_dataset(data).batch_size)
     assert next(trained[1].parameters()).is_cuda

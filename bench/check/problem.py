@@ -1,13 +1,16 @@
 """Tiny problems on which components are tried: a network that nobody trains, and a handful of digits."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.dataset import Dataset, Split
+from bench.errors import ConfigError
 from bench.models.pretrained import Pretrained
-from bench.registry import datasets
+from bench.registry import datasets, models
 
 SAMPLES, SHAPE, CLASSES = 12, (3, 15, 15), 6  # what attacks meet
 DIGITS = 120  # in each split of what everything else meets
@@ -64,3 +67,16 @@ def built(seed: int = 0) -> nn.Module:
 def pretrained() -> Pretrained:
     """What learners start from that name a source: the network of :func:`build` as another seed has it."""
     return Pretrained("it", built(seed=1).state_dict(), frozenset({"4.weight", "4.bias"}))
+
+
+def to_train(component: Any, data: Dataset | None = None) -> tuple[Callable[[], nn.Module], Dataset]:
+    """The network and the digits, or other ``data``, that ``component`` can train: two classes where it takes no more,
+    and the one model that it trains.
+    """
+    data = digits() if data is None else data
+    try:
+        getattr(component, "check", lambda classes, shape: None)(len(data.classes), data.train.shape)
+    except ConfigError:
+        data = data.restricted(data.classes[:2])
+    only, classes, shape = getattr(component, "trains", ""), len(data.classes), data.train.shape
+    return (lambda: models.create(only)(classes, shape, None)) if only else build, data

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bench.check.problem import build, digits, pretrained
+from bench.check.problem import pretrained, to_train
 from bench.check.subject import Subject
 from bench.check.verdict import Remark, Rules, require
 from bench.measure.pipeline import kept_weights
@@ -14,9 +14,11 @@ from bench.protocols import Job
 def trained(subject: Subject, seed: int = 0, reported: list[tuple[int, int]] | None = None) -> nn.Module:
     """The network that it trains on a few digits, which stay as they were."""
     said: list[tuple[int, int]] = [] if reported is None else reported
-    job, data = Job(seed, progress=lambda done, total: said.append((done, total)), pretrained=pretrained()), digits()
+    job = Job(seed, progress=lambda done, total: said.append((done, total)), pretrained=pretrained())
+    build, data = to_train(subject.component)
     model = as_module(subject.component(build, data, job), "it")
-    require(data.fingerprint == digits().fingerprint, "it writes into the data", "work on copies: data.train.pixels()")
+    kept = to_train(subject.component)[1].fingerprint == data.fingerprint
+    require(kept, "it writes into the data", "work on copies: data.train.pixels()")
     return model
 
 
@@ -28,7 +30,7 @@ def weights_of(model: nn.Module) -> Tensor:
 def is_ready(subject: Subject) -> str:
     """It gives a network in eval mode, with finite logits, and has told of its epochs."""
     reported: list[tuple[int, int]] = []
-    data = digits()
+    build, data = to_train(subject.component)
     model = trained(subject, reported=reported)
     require(not model.training, "the network is in training mode", "end with model.eval(); Trainer.train does")
     x = data.test.pixels()

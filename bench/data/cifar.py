@@ -48,13 +48,16 @@ class _Cifar:
 
     train: int | None = added(None)
     calibrate: bool = added(True)
+    classes: str = added("")
 
     def __post_init__(self) -> None:
         if self.train is not None and self.train < 1:
             raise ConfigError(f"train is {self.train}; train on at least one image, or leave it out for all")
 
     def limited(self, data: Dataset) -> Dataset:
-        """``data`` with the first ``train`` of its training images."""
+        """``data`` with its samples of ``classes``, and of these the first ``train`` training images."""
+        if self.classes:
+            data = data.restricted(self.classes.split("+"))
         if self.train is None:
             return data
         if self.train > len(data.train):
@@ -70,6 +73,7 @@ class Cifar10(_Cifar):
     Args:
         train: so many of the training images, the first; all by default.
         calibrate: off to train on all 50,000, as papers on training data do; then nothing is there to tune on.
+        classes: of which classes, such as ``airplane+automobile``; all by default.
     """
 
     version: ClassVar[int] = 1

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bench.dataset import Dataset, Split
-from bench.registry import datasets
+from bench.registry import added, datasets
 
 TRAIN, CALIBRATION = 1000, 297  # of 1,797; the other 500 are the test split
 
@@ -20,7 +20,12 @@ class Digits:
 
     The 17 grey levels of the source are spread over 0 to 255. Mirroring or moving a digit of this size changes its
     meaning, so no augmentation is allowed.
+
+    Args:
+        classes: of which digits, such as ``3+8``; all by default. The splits keep their samples of these.
     """
+
+    classes: str = added("")
 
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Alpaydin and Kaynak, 1998, UCI Optical Recognition of Handwritten Digits"
@@ -36,10 +41,11 @@ class Digits:
             torch.from_numpy(levels[order, None]),  # (N, 1, 8, 8)
             torch.from_numpy(bunch.target[order].astype(np.int64)),
         )
-        return Dataset(
+        data = Dataset(
             name="digits",
             classes=tuple(str(digit) for digit in range(10)),
             train=everything.subset(slice(TRAIN)),
             calibration=everything.subset(slice(TRAIN, TRAIN + CALIBRATION)),
             test=everything.subset(slice(TRAIN + CALIBRATION, None)),
         )
+        return data.restricted(self.classes.split("+")) if self.classes else data

@@ -37,7 +37,7 @@ from bench.protocols import (
 from bench.registry import attacks, datasets, defenses, models
 from bench.rng import SampleRng, global_generators
 from bench.service import Service, declared_by
-from bench.spec import parse_chain
+from bench.spec import Spec, parse_chain
 from bench.system.process_state import undisturbed
 from bench.threat import Threat
 
@@ -210,6 +210,7 @@ def _task(
     learns, certifies = (attack.access == access for access in ("training-data", "certificate"))
     texts = {stage: text for stage, (text, _) in named.items()}
     _check_training(learns, texts, architecture, model, grid.dataset, data)
+    _check_trained(chain.training, texts, model)
     if certifies:
         _check_certified(service, texts, model)
         threat = Threat(cast(Certifier, attack).norm, 0.0, "certificate")
@@ -223,8 +224,9 @@ def _task(
     ids = sample_ids(data, n)
     if not len(data.train) + len(data.calibration):
         _check_fitted(attack, chain.output, grid.dataset)
-    if hasattr(attack, "check"):
-        attack.check(len(data.classes), data.test.shape)
+    for part in (chain.training, attack):
+        if part is not None and hasattr(part, "check"):
+            part.check(len(data.classes), data.test.shape)
     if grid.quantise and threat.asks:
         check_levels(data.test.pixels(torch.tensor(ids)), threat)
     cell = Cell(
@@ -327,6 +329,13 @@ def _check_training(
         )
     if not architecture.trained and len(data.train) == 0:
         raise ConfigError(f"{model} has no weights and {dataset} no training images; give weights or training images")
+
+
+def _check_trained(training: TrainingDefense | None, texts: dict[str, str], model: str) -> None:
+    """Whether the training defense can train ``model``."""
+    only = getattr(training, "trains", "")
+    if only and Spec.parse(model).name != only:
+        raise ConfigError(f"{texts['training']} trains the model {only} alone, not {model}; name that")
 
 
 def _check_certified(service: Service | None, texts: dict[str, str], model: str) -> None:
