@@ -35,10 +35,10 @@ class ConvexAdversarialTraining:
         z_k = sum_i d_ik (v_i - w_i),   subject to  s_ik x_k . v_i >= eps |v_i|_1, and the same for w_i,
 
     with s = 2 d - 1. Patterns are those that random directions have on the images, half of them on images moved to
-    random corners of their balls, and the pattern of a positive image; those that hardly anything keeps to are dropped.
-    What has left its cone can be put back, without a change of z, by a step along the direction deepest inside it. The
-    descent is Adam's, from zero, on the objective and what that step will cost; at its end it is taken. So the loss that
-    is computed is that of the network, at its worst (``worst_loss`` in its curves, beside the ``objective`` and how many
+    random corners of their balls, and that of all images on; those that hardly anything keeps to are dropped. What has
+    left its cone can be put back, without a change of z, by a step along the direction deepest inside it. The descent
+    is Adam's, from zero, on the objective and what that step will cost; at its end it is taken. So the loss that is
+    computed is that of the network, at its worst (``worst_loss`` in its curves, beside the ``objective`` and how many
     ``patterns`` there are).
 
     Args:
@@ -49,8 +49,8 @@ class ConvexAdversarialTraining:
         lr: of the descent, falling to a thousandth.
 
     Source:
-        Bai, Gautam and Sojoudi, 2022, arXiv:2201.01965, equation 22 with the hinge loss; the descent, and how it
-        comes back into the cones, are ours.
+        Bai, Gautam and Sojoudi, 2022, arXiv:2201.01965, with the hinge loss; the descent, and how it comes back into
+        the cones, are ours.
     """
 
     eps: NonNegative = 8 / 255
@@ -62,7 +62,7 @@ class ConvexAdversarialTraining:
     stage: ClassVar[Stage] = "training"
     trains: ClassVar[str] = "two-layer"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Bai, Gautam and Sojoudi, SIAM J. Math. Data Science 2023, arXiv:2201.01965"
+    paper: ClassVar[str] = "Bai, Gautam and Sojoudi, 2022, arXiv:2201.01965"
 
     def check(self, classes: int, shape: tuple[int, int, int]) -> None:
         """Whether it can train on images (C, H, W) of so many classes.
