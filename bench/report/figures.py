@@ -186,6 +186,8 @@ FIGURES: tuple[Figure, ...] = (
     Figure("false_alarms", "false alarms", "%", "lower", ("false_alarms",), _stored("false_alarms"),
            "clean images that a defense with a memory answers otherwise in a stream of clean images, each asked once, "
            "than where it has met no other", "defense", "{:.1f}", 100),
+    Figure("defense_queries", "training queries", "questions", "", ("defense_queries",), _stored("defense_queries"),
+           "answers of the network that an output defense took to be trained", "defense", "{:,.0f}"),
     Figure("probes", "probes", "questions", "", ("probes",), _stored("probes"),
            "questions that probing the service for red flags has cost, once for all attacks", "defense", "{:,.0f}"),
     *_twice("ece", "ECE", "%", ("confidence", "pred"), partial(_calibration, calibration_error), "{:.1%}",
