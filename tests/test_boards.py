@@ -10,7 +10,7 @@ from bench.entries.boards import boards_in, standings
 from bench.oracle import NEVER
 from bench.results.store import Store
 from tests.rows import row
-from tests.test_cli import bench
+from tests.test_cli import ROOT, bench
 
 N = 40
 
@@ -100,3 +100,10 @@ def test_what_lies_behind_a_link_is_not_read_and_that_is_said(boards, tmp_path, 
     alone = bench(command[0], boards, *command[1:])
     assert alone.code == 2
     assert "is a link, behind which nothing is read" in " ".join(alone.err.split())
+
+
+def test_boards_of_several_folders_stand_one_after_the_other():
+    ended = bench("leaderboard", *(ROOT / "leaderboards" / name for name in ("data-digits", "certified-digits")))
+    assert (ended.code, ended.err) == (0, "")
+    assert "### certified-digits · digits" in ended.out
+    assert "### data-digits · digits" in ended.out

@@ -22,6 +22,7 @@ from bench.cli import main
 from bench.results.store import Store
 
 ROOT = Path(__file__).parents[1]
+BOARD = str(ROOT / "leaderboards" / "data-digits")
 
 MODEL = '''
 """Nearest class mean: a real classifier of digits without any training."""
@@ -139,6 +140,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         (["run", "quick", "--dataset", "cifar10", "--data-dir", "nowhere"], "nowhere is not a folder", "--data-dir"),
         (["run", "quick", "--device", "tpu"], "device 'tpu' is not there", "use cpu"),
         (["run", "quick", "--device", "meta"], "device 'meta' is not there", "use cpu"),
+        (["leaderboard", BOARD, "nowhere"], "no results folder nowhere", "run a suite"),
+        (["leaderboard", BOARD, str(ROOT / "docs")], "docs holds no rows", "run a suite"),
         (["leaderboard", "nowhere"], "no results folder nowhere", "run a suite with --out nowhere first"),
         (["leaderboard", ".", "--format", "html"], "format is 'html'", "md, csv, latex, json"),
         (["compare"], "neither of --published and --defense", "give one of the two, or name two runs"),

@@ -14,6 +14,7 @@ import PIL.Image
 import pytest
 import torch
 
+from bench.cli.submit import last_words
 from bench.entries.boards import boards_in, standings
 from bench.entries.folder import ENTRY, VERIFIED, contents, hashed
 from bench.entries.pictures import Pictures
@@ -415,6 +416,13 @@ class TestHostile:
         assert "\\<script>" in ended.out
 
 
+def test_who_submits_a_trial_is_told_that_it_is_never_ranked():
+    trial, whole = (last_words(Path("entries/mine"), trial) for trial in (True, False))
+    assert ("never ranked" in trial, "git push" in trial) == (True, False)
+    assert ("never ranked" in whole, "git push" in whole) == (False, True)
+    assert all("bench validate entries/mine" in words for words in (trial, whole))
+
+
 class TestVerify:
     def again(self, made: tuple[Path, Ended], folder: Path) -> Ended:
         code = ["--code", f"{made[0] / 'my_defense.py'}:Rounded", "--work", made[0] / "again"]
@@ -446,7 +454,9 @@ class TestVerify:
         assert not (entry / VERIFIED).exists()
 
     def test_without_the_code_it_says_what_to_name(self, entry):
-        assert "name your own copy of it with --code" in bench("verify", entry).err
+        ended = bench("verify", entry)
+        assert "name your own copy of it with --code" in ended.err
+        assert (ended.code, ended.out) == (2, ""), "before anything is looked at"
 
     def test_other_code_than_that_of_the_entry_is_no_verification(self, entry, tmp_path, made):
         other = tmp_path / "my_defense.py"

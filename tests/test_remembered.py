@@ -118,7 +118,7 @@ def test_every_file_that_a_table_is_made_of_is_hashed():
 
     sys.addaudithook(hear)  # which nothing takes away again
     try:
-        _told(folder, _Asked(None, (100,), False, _Names((), (), ()), False))
+        _told([folder], _Asked(None, (100,), False, _Names((), (), ()), False))
     finally:
         recording = False
     assert opened

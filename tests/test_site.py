@@ -311,6 +311,16 @@ def test_the_command_writes_a_site_of_a_folder_and_says_where(tmp_path):
     assert ended.code == 0, ended.err
     assert "index.html" in ended.out
     assert (tmp_path / "site" / "index.html").exists()
+    assert "could not be read" not in (tmp_path / "site" / "index.html").read_text()
+    other = replace(cell, seed=1)
+    store.save(Shard(other, 0, 4), pd.DataFrame(columns))
+    (table,) = [path for path in store.root.rglob("*.parquet") if path.parent.name.endswith(other.key[:8])]
+    table.write_bytes(b"")
+    ended = bench("site", tmp_path / "rows", "--out", tmp_path / "site")
+    assert ended.code == 2
+    pages = [path.read_text() for path in (tmp_path / "site").rglob("*.html")]
+    assert all("Results that could not be read are missing here: 1." in page for page in pages)
+    assert f"{table.name} was altered or cut short" in (tmp_path / "site" / "index.html").read_text()
     (tmp_path / "empty").mkdir()
     ended = bench("site", tmp_path / "empty", "--out", tmp_path / "site")
     assert (ended.code, "holds no rows" in ended.err) == (2, True)

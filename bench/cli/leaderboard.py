@@ -1,6 +1,7 @@
 """``bench leaderboard``: the tables of a results folder."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -14,7 +15,9 @@ FORMATS = ("md", "csv", "latex", "json")
 
 
 def leaderboard(
-    folder: Annotated[Path, typer.Argument(parser=path, help="A results folder, or a folder of several boards.")],
+    folders: Annotated[
+        list[Path], typer.Argument(parser=path, help="Results folders, each a board, or a folder of such.")
+    ],
     style: Annotated[
         str | None,
         typer.Option("--format", help="md, csv, latex or json; md by default, made to fit a narrow terminal."),
@@ -48,7 +51,10 @@ def leaderboard(
     named = _Names(*(tuple(names or ()) for names in (defense, attack, track)))
     asked = _Asked(style, tuple(budget or (100, 1000)), all_versions, named, narrow)
     terminal = (console.width, console.color_system, console.no_color, console.encoding) if narrow else ()
-    text, damaged = remembered(folder, (asked, terminal), lambda: _told(folder, asked))
+    if len(folders) == 1:
+        text, damaged = remembered(folders[0], (asked, terminal), lambda: _told(folders, asked))
+    else:
+        text, damaged = _told(folders, asked)
     sys.stdout.write(text)
     for error in damaged:
         complain(error)
@@ -72,17 +78,19 @@ class _Asked(NamedTuple):
     narrow: bool
 
 
-def _told(folder: Path, asked: _Asked) -> Said:
+def _told(folders: Sequence[Path], asked: _Asked) -> Said:
     """The tables as text, and what is damaged."""
     from bench.cli.narrow_board import fits, print_narrow  # not before it is needed: what is remembered needs none
     from bench.entries.boards import boards_in, standings
     from bench.report.escape import in_markdown
     from bench.report.leaderboard import render
     from bench.report.selection import Selection
+    from bench.results.store import cell_folders, links_in
 
-    boards, damaged = boards_in([folder])
-    if not any(board.rows for board in boards) and not damaged:
-        raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    for folder in folders:
+        if not cell_folders(folder) and not links_in(folder):
+            raise ConfigError(f"{folder} holds no rows; run a suite with --out {folder} first")
+    boards, damaged = boards_in(folders)
     shown = Selection(*asked.names).of(standings(boards, asked.budgets, asked.all_versions))
     text = render(shown, asked.style or "md") + "\n"  # type: ignore[arg-type]
     if asked.narrow and not fits(text, console.width):

@@ -31,7 +31,7 @@ def site(
         raise ConfigError(f"{', '.join(map(str, folders))} holds no rows; run a suite with --out {folders[0]} first")
     sheets = [sheet for folder in folders for sheet in folder.rglob("sheets/*.png")]
     pictures = Pictures(folders, loader(data_dir, None))
-    pages = write_site(boards(standings(found, BUDGETS), sheets, pictures.of), out)
+    pages = write_site(boards(standings(found, BUDGETS), sheets, pictures.of), out, list(map(str, damaged)))
     console.print(f"{pages} pages; open {out / 'index.html'}", soft_wrap=True)
     for why in pictures.missing.values():
         console.print(f"no pictures of examples: {why}", soft_wrap=True)

@@ -29,7 +29,9 @@ Next, in words: look at the figures with
 and at what others will look at with
 
     bench validate {out}
+{offer}"""
 
+OFFER = """
 Then put the folder, as it is, under entries/ of a copy of Parry, on a branch of its own, and offer it:
 
     git switch --create entry-{name}
@@ -38,6 +40,11 @@ Then put the folder, as it is, under entries/ of a copy of Parry, on a branch of
     git push --set-upstream origin entry-{name}
 
 and open a pull request from that branch. Until somebody else has run bench verify, it stands as self-reported."""
+
+
+TRIAL = """
+It has met few samples, as --limit says: it is never ranked, and is not for offering. Run the same command without
+--limit, and with another --out, for an entry that is; what has run is gone on with."""
 
 
 def submit(
@@ -122,8 +129,13 @@ def submit(
         on = f" ({title})" if len(boards) > 1 else ""
         console.print(f"red flag {flag.flag}{on}: {flag.evidence}", style="yellow", soft_wrap=True)
     console.print(f"red flags: {len(fired)}; each is a reason to look, none a verdict", soft_wrap=True)
-    for line in NEXT.format(out=out, name=out.name).splitlines():
+    for line in last_words(out, trial=limit is not None).splitlines():
         console.print(line, soft_wrap=True)
+
+
+def last_words(out: Path, trial: bool) -> str:
+    """What to do with the entry ``out``; a ``trial`` has met few samples, and nobody ranks it."""
+    return NEXT.format(out=out, offer=TRIAL if trial else OFFER.format(name=out.name))
 
 
 def _check(chain: Iterable[Spec]) -> None:

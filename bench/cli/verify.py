@@ -2,6 +2,7 @@
 
 import secrets
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,8 @@ import typer
 from bench.cli.console import DataDir, Device, ModelDir, console, loader, path
 from bench.cli.console import device as find_device
 from bench.cli.validate import Code, named, show
-from bench.entries.folder import VERIFIED
-from bench.errors import ConfigError
+from bench.entries.folder import ENTRY, VERIFIED
+from bench.errors import ConfigError, StoreError
 from bench.results.store import Store
 from bench.run.progress import Screen
 
@@ -34,8 +35,9 @@ def verify(
     Code of the entry never runs: name your own copy of it with --code, once you have read it. The exit code is 1 where
     rounding and chance do not explain a difference.
     """
+    from bench.entries.statement import read_entry
     from bench.entries.validate import validate as look_at
-    from bench.entries.verify import outcome, write_verification
+    from bench.entries.verify import check_code, outcome, write_verification
     from bench.entries.verify import verify as run_again
     from bench.measure.pipeline import Pipeline
     from bench.system.threads import use_spare_threads
@@ -43,6 +45,8 @@ def verify(
     if not 0 < fraction <= 1:
         raise ConfigError(f"fraction is {fraction:g}; it is above 0 and at most 1, which runs everything again")
     given = named(code)
+    with suppress(StoreError):  # which validation tells below, with all else
+        check_code(read_entry(entry / ENTRY)[0], given)
     where, _ = find_device(device), use_spare_threads()
     parts = loader(data_dir, model_dir)
     report = look_at(entry, parts, given, where)

@@ -36,7 +36,7 @@ def remade(cell: Cell, loader: Loader, code: Path | None = None, whole: bool = T
     """
     cell = cell if whole else plain(cell)
     dataset, model, attack, *chain = (
-        _spoken(part, code) for part in (cell.dataset, cell.model, cell.attack, *cell.defense)
+        spoken(part, code) for part in (cell.dataset, cell.model, cell.attack, *cell.defense)
     )
     threat = cell.threat
     served: dict[str, Any] = {"norm": threat.norm, "eps": threat.eps, "queries": threat.query_budget}
@@ -59,7 +59,7 @@ def data_of(cell: Cell, loader: Loader) -> Dataset:
         Unknown: it is not here, or another copy of it is.
     """
     try:
-        _, data = loader.dataset(_spoken(cell.dataset, None))
+        _, data = loader.dataset(spoken(cell.dataset, None))
     except BenchError as error:
         raise Unknown(str(error).splitlines()[0]) from None
     if data.fingerprint != cell.data_hash:
@@ -82,8 +82,12 @@ def names_code(part: Component) -> bool:
         return True
 
 
-def _spoken(part: Component, code: Path | None) -> str:
-    """How to name ``part`` here."""
+def spoken(part: Component, code: Path | None) -> str:
+    """How to name ``part`` here.
+
+    Raises:
+        Unknown: it names a path, or code that ``code`` is not.
+    """
     text = part.title or part.spec
     try:
         spec = Spec.parse(text)

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import numpy as np
 
 from bench.entries.folder import ENTRY, NETWORKS, VERIFIED
-from bench.entries.remade import remade
+from bench.entries.remade import remade, spoken
 from bench.entries.standing import Verified
-from bench.entries.statement import origin, write
+from bench.entries.statement import Entry, origin, write
 from bench.entries.validate import Report
 from bench.measure.pipeline import Pipeline
-from bench.plan.cell import Cell
+from bench.plan.cell import Cell, Component
 from bench.plan.tasks import Loader, Task
 from bench.report.outcomes import (
     Share,
@@ -34,6 +34,7 @@ from bench.report.stats import holm, mcnemar
 from bench.results.store import Row, Store
 from bench.run.runner import Reporter
 from bench.run.runner import run as run_tasks
+from bench.spec import Spec, parse_chain
 from bench.system.files import keep_file
 
 LEVEL = 0.01  # of all paired tests of an entry together, after Holm
@@ -81,6 +82,16 @@ class Verdict:
     @property
     def samples(self) -> int:
         return sum(each.n for each in self.compared)
+
+
+def check_code(entry: Entry, code: Path | None) -> None:
+    """Whether what the entry names can be made with ``code``, asked before anything slow.
+
+    Raises:
+        Unknown: somebody's file is needed that is not given.
+    """
+    for spec in (*parse_chain(entry.defense), *map(Spec.parse, entry.models)):
+        spoken(Component(str(spec)), code)
 
 
 def verify(

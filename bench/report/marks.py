@@ -114,7 +114,7 @@ def marks_of(row: Row) -> frozenset[str]:
         "invalid": bool(column(seen(row), "invalid").any()),
         "curtailed": query_budget(row) < row.cell.attack.asks,
         "unconfirmed": any(_unconfirmed(shard.provenance.get("numerics")) for shard in row.shards),
-        "control": is_control(row) and row.cell.defense_name != "none",
+        "control": is_control(row),
     }
     traits = [trait for component in (row.cell.model, row.cell.attack, *row.cell.defense) for trait in component.traits]
     return frozenset([name for name, present in found.items() if present] + traits)

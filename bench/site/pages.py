@@ -28,14 +28,17 @@ ASSETS = ("site.css", "theme.js", "site.js", "compare.js")
 EXPORT = "export{"  # how the bundle of itables ends: a module, which no browser loads from a file
 
 
-def write_site(boards: Sequence[Board], out: Path) -> int:
+def write_site(boards: Sequence[Board], out: Path, unread: Sequence[str] = ()) -> int:
     """Write the site of ``boards`` into the folder ``out``, over what an earlier one has left; the number of pages.
+
+    Every page says that the figures are without what is ``unread``, and the first one what that is.
 
     Raises:
         StoreError: it cannot be written.
         ConfigError: plotly or itables is missing.
     """
     templates = _templates()
+    templates.globals["unread"] = unread
     scripts = {"plotly.js": _plotly(), **_itables()}
     try:
         for name in ("assets", "entry", "data", "pictures"):
