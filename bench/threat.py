@@ -49,10 +49,15 @@ class Threat:
         """Whether an attacker asks a served model, question by question."""
         return self.access in ("scores", "labels", "gradients")
 
+    @property
+    def proves(self) -> bool:
+        """Whether nobody attacks: a certifier proves a radius for each sample."""
+        return self.access == "certificate"
+
     def __str__(self) -> str:
         if self.access == "training-data":
             return "released training data"
-        if self.access == "certificate":
+        if self.proves:
             return f"certified {self.norm}"
         return f"{self.norm} {format_eps(self.eps, self.norm)}"
 

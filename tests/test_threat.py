@@ -1,11 +1,12 @@
 """Threats: radii in both spellings, and the ones that nobody can mean."""
 
 import math
+from typing import get_args
 
 import pytest
 
 from bench.errors import ConfigError
-from bench.threat import Threat, format_eps, parse_eps
+from bench.threat import Access, Threat, format_eps, parse_eps
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,10 @@ def test_a_threat_that_cannot_be_meant_is_refused(arguments, complaint):
 def test_large_radii_make_sense_in_other_norms():
     assert Threat("l2", 3.0, "scores", 1).eps == 3
     assert Threat("l0", 5, "training-data").query_budget is None
+
+
+@pytest.mark.parametrize("access", get_args(Access))
+def test_a_threat_asks_or_proves_or_learns(access):
+    threat = Threat("l2", 0.5, access)
+    assert threat.asks == (access in ("scores", "labels", "gradients"))
+    assert threat.proves == (access == "certificate")

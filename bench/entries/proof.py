@@ -40,7 +40,7 @@ def unproven(stored: Stored) -> Iterator[str]:
     Only certifiers that come with Parry are asked, in the version that they have today.
     """
     cell, told = stored.shard.cell, stored.columns
-    if cell.threat.access != "certificate" or names_code(cell.attack):
+    if not cell.threat.proves or names_code(cell.attack):
         return
     certifier = attacks.create(cell.attack.spec)
     if getattr(certifier, "version", None) != cell.attack.version or not hasattr(certifier, "proven"):
@@ -78,7 +78,7 @@ class Rescorer:
         cell = stored.shard.cell
         data = data_of(cell, self.loader)
         if not cell.threat.asks:
-            unseen = "what was proven: that needs its draws" if cell.threat.access == "certificate" else (
+            unseen = "what was proven: that needs its draws" if cell.threat.proves else (
                 "what the learner reached: that needs its training"
             )
             return [*self._release(data, cell, stored), *unproven(stored)], unseen

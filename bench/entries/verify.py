@@ -161,7 +161,7 @@ def _compare(stated: Row, again: Row, same_network: bool) -> Compared:
     theirs = restricted(stated, set(again.cell.ids))
     ours = restricted(again, set(again.cell.ids))
     traits = {trait for part in (cell.attack, *cell.defense) for trait in part.traits}
-    proves = cell.threat.access == "certificate"
+    proves = cell.threat.proves
     exact = same_network and not traits & {"random", "batch-dependent", "stateful"} and (cell.threat.asks or proves)
     measures = [clean, _stands] if cell.threat.asks else [tested]
     if proves:

@@ -148,7 +148,7 @@ def _same_setting(figure: Figure, cell: Cell) -> bool:
 
 def _metrics(cell: Cell) -> Collection[str]:
     """What is measured of cells of this kind."""
-    if cell.threat.access == "certificate":
+    if cell.threat.proves:
         return CERTIFIED
     return set(MEASURES) - {LEARNT, *CERTIFIED} if cell.threat.asks else {LEARNT}
 

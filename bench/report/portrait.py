@@ -135,7 +135,7 @@ def portrait(rows: Sequence[Row], lines: Sequence[Line]) -> Portrait:
 
 def overview(rows: Sequence[Row]) -> Portrait | None:
     """One picture of all defenses of a table: of certificates, which have one curve each; ``None`` of others."""
-    proven = [row for row in rows if row.n and row.cell.threat.access == "certificate"]
+    proven = [row for row in rows if row.n and row.cell.threat.proves]
     return Portrait([Graph(RADIUS, _certified_curves(proven))], [], []) if proven else None
 
 

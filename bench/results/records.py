@@ -70,7 +70,7 @@ def check_records(records: Columns, cell: Cell, ids: Sequence[int]) -> None:
         ValueError: a column is missing, of another type or out of its range, or the samples, the seed, the version of
             the attack or the queries are not those of the cell. The message names the first of these.
     """
-    certifies = cell.threat.access == "certificate"
+    certifies = cell.threat.proves
     for name in ATTACKED if cell.threat.asks else CERTIFIED if certifies else LEARNED:
         if name not in records:
             raise ValueError(f"has no column {name}")

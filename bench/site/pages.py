@@ -94,7 +94,7 @@ def outcomes(rows: Iterable[Row]) -> dict[str, Any]:
         if not row.n:
             continue
         samples = tuple(column(row, "sample_id").tolist())
-        hits, certifies = column(row, "first_hit"), row.cell.threat.access == "certificate"
+        hits, certifies = column(row, "first_hit"), row.cell.threat.proves
         radius = {"radius": np.where(certified(row, 0.0).right, column(row, "radius").round(6), -1.0).tolist(),
                   "radii": radii([row])} if certifies else {}  # fmt: skip
         found.append({
