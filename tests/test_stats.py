@@ -101,6 +101,17 @@ def test_holm_multiplies_the_smallest_most_and_never_turns_the_order():
     assert holm(np.array([0.02])) == pytest.approx([0.02])
 
 
+def test_holm_is_its_definition_on_random_tables():
+    """Of m values in order, the largest of (m - j) p_j up to each, at most 1; ties take one value."""
+    rng = np.random.default_rng(0)
+    for m in rng.integers(1, 60, 40).tolist():
+        p = (rng.random(m) ** 3).round(2)  # so that some are equal
+        ordered = np.sort(p)
+        adjusted = [min(1.0, max((m - j) * ordered[j] for j in range(place + 1))) for place in range(m)]
+        expected = [adjusted[int(np.searchsorted(ordered, one, side="left"))] for one in p]
+        assert holm(p) == pytest.approx(expected, abs=1e-12)
+
+
 def test_intervals_and_tests_are_those_of_scipy_on_random_tables():
     rng = np.random.default_rng(0)
     for n in rng.integers(1, 2000, 60).tolist():
