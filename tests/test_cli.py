@@ -151,7 +151,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         (["compare", "--defense", "rnd", "--defense", "none"], "no results folder", "bench compare FOLDER"),
         (["compare", "--published", "--figures", "nowhere"], "no published figures in nowhere", "with --figures"),
         (["compare", "nowhere", "--published"], "no results folder nowhere", "run a suite with --out nowhere first"),
-        (["compare", ".", "--published", "--format", "latex"], "format is 'latex'", "md, csv, json"),
+        (["compare", ".", "--published", "--format", "html"], "format is 'html'", "md, csv, latex, json"),
         (["ls", "attack"], "cannot list 'attack'", "attacks, defenses, models, datasets, suites"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

@@ -208,6 +208,16 @@ def test_markdown_shows_both_numbers_the_verdict_and_the_source():
     assert "- mnist · CNN · DENT · Square, linf 8/255: @100 40" in listed
 
 
+def test_latex_has_a_table_for_each_row_and_names_its_sources():
+    both = match(PUBLISHED, [row(HITS), row(HITS, defense="rnd")])
+    text = render_matches(both, PUBLISHED, "latex", show_missing=True)
+    assert text.count(r"\begin{table}") == len({each.cell.key for each in both.found}) + 1
+    assert "{[}1] @100 & 40 & 37.5 [14, 69] & -2.5 & yes &" in text
+    assert "[1] CNN, Square: Someone, 2020, table 1." in text
+    assert r"n: 50 $\neq$ 8." in text
+    assert r"mnist $\cdot$ CNN $\cdot$ DENT $\cdot$ Square, linf 8/255 & @100 40" in text
+
+
 def test_csv_and_json_hold_the_same_records():
     matches = match(PUBLISHED, [row(HITS)])
     from_json = json.loads(render_matches(matches, PUBLISHED, "json", show_missing=True))

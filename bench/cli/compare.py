@@ -12,10 +12,10 @@ from bench.cli.narrow_board import fits
 from bench.cli.narrow_duel import print_narrow_duel
 from bench.entries.standing import Known, check_boards, entries_in
 from bench.errors import ConfigError, StoreError
-from bench.report.beside_published import Style as MatchStyle
 from bench.report.beside_published import match, render_matches
 from bench.report.compare import Duel, duels
-from bench.report.compare_table import Style, render_duels
+from bench.report.compare_table import render_duels
+from bench.report.escape import Format
 from bench.report.published import load_published, result_folders
 from bench.report.two_runs import Run, duels_of_runs
 from bench.results.store import Store, united
@@ -41,18 +41,15 @@ def compare(
     ] = None,
     style: Annotated[
         str | None,
-        typer.Option(
-            "--format", help="md, csv, json; latex without --published. md by default, made to fit a narrow terminal."
-        ),
+        typer.Option("--format", help="md, csv, latex, json. md by default, made to fit a narrow terminal."),
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Show all columns, however narrow the terminal is.")] = False,
 ) -> None:
     """Compare two defenses, of two runs or of one, or rows with published figures."""
-    styles = get_args(MatchStyle if published else Style)
     narrow = style is None and not wide and not published and sys.stdout.isatty()
     style = style or "md"
-    if style not in styles:
-        raise ConfigError(f"format is {style!r}; use one of {', '.join(styles)}")
+    if style not in get_args(Format):
+        raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
     two_runs = not published and len(folders or ()) == 2 and len(defense or ()) < 2
     if published == bool(defense) and not two_runs:
         raise ConfigError(

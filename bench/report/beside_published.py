@@ -4,11 +4,11 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
-from typing import Any, Literal
+from typing import Any
 
 from bench.metrics import query_statistics
 from bench.plan.cell import Cell, Component
-from bench.report.escape import in_markdown, markdown_table, tidy
+from bench.report.escape import Format, Lines, in_markdown, latex_table, markdown_table, tidy
 from bench.report.figures import figures
 from bench.report.marks import UNRANKED, marks_of
 from bench.report.outcomes import Share, certified, clean, column, query_budget, robust, tested
@@ -19,7 +19,7 @@ from bench.rules import NEVER
 from bench.spec import Spec, parse_chain
 from bench.threat import format_eps
 
-Style = Literal["md", "csv", "json"]
+READ = "diff: ours minus the value there; in: whether our 95 % Wilson interval holds the value there"
 
 UNATTACKED = ("clean accuracy", "logit difference")
 CERTIFIED = ("certified accuracy", "average certified radius")
@@ -97,24 +97,28 @@ def match(published: Published, rows: Iterable[Row]) -> Matches:
     return matches
 
 
-def render_matches(matches: Matches, published: Published, style: Style, show_missing: bool = False) -> str:
-    """The matches as Markdown, a table for each row of ours; or as CSV or JSON, a record for each match.
+def render_matches(matches: Matches, published: Published, style: Format, show_missing: bool = False) -> str:
+    """The matches as Markdown or LaTeX, a table for each row of ours; or as CSV or JSON, a record for each match.
 
     Args:
         show_missing: list the figures without a row of ours, too; Markdown counts them in any case.
     """
     missing = matches.missing if show_missing else []
-    if style != "md":
+    if style in ("csv", "json"):
         found = [_record(each.figure, each, published.copies) for each in matches.found]
         return tidy(found + [_record(figure) for figure in missing], style)
     sources: dict[str, int] = {}
     parts = []
     ordered = sorted(matches.found, key=lambda each: (each.cell.setting, str(each.cell), each.cell.key))
-    for _, group in groupby(ordered, key=lambda each: each.cell.key):
-        parts.append(_section(list(group), sources, published.copies))
+    by_row = [list(group) for _, group in groupby(ordered, key=lambda each: each.cell.key)]
+    if style == "latex":
+        tables = [_latex(group, published.copies) for group in by_row]
+        return "\n".join((*tables, *([_missing_latex(missing)] if missing else ())))
+    for group in by_row:
+        parts.append(_section(group, sources, published.copies))
     if sources:
         parts.append("  \n".join(f"[{number}] {in_markdown(source)}" for source, number in sources.items()))
-        parts.append("diff: ours minus the value there; in: whether our 95 % Wilson interval holds the value there")
+        parts.append(READ)
     if missing:
         parts.append(_missing_section(missing))
     held = len({id(each.figure) for each in matches.found})
@@ -256,10 +260,35 @@ def _copy(cell: Cell, copies: Mapping[str, str]) -> str:
     return copies.get(cell.data_hash, f"an unknown copy ({cell.data_hash[:8]})")
 
 
-def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str, str]) -> str:
+def _section(matches: Sequence[Match], sources: dict[str, int], copies: Mapping[str, str]) -> str:
     """The table of one row of ours."""
-    cell, n = matches[0].cell, matches[0].n
-    cells = [
+    head = f"### {in_markdown(_title(matches[0]))}"
+    notes = "  \n".join(map(in_markdown, _differing(matches)))
+    parts = (head, in_markdown(_setting(matches[0], copies)), markdown_table(_lines(matches, sources)), notes)
+    return "\n\n".join(filter(None, parts))
+
+
+def _latex(matches: Sequence[Match], copies: Mapping[str, str]) -> str:
+    """The table of one row of ours, which says itself where its figures come from."""
+    sources: dict[str, int] = {}
+    lines = _lines(matches, sources)
+    cited = (f"[{number}] {source}" for source, number in sources.items())
+    told = (_title(matches[0]), _setting(matches[0], copies), *_differing(matches), READ, *cited)
+    return latex_table(lines, " ".join(f"{each}." for each in told))
+
+
+def _title(of: Match) -> str:
+    seed = f", seed {of.cell.seed}" if of.cell.seed else ""
+    return f"{of.cell.defense_title} · {of.cell.attack.spec}{seed}"
+
+
+def _setting(of: Match, copies: Mapping[str, str]) -> str:
+    return f"{of.cell.setting} · {of.n} samples, {_copy(of.cell, copies)}"
+
+
+def _lines(matches: Sequence[Match], sources: dict[str, int]) -> Lines:
+    """Published figures beside one row of ours, each with the number of its source."""
+    return [
         {
             "published": f"{_cited(each.figure, sources)} {_short(each.figure)}",
             "there": _number(each.figure.value),
@@ -270,18 +299,39 @@ def _section(matches: list[Match], sources: dict[str, int], copies: Mapping[str,
         }
         for each in matches
     ]
-    seed = f", seed {cell.seed}" if cell.seed else ""
-    head = f"### {in_markdown(f'{cell.defense_title} · {cell.attack.spec}{seed}')}"
-    setting = in_markdown(f"{cell.setting} · {n} samples, {_copy(cell, copies)}")
+
+
+def _differing(matches: Sequence[Match]) -> list[str]:
+    """What is not the same in the settings, once for all figures beside one row of ours."""
     by_kind: dict[tuple[str, str], dict[str, None]] = {}
     for difference in chain.from_iterable(each.differences for each in matches):
         by_kind.setdefault((difference.what, difference.ours), {})[difference.published] = None
-    notes = [in_markdown(f"{what}: {' or '.join(there)} ≠ {ours}") for (what, ours), there in by_kind.items()]
-    return "\n\n".join(filter(None, (head, setting, markdown_table(cells), "  \n".join(notes))))
+    return [f"{what}: {' or '.join(there)} ≠ {ours}" for (what, ours), there in by_kind.items()]
 
 
 def _missing_section(missing: Sequence[Figure]) -> str:
     """One item for each published setting, under its source."""
+    lists = [
+        "\n".join((
+            f"{in_markdown(source)}:\n",
+            *(f"- {in_markdown(setting)}: {', '.join(values)}" for setting, values in settings.items()),
+        ))
+        for source, settings in _by_source(missing).items()
+    ]
+    return "\n\n".join(("### Not run", *lists))
+
+
+def _missing_latex(missing: Sequence[Figure]) -> str:
+    lines = [
+        {"source": source, "setting": setting, "published": ", ".join(values)}
+        for source, settings in _by_source(missing).items()
+        for setting, values in settings.items()
+    ]
+    return latex_table(lines, "Not run.")
+
+
+def _by_source(missing: Sequence[Figure]) -> dict[str, dict[str, list[str]]]:
+    """What each source says of each setting."""
     by_source: dict[str, dict[str, list[str]]] = {}
     for figure in missing:
         threat = f", {figure.norm}" if figure.norm else ""
@@ -291,14 +341,7 @@ def _missing_section(missing: Sequence[Figure]) -> str:
         setting = " · ".join(part for part in parts if part != "none") + threat
         of_it = by_source.setdefault(_source(figure), {}).setdefault(setting, [])
         of_it.append(f"{_short(figure)} {_number(figure.value)}")
-    lists = [
-        "\n".join((
-            f"{in_markdown(source)}:\n",
-            *(f"- {in_markdown(setting)}: {', '.join(values)}" for setting, values in settings.items()),
-        ))
-        for source, settings in by_source.items()
-    ]
-    return "\n\n".join(("### Not run", *lists))
+    return by_source
 
 
 def _cited(figure: Figure, sources: dict[str, int]) -> str:

@@ -1,14 +1,12 @@
 """Two defenses side by side as tables that people and programs read: Markdown, LaTeX, CSV and JSON."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from bench.report.compare import Duel, Versus, listed
 from bench.report.crossing import Crossing
-from bench.report.escape import Lines, in_markdown, latex_table, markdown_table, tidy
+from bench.report.escape import Format, Lines, in_markdown, latex_table, markdown_table, tidy
 from bench.report.marks import legend, signs
-
-Style = Literal["md", "csv", "latex", "json"]
 
 BOLD = "bold: the better one, where p Holm is below 5 %"
 LEGEND = (
@@ -21,7 +19,7 @@ CROSSES = (
 )
 
 
-def render_duels(duels: Sequence[Duel], style: Style) -> str:
+def render_duels(duels: Sequence[Duel], style: Format) -> str:
     """The comparisons as Markdown or LaTeX (booktabs), a table for each setting; or tidy, a record for each line.
 
     LaTeX has the better accuracy in bold where the line is significant after Holm's adjustment. Only CSV and JSON

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from tabulate import tabulate
 
 Tidy = Literal["csv", "json"]
+Format = Literal["md", "csv", "latex", "json"]  # of tables
 Lines = Sequence[Mapping[str, str]]  # of a table: cells by the names of their columns; one that is missing is empty
 
 _CONSTRUCTS = re.compile(
@@ -29,7 +30,8 @@ _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "†": r"$\dagger$", "‡": r"$\ddagger$",
     "✗": r"$\times$", "…": r"$\ldots$", "⊂": r"$\subset$", "∘": r"$\circ$", "∩": r"$\cap$", "±": r"$\pm$",
-    "≤": r"$\leq$", "“": "``", "”": "''", "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
+    "≤": r"$\leq$", "≠": r"$\neq$", "“": "``", "”": "''",
+    "⇄": r"$\rightleftarrows$", "↔": r"$\leftrightarrow$", "∥": r"$\parallel$",
     "◷": r"$\odot$", "·": r"$\cdot$", "<": "$<$", ">": "$>$", "|": "$|$", "÷": r"$\div$",
     "Δ": r"$\Delta$", "→": r"$\to$", "⊣": r"$\dashv$", "⇥": r"$\mapsto$",
     "≈": r"$\approx$", "✓": r"$\surd$", "−": r"$-$", "◦": r"$\circ$",

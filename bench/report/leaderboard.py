@@ -2,9 +2,9 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
-from bench.report.escape import Lines, columns, in_markdown, latex_table, markdown_table, tidy
+from bench.report.escape import Format, Lines, columns, in_markdown, latex_table, markdown_table, tidy
 from bench.report.figures import BY_NAME, Place, legend, placed
 from bench.report.line import Line, hardest
 from bench.report.marks import PARTIAL, signs
@@ -14,8 +14,6 @@ from bench.report.standings import Table
 from bench.results.records import length
 from bench.results.store import Row
 from bench.tracks import TRACKS, track_of
-
-Format = Literal["md", "csv", "latex", "json"]
 
 GLANCE = "At a glance: what each attack leaves with all of its queries, in percent"
 LASTING = (
