@@ -81,7 +81,7 @@ class SubspaceAdversarialTraining(Trainer):
             ConfigError: fewer snapshots than the subspace has dimensions, or no images to choose the epoch by.
         """
         epochs = self.recipe_for(data).epochs
-        self.check(data)
+        self.check_snapshots(data)
         total = epochs + self.subspace_epochs
         basis = self.explore(build, data, part(job, 0, total))
         return self.train_inside(basis, build, data, part(job, epochs, total))
@@ -140,7 +140,7 @@ class SubspaceAdversarialTraining(Trainer):
         most = self.recipe_for(data).epochs * len(self.moments(data))  # one less than there are snapshots
         return self.dimensions or min(VARIANTS[self.variant].dimensions, most)
 
-    def check(self, data: Dataset) -> None:
+    def check_snapshots(self, data: Dataset) -> None:
         """Whether the snapshots can span the subspace.
 
         Raises:

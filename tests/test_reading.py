@@ -138,7 +138,11 @@ def test_no_command_runs_code_that_lies_in_an_entry_or_that_it_names(command, tr
             patch.chdir(folder)
             ended = bench(command, entry)
         assert not (folder / "ran").exists()
-        assert (ended.code, ended.err) == (int(command != "leaderboard"), "")
+        if command == "verify":  # which is refused before anything is looked at
+            assert ended.code == 2
+            assert "--code" in ended.err
+        else:
+            assert (ended.code, ended.err) == (int(command == "validate"), "")
 
 
 def test_running_another_suite_into_the_folder_runs_its_own_code_alone(trapped):

@@ -131,7 +131,7 @@ def compared(page, a: str, b: str) -> list[list[str]]:
     page.locator("#board").select_option(label="query · digits · cnn · linf 8/255")
     page.locator("#a").select_option(label=a)
     page.locator("#b").select_option(label=b)
-    page.wait_for_function(f"document.getElementById('said').textContent.startsWith('A = {a}, B = {b}:')")
+    page.locator("#said").filter(has_text=f"A = {a}, B = {b}:").wait_for()  # a function needs eval, which pages forbid
     return [row.split("\t") for row in page.locator("#pairs tbody").inner_text().splitlines()]
 
 
