@@ -41,7 +41,8 @@ from unittest.mock import patch
 
 import torch
 from gpu_engine import engine
-from gpu_setting import SMOKE, SQUARE, Here, Log, Quiet, Scale, batch, ceiling, seconds, tasks, wait
+from gpu_setting import SMOKE, SQUARE, Here, Log, Scale, batch, ceiling, seconds, tasks, wait
+from quiet import Quiet
 from torch import Tensor, nn
 
 from bench import numerics

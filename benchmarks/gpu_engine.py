@@ -11,7 +11,8 @@ from unittest.mock import patch
 
 import pandas as pd
 import torch
-from gpu_setting import SQUARE, Here, Quiet, batch, ceiling, seconds, tasks, wait
+from gpu_setting import SQUARE, Here, batch, ceiling, seconds, tasks, wait
+from quiet import Quiet
 from torch import Tensor, nn
 
 from bench import numerics

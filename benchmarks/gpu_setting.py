@@ -19,8 +19,6 @@ from bench.dataset import Dataset, Split
 from bench.models import resolve
 from bench.plan.suite import Suite
 from bench.plan.tasks import Loader, Task, expand
-from bench.results.store import Row
-from bench.run.units import Unit
 from bench.system.files import keep_file
 
 SQUARE = "square(preset=aaa)"
@@ -184,21 +182,6 @@ def tasks(here: Here, model: str, defense: str, attack: str, n: int, **more: Any
 def batch(here: Here) -> int:
     """Images in one forward, as the command line has it."""
     return 1024 if here.device.type == "cuda" else 256
-
-
-class Quiet:
-    """Tells nobody how a run goes; notes when its first unit began."""
-
-    begun: float | None = None
-
-    def plan(self, samples: int) -> None: ...
-    def start(self, task: Task, unit: Unit) -> None:
-        self.begun = self.begun or time.perf_counter()
-
-    def work(self, unit: Unit, done: int, total: int, what: str) -> None: ...
-    def end(self, unit: Unit, samples: int) -> None: ...
-    def finish(self, task: Task, row: Row, seconds: float) -> None: ...
-    def wait(self, cells: int) -> None: ...
 
 
 def seconds(call: Callable[[], Tensor], device: torch.device, least: float) -> float:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from quiet import Quiet
 
 from bench.measure.pipeline import Pipeline
 from bench.plan.cell import Cell
@@ -37,21 +38,6 @@ CPU = torch.device("cpu")
 CELLS, SAMPLES = 4, 250  # units of one sample
 AIM = 2.0                # milliseconds for each
 ROUNDS = 3
-
-
-class Quiet:
-    """Tells nobody how a run goes; notes when its first unit began."""
-
-    begun: float | None = None
-
-    def plan(self, samples: int) -> None: ...
-    def start(self, task: Task, unit: Unit) -> None:
-        self.begun = self.begun or time.perf_counter()
-
-    def work(self, unit: Unit, done: int, total: int, what: str) -> None: ...
-    def end(self, unit: Unit, samples: int) -> None: ...
-    def finish(self, task: Task, row: Row, seconds: float) -> None: ...
-    def wait(self, cells: int) -> None: ...
 
 
 class Instant:

@@ -21,11 +21,10 @@ from bench.results.shards import SHARDS, read_shard
 from bench.results.store import Store
 from bench.run.estimate import estimate
 from bench.run.executor import Local
-from bench.run.processes import Processes
 from bench.spec import Spec
 from bench.system.interrupt import Stopped
 from tests.test_executors import run_in
-from tests.test_fitted import NET
+from tests.test_fitted import BOTH, NET, fits
 from tests.test_runner import grid
 
 OWN = """
@@ -81,16 +80,6 @@ def own(tmp_path):
 def net(own):
     """A network that needs no training, and knows little."""
     return own.replace("Scaled", "net")
-
-
-def fits(own):
-    return (Path(own).parent / "fits").read_text().splitlines()
-
-
-BOTH = [
-    pytest.param(Local(), id="local"),
-    pytest.param(Processes([torch.device("cpu")] * 2), id="processes", marks=pytest.mark.slow),
-]
 
 
 @pytest.mark.parametrize("executor", BOTH)
