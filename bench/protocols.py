@@ -81,12 +81,18 @@ class Job:
 
 
 @runtime_checkable
-class FittedAttack(Attack, Protocol):
+class FittedAttack(Protocol):
     """An attack that learns from other images than it attacks, once for each network and seed, and then asks little.
 
-    Whoever has the methods ``fit`` and ``apply`` is one. ``most_images`` says how many training images it looks at, at
-    most, for those who plan a run.
+    Whoever has the methods ``fit`` and ``apply`` is one; all else is as of an :class:`Attack`, and ``version`` and
+    ``paper`` may be left out. What ``fit`` keeps to itself is lost: a later run finds tensors alone. ``most_images``
+    says how many training images it looks at, at most, for those who plan a run.
     """
+
+    @property
+    def access(self) -> Access: ...
+    @property
+    def norms(self) -> frozenset[Norm]: ...
 
     def fit(self, model: "Surrogate", data: Dataset, threat: Threat, job: Job) -> Mapping[str, Tensor]:
         """What it comes to on the images of ``data``, which holds no test images; found at ``oracle.fitted``.
@@ -260,7 +266,8 @@ class OutputDefense(Protocol):
 class FittedDefense(Protocol):
     """An output defense that is trained before it serves, once for each network and seed.
 
-    Whoever acts at the output and has the method ``fit`` is one; all else is as of an :class:`OutputDefense`.
+    Whoever acts at the output and has the method ``fit`` is one; all else is as of an :class:`OutputDefense`, and
+    ``version`` and ``paper`` may be left out. What ``fit`` keeps to itself is lost: a later run finds tensors alone.
     ``serving = ("random",)`` names the parameters that ``fit`` does not depend on, so that those who differ in them
     alone learn once.
     """
@@ -269,10 +276,6 @@ class FittedDefense(Protocol):
     def stage(self) -> Literal["output"]: ...
     @property
     def random(self) -> bool: ...
-    @property
-    def version(self) -> int: ...
-    @property
-    def paper(self) -> str: ...
 
     def fit(self, model: "Surrogate", data: Dataset, job: Job) -> Mapping[str, Tensor]:
         """What it learns on the images of ``data``, as it was released, which holds no test images.

@@ -161,6 +161,16 @@ def test_who_has_nothing_to_fit_on_is_told_before_anything_runs(net, tmp_path):
         planned(dataset=f"{tmp_path}/bare.py:Bare", model=[net])
 
 
+def test_who_names_no_version_and_no_paper_is_fitted_too(own, net, tmp_path):
+    file = Path(own.partition(":")[0])
+    bare = (line for line in file.read_text().splitlines() if "version" not in line and "paper" not in line)
+    file.write_text("\n".join(["class Sourced: ...", *bare]).replace("from attacks.sourced import Sourced", ""))
+    tasks = grid(attack=[own], defense=["none"], n=4, model=[net], queries=1)
+    store, outcome, _ = run_in(tmp_path / "out", tasks, Local())
+    assert outcome.failed == 0, failure(store.row(tasks[0].cell))
+    assert "fit_shift" in store.row(tasks[0].cell).figures
+
+
 def test_only_who_is_fitted_finds_something():
     x = images(1)
     oracle = referee(nn.Flatten(), x, torch.zeros(1, dtype=torch.int64), attack="sly")

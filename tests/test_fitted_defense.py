@@ -26,6 +26,7 @@ from bench.system.interrupt import Stopped
 from tests.test_executors import run_in
 from tests.test_fitted import BOTH, NET, fits
 from tests.test_runner import grid
+from tests.test_runner import run_in as run_tasks
 
 OWN = """
 from dataclasses import dataclass
@@ -211,3 +212,29 @@ def test_check_trains_it_and_says_what_it_has_learned(own):
     broken.write_text(OWN.replace("value += float(", "value += float(torch.rand(1)) * float("))
     with pytest.raises(Broken, match="one seed gives two fits"):
         learns(subject(own))
+
+
+FORGETFUL = """
+class Forgetful:
+    "A factor that it keeps to itself. It names no version and no paper, which are nobody's duty."
+    random: ClassVar = False
+    stage: ClassVar = "output"
+    factor = 1.0
+    def fit(self, model, data, job):
+        self.factor = 3.0
+        return {"something": torch.tensor(0.0)}
+    def __call__(self, model, calibration, seed, fitted=None):
+        assert fitted is not None
+        return Times(model, torch.tensor(self.factor)).eval()
+"""
+
+
+def test_it_serves_the_same_in_the_run_that_trains_it_and_in_a_later_one(own, net, tmp_path):
+    Path(own.partition(":")[0]).write_text(OWN + NET + FORGETFUL)
+    networks, rows = tmp_path / "networks", []
+    for run in ("first", "later"):
+        (task,) = grid(attack=["fgsm"], defense=[own.replace("Scaled", "Forgetful")], n=5, model=[net], queries=3)
+        outcome, store = run_tasks(tmp_path / run, [task], networks=networks)
+        assert outcome.failed == 0, failure(store.row(task.cell))
+        rows.append(store.row(task.cell).records["clean_confidence"].tolist())
+    assert rows[0] == rows[1]

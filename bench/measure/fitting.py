@@ -1,7 +1,8 @@
 """What a component has learned before it is measured, as tensors that are kept; and a defense that serves with it."""
 
+import copy
 from collections.abc import Mapping
-from typing import cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -10,6 +11,8 @@ from bench.errors import RefereeError
 from bench.oracle.served import as_module
 from bench.oracle.surrogate import Surrogate
 from bench.protocols import AtOutput, FittedDefense, Job, OutputDefense
+
+T = TypeVar("T")
 
 QUERIES = "queries"  # under this name a defense says how many answers of the network it took
 
@@ -28,6 +31,14 @@ def as_tensors(made: object, who: str) -> Mapping[str, Tensor]:
     return {name: value.detach().cpu() for name, value in made.items()}
 
 
+def to_fit(component: T) -> T:
+    """A copy of ``component`` for its method ``fit``, so that what that leaves there is lost at once.
+
+    A later run finds tensors alone, and is to come to the same.
+    """
+    return copy.deepcopy(component)
+
+
 def fit_defense(defense: FittedDefense, network: nn.Module, data: Dataset, job: Job, who: str) -> Mapping[str, Tensor]:
     """What ``defense`` has learned of ``network`` and of ``data``, which holds no test images.
 
@@ -35,7 +46,7 @@ def fit_defense(defense: FittedDefense, network: nn.Module, data: Dataset, job: 
         RefereeError: no finite tensors by their names, or fewer queries than it asked.
     """
     model = Surrogate([network]).eval()
-    made = as_tensors(defense.fit(model, data, job), who)
+    made = as_tensors(to_fit(defense).fit(model, data, job), who)
     if QUERIES in made and float(made[QUERIES]) < model.forwards:  # a training that was resumed has asked before
         raise RefereeError(
             f"the fit of {who} says that it asked {float(made[QUERIES]):,.0f} queries, and asked {model.forwards:,}"

@@ -16,7 +16,7 @@ from bench import numerics
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError, RefereeError, ServiceError
 from bench.measure.diagnostics import Watch
-from bench.measure.fitting import around, as_tensors, fit_defense
+from bench.measure.fitting import around, as_tensors, fit_defense, to_fit
 from bench.measure.isolated import Deployment, in_own_process
 from bench.measure.keys import defense_key, fit_key, learner_key, recipe_key, release_key
 from bench.measure.probe import ROUNDED, difference
@@ -245,7 +245,8 @@ class Pipeline:
 
         def fit(job: Job) -> Mapping[str, Tensor]:
             model = Surrogate([self.undefended(owner, "plain").module for owner in task.sources or (task,)])
-            return as_tensors(attack.fit(model.eval(), task.data.lent(), cell.threat.free, job), cell.attack.label)
+            made = to_fit(attack).fit(model.eval(), task.data.lent(), cell.threat.free, job)
+            return as_tensors(made, cell.attack.label)
 
         return self._kept(task, fit_key(task), progress, fit)
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.dataset import Dataset
+from bench.measure.fitting import to_fit
 from bench.measure.pipeline import deploy
 from bench.oracle.surrogate import Surrogate
 from bench.plan.tasks import Task
@@ -76,7 +77,11 @@ def seconds_of_fit(task: Task, device: torch.device) -> float | None:
     attack = cast(FittedAttack, task.attack)
     model = Surrogate([owner.build() for owner in task.sources or (task,)]).to(device).eval()
     most = min(getattr(attack, "most_images", len(task.data.train)), len(task.data.train))
-    return _seconds_of(lambda data, job: attack.fit(model, data.lent(), task.cell.threat.free, job), task, device, most)
+
+    def begin(data: Dataset, job: Job) -> object:
+        return to_fit(attack).fit(model, data.lent(), task.cell.threat.free, job)
+
+    return _seconds_of(begin, task, device, most)
 
 
 def seconds_of_defense(task: Task, device: torch.device) -> float | None:
@@ -85,7 +90,7 @@ def seconds_of_defense(task: Task, device: torch.device) -> float | None:
     model = Surrogate([task.build()]).to(device).eval()
     try:
         with undisturbed(), training_threads():
-            seconds, steps = _epoch(lambda job: defense.fit(model, data, job), task.cell.seed, device)
+            seconds, steps = _epoch(lambda job: to_fit(defense).fit(model, data, job), task.cell.seed, device)
     except Exception:  # of the component's own
         return None
     return seconds * steps
