@@ -14,9 +14,9 @@ from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from signal import SIG_DFL, SIGKILL, signal
-from typing import TypeVar
+from typing import TypeVar, cast
 
-from bench.system.interrupt import SIGNALS
+from bench.system.interrupt import SIGNALS, deferred
 from bench.system.processors import processors
 
 T = TypeVar("T")
@@ -34,24 +34,29 @@ def spread(function: Callable[[T], R], things: Sequence[T], processes: int | Non
     """
     count = _helpful(len(things)) if processes is None else processes
     found: dict[int, R] = {}
-    if count > 1:
-        begun = [_begin(function, things, range(first, len(things), count)) for first in range(count)]
-        try:
-            open_ends = [end for _, end in begun]
-            while open_ends:
-                ready = wait(open_ends)
-                for end in [end for end in open_ends if end in ready]:
-                    try:
-                        found |= end.recv()
-                    except EOFError:
-                        open_ends.remove(end)
-        finally:
-            for process, end in begun:
-                end.close()
-                with suppress(ProcessLookupError):
-                    os.kill(process, SIGKILL)
-                os.waitpid(process, 0)
+    begun: list[tuple[int, Connection]] = []
+    try:
+        with deferred(), suppress(OSError):  # no more processes, or no memory for one: the others do theirs
+            while count > 1 and len(begun) < count:
+                begun.append(_begin(function, things, range(len(begun), len(things), count)))
+        _collect([end for _, end in begun], found)
+    finally:
+        for process, end in begun:
+            end.close()
+            with suppress(ProcessLookupError):
+                os.kill(process, SIGKILL)
+            os.waitpid(process, 0)
     return [found[place] if place in found else function(thing) for place, thing in enumerate(things)]
+
+
+def _collect(ends: list[Connection], found: dict[int, R]) -> None:
+    """Put what comes out of ``ends`` into ``found``, until each has ended, or broken off."""
+    while ends:
+        for end in wait(ends):
+            try:
+                found |= cast(Connection, end).recv()
+            except Exception:  # the end, half a message, or an answer that cannot be made again here
+                ends.remove(cast(Connection, end))
 
 
 def _helpful(things: int) -> int:
