@@ -30,8 +30,8 @@ TOLD = 16  # answers in a message
 def spread(function: Callable[[T], R], things: Sequence[T], processes: int | None = None) -> list[R]:
     """``function`` of each of ``things``, in their order, by so many ``processes``; as many as help by default.
 
-    The function depends on nothing that it changes, its answers can be pickled, and it does not compute with torch: where
-    this process has done so on several threads, a fork that does waits for ever.
+    The function depends on nothing that it changes, its answers can be pickled, and it does not compute with torch:
+    where this process has done so on several threads, a fork that does waits for ever.
     """
     count = _helpful(len(things)) if processes is None else processes
     found: dict[int, R] = {}
