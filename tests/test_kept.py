@@ -1,10 +1,12 @@
 """What one step keeps for a later one is taken up only as it was written."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from bench.errors import StoreError
+from bench.measure.keys import recipe_key, release_key
 from bench.measure.pipeline import Pipeline
 from bench.system.sealed import keep_tensors, kept_tensors
 from tests.test_runner import grid
@@ -83,3 +85,26 @@ def test_a_release_under_the_name_of_another_is_refused(tmp_path):
     path.rename(other)
     with pytest.raises(StoreError, match="delete it"):
         pipeline.kept_release(two)
+
+
+SOURCE = """
+from dataclasses import replace
+from bench.registry import datasets
+def moved():
+    return lambda folder: replace(datasets.create("digits")(folder), shift={shift})
+"""
+
+
+def test_a_network_is_not_taken_up_under_other_augmentations(tmp_path):
+    """The hash of the images does not tell how they are flipped and shifted in training."""
+    x = np.random.default_rng(0).integers(0, 256, (200, 8, 8, 1), dtype=np.uint8)
+    y = np.arange(200) % 10
+    np.savez(tmp_path / "mine.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    named = [f"npz(path={tmp_path}/mine.npz{more})" for more in ("", ", flip=true", ", shift=2")]
+    for shift in (0, 3):
+        (tmp_path / f"{shift}").mkdir()
+        (tmp_path / f"{shift}" / "mine.py").write_text(SOURCE.format(shift=shift))
+        named.append(f"{tmp_path}/{shift}/mine.py:moved")
+    tasks = [grid(dataset=name, attack=["square"], defense=["ops + pgd-at"], n=5)[0] for name in named]
+    assert len({task.cell.data_hash for task in tasks}) == 2
+    assert len({recipe_key(task) for task in tasks}) == len({release_key(task.cell) for task in tasks}) == len(tasks)

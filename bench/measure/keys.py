@@ -16,11 +16,23 @@ def data_defense(cell: Cell) -> Component | None:
     return next((component for component in cell.defense if component.stage == "data"), None)
 
 
+def _images(cell: Cell) -> str:
+    """What decides the images that ``cell`` trains on: their hash, and what that does not tell, how they are augmented.
+
+    The latter goes without saying where a source that comes with Parry always gives the same.
+    """
+    source = cell.dataset
+    told = {name: source.params[name] for name in ("flip", "shift") if source.params.get(name)}
+    if not isinstance(source.version, int):  # a user's file, whose code says it
+        told["version"] = source.version
+    return f"{cell.data_hash} {json.dumps(told, sort_keys=True)}" if told else cell.data_hash
+
+
 def release_key(cell: Cell) -> str:
     """A hash of all that decides the protected training images of ``cell``, which has a data defense."""
     defense = data_defense(cell)
     assert defense is not None
-    recipe = {"data": cell.data_hash, "defense": asdict(defense), "seed": cell.seed}
+    recipe = {"data": _images(cell), "defense": asdict(defense), "seed": cell.seed}
     return _digest(recipe)
 
 
@@ -34,7 +46,7 @@ def recipe_key(task: Task) -> str:
     cell = task.cell
     early = [defense for defense in cell.defense if defense.stage != "output"]
     recipe: dict[str, Any] = {
-        "data": cell.data_hash,
+        "data": _images(cell),
         "model": asdict(cell.model),
         "weights": cell.weights_hash,
         "defenses": [asdict(defense) for defense in early],
@@ -53,7 +65,7 @@ def fit_key(task: Task) -> str:
     told = {name: value for name, value in attack.params.items() if name != "from"}
     return _digest({
         "attack": (attack.name, attack.version, told or attack.spec), "norm": cell.threat.norm,
-        "eps": cell.threat.eps, "data": cell.data_hash, "seed": cell.seed,
+        "eps": cell.threat.eps, "data": _images(cell), "seed": cell.seed,
         "networks": [recipe_key(owner) for owner in task.sources or (task,)],
     })  # fmt: skip
 
