@@ -1,4 +1,4 @@
-"""HYPO and NTGA: what each says it makes small or large is so, against slow references."""
+"""HYPO, NTGA and TensorClog: what each says it makes small or large is so, against slow references."""
 
 import itertools
 
@@ -13,8 +13,11 @@ from bench.protocols import Job
 from bench.training import Recipe
 from defenses import ntga
 from defenses.checkpoints import train_checkpoints
+from defenses.features import features_of, last_linear
 from defenses.hypo import HypocriticalPerturbations
 from defenses.ntga import NeuralTangentGeneralizationAttack, learned, tangent_kernel
+from defenses.surrogate import surrogate_job
+from defenses.tensor_clog import TensorClog, clog, new_head
 
 EPS = 16 / 255
 
@@ -135,3 +138,69 @@ class TestNtga:
         assert not torch.equal(released.images, empty.train.images)
 
 
+
+
+class TestTensorClog:
+    def test_what_is_made_small_is_what_autograd_says_of_each_image(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Flatten(), nn.Linear(12, 7), nn.ReLU(), nn.Linear(7, 4))
+        x, y, head = torch.rand(5, 3, 2, 2), torch.tensor([0, 3, 1, 1, 2]), new_head(network[3], 3)
+        served = nn.Sequential(*network[:3], head.requires_grad_(True))
+        norms = []
+        for image, label in zip(x.split(1), y.split(1), strict=True):
+            slopes = torch.autograd.grad(F.cross_entropy(served(image), label), [head.weight, head.bias])
+            norms.append(sum(slope.norm() for slope in slopes))
+        torch.testing.assert_close(clog(network, network[3], head)(x, y), torch.stack(norms))
+
+    def test_a_new_head_is_drawn_anew_from_each_seed_alone(self):
+        old = nn.Linear(30, 10)
+        one, same, other = (new_head(old, seed) for seed in (1, 1, 2))
+        assert torch.equal(one.weight, same.weight)
+        assert torch.equal(one.bias, same.bias)
+        assert not torch.equal(one.weight, other.weight)
+        assert not torch.equal(one.bias, other.bias)
+        assert one.weight.abs().max() <= (6 / 40) ** 0.5
+        assert one.bias.abs().max() <= 30**-0.5
+
+    def test_images_are_those_of_a_loop_over_single_ones(self, digits):
+        defense = TensorClog(eps=EPS, steps=5, lr=0.002, epochs=15, network="cnn(width=4)")
+        released, network, differing = defense(digits, Job()).images, protecting(digits), 0
+        old = last_linear(network, digits.train.pixels(slice(2)))
+        loss = clog(network, old, new_head(old, surrogate_job(Job()).seed))
+        for row in range(8):
+            clean = digits.train.images[row : row + 1] / 255
+            low, high = (clean - EPS).clamp(min=0), (clean + EPS).clamp(max=1)
+            x = clean
+            for _ in range(5):
+                x = x.detach().requires_grad_(True)
+                cost = loss(x, digits.train.labels[row : row + 1]) + 0.05 * (x - clean).norm()
+                (slope,) = torch.autograd.grad(cost.sum(), x)
+                x = (x.detach() - 0.002 * slope).clamp(low, high)
+            differing += int(((255 * x[0]).round() != released[row]).sum())
+        assert not torch.equal(released, digits.train.images)
+        assert differing <= 8 * 64 / 50
+
+    def test_a_new_head_on_the_same_features_learns_less_and_of_noise_does_not(self, digits):
+        defense = TensorClog(eps=64 / 255, steps=50, epochs=15, network="cnn(width=4)")
+        released, network = defense(digits, Job()).pixels(), protecting(digits)
+        old = last_linear(network, digits.train.pixels(slice(2)))
+
+        def features(x):
+            with features_of(old) as seen, torch.no_grad():
+                network(x)
+            return seen[0]
+
+        def accuracy(x, seed):
+            """On test images, of a head that was trained on ``x`` by gradient descent."""
+            head, learned_from = new_head(old, seed).requires_grad_(True), features(x)
+            optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
+            for _ in range(200):
+                optimizer.zero_grad()
+                F.cross_entropy(head(learned_from), digits.train.labels).backward()
+                optimizer.step()
+            return float((head(features(digits.test.pixels())).argmax(1) == digits.test.labels).float().mean())
+
+        for seed in (surrogate_job(Job()).seed, 1):  # the head that it was made for, and another
+            clean, protected = accuracy(digits.train.pixels(), seed), accuracy(released, seed)
+            assert protected < clean - 0.2
+            assert accuracy(noisy(digits, 64), seed) > clean - 0.1
