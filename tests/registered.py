@@ -24,6 +24,7 @@ FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torch
 EXAMPLES = {
     "fine-tuning": "fine-tuning(from=cnn)",
     "lq-vae": "lq-vae(width=2, steps=2)",
+    "pni": "pni(epochs=1, steps=1)",
     "zo-denoiser": "zo-denoiser(warm_up=2, steps=2)",
     "rfd": 'rfd(layer="2", sigma=0.1)',
     "query-net": "query-net(networks=2, network=cnn(width=2), first_steps=5, steps=1, fewest=3)",
