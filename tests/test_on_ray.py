@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -170,6 +172,50 @@ def test_more_workers_than_there_is_room_for_are_refused(ray, tmp_path):
     ray.init(num_cpus=1, address="local", include_dashboard=False, log_to_driver=False)
     with pytest.raises(BenchError, match=r"there is room for 1 workers in the cluster \(CPU\), not for 2"):
         run_in(tmp_path, given(tmp_path), OnRay(None, 2, "cpu"))
+
+
+@pytest.fixture
+def guarded(tmp_path, ray):
+    """The home folder and the address of a cluster here that asks for a token."""
+    home, port = tmp_path / "home", 6400 + os.getpid() % 1000
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray" / "auth_token").write_text("0123456789abcdef" * 4)
+    asked = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", f"--port={port}",
+             "--node-ip-address=127.0.0.1", "--num-cpus=1", "--include-dashboard=false"]  # fmt: skip
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    with (tmp_path / "head.log").open("w") as said:
+        head = subprocess.Popen(asked, env={**clean, "HOME": str(home)}, stdout=said, stderr=said)
+    try:
+        while "runtime started" not in (tmp_path / "head.log").read_text():
+            assert head.poll() is None
+            time.sleep(0.2)
+        yield home, f"127.0.0.1:{port}", clean
+    finally:
+        children = below(head.pid)
+        head.terminate()
+        head.wait()
+        assert gone(children)
+
+
+@pytest.mark.slow
+def test_a_cluster_that_asks_for_a_token_gets_it_or_the_user_is_told(tmp_path, guarded):
+    home, address, clean = guarded
+    script = "from bench.run.cluster import connected\nwith connected(sys.argv[1], None) as ray: print(ray.nodes())"
+
+    def said(**more):
+        asked = [sys.executable, "-c", f"import sys\n{script}", address]
+        done = subprocess.run(asked, env={**clean, "HOME": str(tmp_path), **more}, capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    assert "NodeID" in said(HOME=str(home))
+    assert "NodeID" in said(RAY_AUTH_TOKEN="0123456789abcdef" * 4)
+    refused = f"the Ray cluster at {address} asks for its token, and "
+    for told, more in {
+        "there is none here; put what `ray get-auth-token` prints": {},
+        "that of RAY_AUTH_TOKEN is another; put what": {"RAY_AUTH_TOKEN": "another"},
+        "RAY_AUTH_MODE=disabled sends none; set it to token": {"HOME": str(home), "RAY_AUTH_MODE": "disabled"},
+    }.items():
+        assert refused + told in said(**more)
 
 
 @pytest.mark.slow

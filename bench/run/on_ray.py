@@ -6,8 +6,6 @@ whoever has made it sends here. A worker or a machine that is lost is replaced b
 """
 
 import json
-import logging
-import os
 import sys
 import time
 from collections import deque
@@ -23,13 +21,13 @@ from bench.measure.needs import needs
 from bench.measure.pipeline import Pipeline
 from bench.plan.tasks import Task
 from bench.registry import code_hash
+from bench.run.cluster import connected, ray_library
 from bench.run.executor import Busy, Done, Event, Listener, Lost, Pool
 from bench.run.place import Place, Said
 from bench.run.processes import LAST, STARTS, event_of
 from bench.run.units import Unit
 from bench.run.worker import Finished, Setup
 from bench.system.claims import Held
-from bench.system.extras import library
 from bench.system.files import keep_file
 from bench.system.interrupt import deferred
 from bench.tracks import Tools
@@ -37,7 +35,6 @@ from bench.tracks import Tools
 BEGIN = 300.0   # seconds in which the cluster has to give a worker where there is none
 GRACE = 5.0     # seconds for a place to end its worker
 SAID = 10_000   # characters of what a worker has printed that are kept
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}  # nothing is told to anybody
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class OnRay:
     """So many ``workers`` (as many as there is room for, by default) on devices of this ``kind``, cpu or cuda.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or the address is none.
     """
 
     address: str | None
@@ -54,7 +51,7 @@ class OnRay:
     threads: int = 1
 
     def __post_init__(self) -> None:
-        _ray()
+        ray_library(self.address)
         if self.kind not in ("cpu", "cuda"):
             raise ConfigError(f"Ray gives out processors and GPUs of CUDA, not {self.kind}; use --executor processes")
 
@@ -65,7 +62,8 @@ class OnRay:
     @contextmanager
     def open(self, tasks: Sequence[Task], tools: Tools) -> Iterator[Pool]:
         parcel = Setup.of(tasks, tools).packed()
-        with _cluster(self) as ray:
+        processors = self.workers if self.kind == "cpu" else None
+        with connected(self.address, processors) as ray:
             pool = _Pool(ray, self, parcel, {task.cell.key: task for task in tasks}, tools.pipeline)
             del parcel
             try:
@@ -73,38 +71,6 @@ class OnRay:
                 yield pool
             finally:
                 pool.close()
-
-
-def _ray() -> Any:
-    for name, value in QUIET.items():
-        os.environ.setdefault(name, value)
-    return library("ray", "ray")
-
-
-@contextmanager
-def _cluster(asked: OnRay) -> Iterator[Any]:
-    """Ray, connected as ``asked``, or as this process is already."""
-    ray = _ray()
-    if ray.is_initialized():
-        yield ray
-        return
-    more: dict[str, Any] = {"address": asked.address}
-    if not asked.address:  # it listens to nobody else
-        more = {"address": "local", "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        more |= {"num_cpus": asked.workers} if asked.workers and asked.kind == "cpu" else {}
-    try:
-        with deferred():  # Ray takes signals for itself
-            ray.init(log_to_driver=False, logging_level=logging.CRITICAL, **more)
-    except Exception as error:  # of many kinds
-        ray.shutdown()
-        reason = str(error).strip().partition("\n")[0]
-        where = f"no Ray cluster answers at {asked.address}" if asked.address else "Ray does not start"
-        raise BenchError(f"{where} ({type(error).__name__}: {reason})") from error
-    try:
-        yield ray
-    finally:
-        with deferred():
-            ray.shutdown()
 
 
 @dataclass
