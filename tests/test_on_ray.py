@@ -115,6 +115,29 @@ def test_rows_are_equal_when_a_worker_and_a_place_are_killed(tmp_path, ray):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(OLD)
+def test_data_and_networks_are_put_into_the_object_store_once(tmp_path, ray, monkeypatch):
+    put, sizes = ray.put, []
+
+    def counted(value):
+        sizes.append({name: len(file) for name, file in value.items()} if isinstance(value, dict) else len(value))
+        return put(value)
+
+    monkeypatch.setattr(ray, "put", counted)
+    file = tmp_path / "own.py"
+    file.write_text(MODEL + SLOWLY)
+    trained = {"defense": ["pgd-at(epochs=1, steps=1)"], "queries": 3, "n": 100}
+    tasks = grid(model=["cnn(width=4)"], attack=[f"{file}:Attack(do=ask)"], **trained)
+    _, outcome, told = run_in(tmp_path, tasks, OnRay(None, 2, "cpu"))
+    assert (outcome.ran, outcome.failed) == (1, 0)
+    assert (len(told.made), len(told.begun)) == (1, 20)
+    data, network = sizes  # for the worker that has not made it
+    assert data > sum(images.numel() for images in (tasks[0].data.train.images, tasks[0].data.test.images))
+    (ours,) = (tmp_path / "networks").glob("*.safetensors")
+    assert network[ours.name] == ours.stat().st_size
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(OLD)
 def test_rows_are_equal_when_a_machine_is_lost(tmp_path, ray):
     from ray.cluster_utils import Cluster
 
