@@ -331,7 +331,7 @@ class TestPictures:
     def test_examples_are_shown_beside_the_images_of_the_data_set_here(self, entry):
         stored = next(stored for path in entry.rglob(SHARDS) if is_defended(stored := read_shard(path)))
         row = Row(stored.shard.cell, stored.records, (stored.shard,))
-        shown = PIL.Image.open(io.BytesIO(Pictures([entry], LOADER).of(row)))
+        shown = PIL.Image.open(io.BytesIO(Pictures([entry], lambda: LOADER).of(row)))
         assert shown.format == "PNG"
         left, top = MARGIN + NAMES, MARGIN + 36 + 2 * 22 + 34  # below the title, two lines and the heads
         tile = np.asarray(shown.convert("L").crop((left, top, left + 128, top + 128)))
@@ -344,9 +344,9 @@ class TestPictures:
     def test_without_examples_or_data_there_are_none_and_the_reason_is_told(self, entry):
         stored = read_shard(next(entry.rglob(SHARDS)))
         row = Row(stored.shard.cell, stored.records, (stored.shard,))
-        assert Pictures([entry / "code"], LOADER).of(row) is None
+        assert Pictures([entry / "code"], lambda: LOADER).of(row) is None
         other = replace(row.cell, dataset=replace(row.cell.dataset, spec="npz(path=/etc/passwd)", title=""))
-        pictures = Pictures([entry], LOADER)
+        pictures = Pictures([entry], lambda: LOADER)
         pictures._examples = {other.key[:8]: list(entry.rglob(f"*{SUFFIX}"))}
         assert pictures.of(replace(row, cell=other)) is None
         assert "names a path" in pictures.missing["npz(path=/etc/passwd)"]
@@ -357,11 +357,11 @@ class TestPictures:
         row = Row(stored.shard.cell, stored.records, (stored.shard,))
         (proof,) = path.parent.glob(f"*{SUFFIX}")
         proof.write_bytes(write_examples(stored.shard.ids, torch.zeros(12, 1, 9, 9)))
-        assert Pictures([entry], LOADER).of(row) is None
+        assert Pictures([entry], lambda: LOADER).of(row) is None
         (tmp_path / "elsewhere").write_bytes(write_examples(stored.shard.ids, torch.zeros(12, 1, 8, 8)))
         proof.unlink()
         proof.symlink_to(tmp_path / "elsewhere")
-        assert Pictures([entry], LOADER).of(row) is None
+        assert Pictures([entry], lambda: LOADER).of(row) is None
 
     def test_entries_of_every_track_have_theirs(self):
         rows = [learner(wrong, 60, defense) for defense, wrong in (("none", 6), ("ops", 40))]

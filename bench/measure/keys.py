@@ -4,11 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from hashlib import sha256
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bench.plan.cell import Cell, Component
-from bench.plan.tasks import Task
 from bench.registry import attacks
+
+if TYPE_CHECKING:
+    from bench.plan.tasks import Task
 
 
 def data_defense(cell: Cell) -> Component | None:
@@ -36,12 +38,12 @@ def release_key(cell: Cell) -> str:
     return _digest(recipe)
 
 
-def learner_key(task: Task) -> str:
+def learner_key(task: "Task") -> str:
     """The name of the unfinished work of a learner, and with a number behind it of a shard of an attack."""
     return task.cell.key[:32]
 
 
-def recipe_key(task: Task) -> str:
+def recipe_key(task: "Task") -> str:
     """A hash of all that decides the weights of the network of ``task``."""
     cell = task.cell
     early = [defense for defense in cell.defense if defense.stage != "output"]
@@ -56,7 +58,7 @@ def recipe_key(task: Task) -> str:
     return _digest(recipe)
 
 
-def fit_key(task: Task) -> str:
+def fit_key(task: "Task") -> str:
     """A hash of all that decides what the attack of ``task``, which is fitted, comes to on other images.
 
     Whose network that is on, the attacked one or a source, makes no difference.
@@ -70,7 +72,7 @@ def fit_key(task: Task) -> str:
     })  # fmt: skip
 
 
-def defense_key(task: Task) -> str:
+def defense_key(task: "Task") -> str:
     """A hash of all that decides what the output defense of ``task``, which is trained, has learned."""
     defense = next(part for part in task.cell.defense if part.stage == "output")
     unseen = getattr(task.chain.output, "serving", ())
