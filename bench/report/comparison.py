@@ -39,7 +39,8 @@ def common_ids(parts: Sequence[Samples]) -> NDArray[Any]:
 
 def _alike(parts: Sequence[Samples]) -> bool:
     """Whether all parts have the same samples in the same order."""
-    return all(np.array_equal(part.ids, parts[0].ids) for part in parts[1:])
+    first = parts[0].ids
+    return all(part.ids is first or np.array_equal(part.ids, first) for part in parts[1:])
 
 
 def standing(rows: Sequence[Row], queries: int) -> Samples:
@@ -66,7 +67,7 @@ class Comparison(NamedTuple):
     @property
     def gap(self) -> float:
         """By how much less is left than beside."""
-        return (int(self.beside.sum()) - int(self.left.sum())) / self.n if self.n else 0.0
+        return int(np.count_nonzero(self.beside) - np.count_nonzero(self.left)) / self.n if self.n else 0.0
 
     @property
     def p(self) -> float:
@@ -77,7 +78,14 @@ class Comparison(NamedTuple):
         return self.gap > effect and self.p < SIGNIFICANT
 
 
+def beside(ours: Samples, theirs: Samples) -> Comparison:
+    """Who of ``ours`` stands, beside who of ``theirs``."""
+    if _alike((ours, theirs)):  # as a rule, and a comparison does not depend on the order of its samples
+        return Comparison(ours.by_sample, theirs.by_sample)
+    both = in_common(ours, theirs)
+    return Comparison(both[:, 0], both[:, 1])
+
+
 def compared(ours: Sequence[Row], theirs: Sequence[Row], queries: int) -> Comparison:
     """Who stands under all of ``ours`` in so many queries, beside who stands under all of ``theirs``."""
-    both = in_common(standing(ours, queries), standing(theirs, queries))
-    return Comparison(both[:, 0], both[:, 1])
+    return beside(standing(ours, queries), standing(theirs, queries))

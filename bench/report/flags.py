@@ -10,14 +10,24 @@ docs/red-flags.md. Where several rows fire a flag, the widest effect is the evid
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bench.plan.cell import Cell
-from bench.report.comparison import SIGNIFICANT, Comparison, Samples, common_ids, compared, in_common, standing
+from bench.report.comparison import (
+    SIGNIFICANT,
+    Comparison,
+    Samples,
+    beside,
+    common_ids,
+    compared,
+    in_common,
+    standing,
+)
 from bench.report.line import ordered
 from bench.report.outcomes import clean, column, final, is_control, query_budget, robust, seen
 from bench.report.stats import binomial_above, fisher_below, mcnemar
@@ -330,7 +340,7 @@ def _budget_does_not_help(pairs: Pairs) -> Sign | None:
         late, full = _common_budget(row, twin) // 10, _common_budget(row, twin)
         if not _sees(row, "scores") or late < 10:
             continue
-        (stood, fell), (twin_stood, twin_fell) = _late(row, twin, late, full), _late(twin, row, late, full)
+        (stood, fell), (twin_stood, twin_fell) = (_late(hits, late, full) for hits in _hits(row, twin).T)
         if fell * twin_stood > THRESHOLDS["budget-does-not-help"] * twin_fell * stood:
             continue
         table = np.array([[fell, stood - fell], [twin_fell, twin_stood - twin_fell]])
@@ -349,13 +359,20 @@ def _other_tactic_wins(pairs: Pairs) -> Sign | None:
     Undefended, the widest gap at any number of queries counts, since in the end both may have taken all.
     """
     scored = [(row, twin) for row, twin in pairs if _sees(row, "scores")]
+
+    @cache  # each is beside every other
+    def stands(place: int, queries: int) -> Samples:
+        return standing([scored[place][0]], queries)
+
     found = []
-    for plain, plain_twin in scored:
-        for row, twin in scored:
-            if not _is(plain, "square") or row is plain:
+    for place, (plain, plain_twin) in enumerate(scored):
+        if not _is(plain, "square"):
+            continue
+        for other, (row, twin) in enumerate(scored):
+            if other == place:
                 continue
             queries = min(_common_budget(row, twin), _common_budget(plain, plain_twin))
-            here = compared([row], [plain], queries)
+            here = beside(stands(other, queries), stands(place, queries))
             if here.exceeds(THRESHOLDS["other-tactic-wins"]) and (
                 undefended := _widest_gap(twin, plain_twin, queries)
             ) <= here.gap / 2:
@@ -375,10 +392,11 @@ def _confuses_queries(pairs: Pairs) -> Sign | None:
     single samples gain more against scores, by their signs.
     """
     found, least = [], THRESHOLDS["confuses-queries"]
-    scored = [(pair, _gain(*pair)) for pair in pairs if _sees(pair[0], "scores")]
-    labelled = [
-        (pair, _gain(*pair)) for pair in pairs if scored and _sees(pair[0], "labels") and not _is(pair[0], "noise")
-    ]
+    scores = [pair for pair in pairs if _sees(pair[0], "scores")]
+    labels = [pair for pair in pairs if _sees(pair[0], "labels") and not _is(pair[0], "noise")]
+    if not scores or not labels:
+        return None
+    scored, labelled = ([(pair, _gain(*pair)) for pair in kind] for kind in (scores, labels))
     for pair, gained in scored:
         for other, gained_there in labelled:
             gains = in_common(gained, gained_there)                                    # (n, 2)
@@ -433,17 +451,21 @@ def _less(flag: str, ours: Sequence[Row], name: str, theirs: Sequence[Row]) -> S
     return _widest(found)
 
 
-def _late(row: Row, other: Row, late: int, full: int) -> tuple[int, int]:
-    """How many samples stand after ``late`` queries, and how many of them fall by ``full``, of those both have met."""
-    met = Samples(column(other, "sample_id"), np.ones(other.n, dtype=bool))
-    stands = (Samples(column(row, "sample_id"), robust(row, queries).right) for queries in (late, full))
-    stood, left, _ = in_common(*stands, met).sum(axis=0).tolist()
+def _hits(row: Row, other: Row) -> NDArray[Any]:
+    """(n, 2) the first hit in each of both rows, on the samples that both have met."""
+    return in_common(*(Samples(column(each, "sample_id"), column(each, "first_hit")) for each in (row, other)))
+
+
+def _late(hits: NDArray[Any], late: int, full: int) -> tuple[int, int]:
+    """How many samples with these first ``hits`` stand after ``late`` queries, and how many of those fall by ``full``.
+    """
+    stood, left = (int(np.count_nonzero((hits == NEVER) | (hits > queries))) for queries in (late, full))
     return stood, stood - left
 
 
 def _widest_gap(row: Row, other: Row, queries: int) -> float:
     """By how much less ``row`` leaves than ``other``, at the number of queries up to ``queries`` where that is most."""
-    both = in_common(*(Samples(column(each, "sample_id"), column(each, "first_hit")) for each in (row, other)))
+    both = _hits(row, other)
     moments = np.unique(both[(both != NEVER) & (both <= queries)])
     fallen = [np.searchsorted(np.sort(hit[hit != NEVER]), moments, side="right") for hit in both.T]
     return float((fallen[0] - fallen[1]).max(initial=0)) / max(len(both), 1)
