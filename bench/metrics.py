@@ -32,8 +32,8 @@ def calibration_error(confidence: Floats, correct: Bools) -> float:
 
 def calibration_bins(confidence: Floats) -> NDArray[np.intp]:
     """(n,) which of 15 equal bins (a, b] each confidence lies in, 0 to 14."""
-    bins: NDArray[np.intp] = np.clip(np.ceil(confidence * BINS).astype(int) - 1, 0, BINS - 1)
-    return bins
+    bins: NDArray[np.intp] = np.ceil(confidence * BINS).astype(int) - 1
+    return np.minimum(np.maximum(bins, 0), BINS - 1)
 
 
 def adaptive_calibration_error(confidence: Floats, correct: Bools) -> float:
@@ -44,8 +44,10 @@ def adaptive_calibration_error(confidence: Floats, correct: Bools) -> float:
         arXiv:1904.01685, for the top class alone.
     """
     order = np.argsort(confidence, kind="stable")
-    parts = np.array_split((confidence - correct)[order], BINS)
-    return _gap(np.array([part.sum() for part in parts]), len(confidence))
+    size, larger = divmod(len(confidence), BINS)  # of bins, the first of which hold one more
+    first, rest = np.split((confidence - correct)[order], [larger * (size + 1)])
+    sums = [first.reshape(larger, size + 1).sum(axis=1), rest.reshape(BINS - larger, size).sum(axis=1)]
+    return _gap(np.concatenate(sums), len(confidence))
 
 
 def _gap(sums: Floats, n: int) -> float:
@@ -93,7 +95,10 @@ def _mean_queries(hits: Floats, budget: int) -> float:
 
 def _median_queries(hits: Floats, budget: int) -> float:
     fallen = hits[(hits > 0) & (hits <= budget)]
-    return float(np.median(fallen)) if len(fallen) else math.nan
+    if not len(fallen):
+        return math.nan
+    ordered = np.sort(fallen)
+    return float(ordered[(len(fallen) - 1) // 2] + ordered[len(fallen) // 2]) / 2
 
 
 def _restricted_mean_queries(hits: Floats, budget: int) -> float:

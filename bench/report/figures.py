@@ -23,7 +23,6 @@ from bench.metrics import (
 )
 from bench.report.outcomes import certified_radius, column, distances, query_budget
 from bench.results.store import Row
-from bench.rules import NEVER
 
 Place = Literal["defense", "attack", "certifier", "learner", ""]
 HITS = ("first_hit",)
@@ -54,7 +53,7 @@ class Figure:
 
     def of(self, row: Row) -> float:
         """Its value; NaN where the row does not say."""
-        there = all(len(column(row, name)) or name in row.figures for name in self.needs)
+        there = all(name in row.columns or name in row.figures for name in self.needs)
         return float(self.compute(row)) if there else math.nan
 
     def text(self, value: float, row: Row | None = None) -> str:
@@ -109,14 +108,8 @@ def _expected(row: Row) -> float:
     return float(np.where(column(row, "first_hit") == 0, 0, column(row, "final_share")).mean())
 
 
-def _hits(row: Row) -> NDArray[np.float64]:
-    """(n,) the query that beat each sample: 0 if it was wrong when clean, infinity if none did."""
-    hits = column(row, "first_hit").astype(float)
-    return np.where(hits == NEVER, math.inf, hits)
-
-
 def _of_queries(statistic: Callable[[NDArray[np.float64], int], float]) -> Callable[[Row], float]:
-    return lambda row: statistic(_hits(row), query_budget(row)) if query_budget(row) else math.nan
+    return lambda row: statistic(row.hits, query_budget(row)) if query_budget(row) else math.nan
 
 
 def _statistic(name: str) -> Callable[[Row], float]:

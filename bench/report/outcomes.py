@@ -18,6 +18,7 @@ from bench.results.store import Row
 from bench.rules import NEVER
 
 _FRAME = re.compile(r'^ +File "(.+)", line (\d+)', re.MULTILINE)  # of a traceback
+_NOTHING = np.zeros(0)
 _OUR_ERROR = re.compile(r"^bench\.errors\.\w+: ")  # whose message says it all
 
 
@@ -76,7 +77,7 @@ class Share:
 
 def column(row: Row, name: str) -> NDArray[Any]:
     """A column of the records, one entry for each sample; empty where the row does not have it."""
-    return row.columns.get(name, np.zeros(0))
+    return row.columns.get(name, _NOTHING)
 
 
 def distances(row: Row) -> NDArray[np.float64]:
@@ -178,13 +179,17 @@ def restricted(row: Row, ids: Collection[int]) -> Row:
     kept = list(ids)
     if row.partial:
         row = replace(row, cell=replace(row.cell, ids=tuple(sorted(set(row.cell.ids).intersection(kept)))))
-    return replace(row, columns=_of_samples(row.columns, kept), partial=_of_samples(row.partial, kept))
+    columns, partial = _of_samples(row.columns, kept), _of_samples(row.partial, kept)
+    unchanged = columns is row.columns and partial is row.partial
+    return row if unchanged else replace(row, columns=columns, partial=partial)
 
 
 def _of_samples(records: Columns, ids: list[int]) -> Columns:
     if not length(records):
-        return {}
+        return records
     samples = records["sample_id"]
+    if np.array_equal(samples, ids) and (samples[1:] > samples[:-1]).all():  # all of them, as a rule
+        return records
     kept = np.flatnonzero(np.isin(samples, ids))
     return rows_of(records, kept[np.argsort(samples[kept], kind="stable")])
 

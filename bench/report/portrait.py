@@ -1,9 +1,9 @@
 """A defense as pictures show it, in numbers: accuracy against queries or radius, what attacks leave, calibration."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from bench.report.ranking import counted
 from bench.report.sequence import sequence_bounds
 from bench.report.stats import wilson_bounds
 from bench.results.store import Row
-from bench.rules import NEVER
 from bench.threat import Norm
 
 WORST, CONTROL = "#d9480f", "#9a9aa2"  # colours, of the worst case and of controls, on light and on dark paper
@@ -144,15 +143,22 @@ def curve(name: str, rows: Sequence[Row]) -> Curve:
     by_network: dict[int | None, list[Row]] = {}
     for row in rows:
         by_network.setdefault(network(row), []).append(row)
-    common = _common(rows)
-    budget = max(query_budget(row) for row in rows)
-    queries = np.unique(np.geomspace(1, budget, POINTS).round()).astype(int)
-    hits = [np.sort(np.min([_hits(row, common) for row in members], axis=0)) for members in by_network.values()]
+    common = sorted(_common(rows))
+    queries = _places(max(query_budget(row) for row in rows))
+    hits = [
+        np.sort(np.min([restricted(row, common).hits for row in members], axis=0)) for members in by_network.values()
+    ]
     n = len(common)
     stand = np.mean([n - np.searchsorted(each, queries, side="right") for each in hits], axis=0)
     bounds = sequence_bounds if any(row.sequential for row in rows) else wilson_bounds
     low, high = bounds(stand.round(), n)
     return Curve(name, queries, stand / max(n, 1), low, high, all(map(is_control, rows)))
+
+
+@cache  # of all curves with this budget
+def _places(budget: int) -> NDArray[Any]:
+    """Numbers of queries up to ``budget``, at which a curve is drawn."""
+    return np.unique(np.geomspace(1, budget, POINTS).round()).astype(int)
 
 
 def _certified_curves(rows: Sequence[Row]) -> list[Curve]:
@@ -194,14 +200,6 @@ def _distance_curve(row: Row) -> Curve:
 def _common(rows: Sequence[Row]) -> set[int]:
     """The samples that all ``rows`` have met, by their numbers."""
     return set.intersection(*(set(column(row, "sample_id").tolist()) for row in rows))
-
-
-def _hits(row: Row, ids: set[int]) -> Floats:
-    """The query that beat each of the samples ``ids``, by their numbers: infinity where none did."""
-    samples, hits = column(row, "sample_id"), column(row, "first_hit")
-    order = np.argsort(samples)
-    kept = order[np.isin(samples[order], list(ids))]
-    return np.where(hits[kept] == NEVER, math.inf, hits[kept])
 
 
 def _curves(rows: Sequence[Row], lines: Sequence[Line]) -> list[Curve]:

@@ -9,6 +9,7 @@ its JSON does. Two writers, a kill at any moment or a full disk cost the shard i
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bench.errors import StoreError
 from bench.plan.cell import Cell
@@ -27,6 +29,7 @@ from bench.results.examples import examples_path, write_examples
 from bench.results.records import Columns, frame, joined, length, rows_of
 from bench.results.shards import KEY_DIGITS, SHARDS, Shard, read_shard, stated_cell, table_path, write_json
 from bench.results.spelling import Spelling
+from bench.rules import NEVER
 from bench.system.files import keep_file, replace_file, slug
 from bench.system.spread import spread
 
@@ -83,6 +86,12 @@ class Row:
     def records(self) -> "pd.DataFrame":
         """Its records as pandas has them."""
         return frame(self.columns)
+
+    @cached_property
+    def hits(self) -> NDArray[np.float64]:
+        """(n,) the query that beat each sample: 0 if it was wrong when clean, infinity if none did."""
+        found = self.columns.get("first_hit", np.zeros(0)).astype(float)
+        return np.where(found == NEVER, math.inf, found)
 
     @property
     def stopped(self) -> bool:
@@ -400,4 +409,4 @@ def _read_all(folder: Path) -> tuple[list[Row], list[StoreError]]:
 
 def _positions(shards: Iterable[Shard]) -> set[int]:
     """The positions in a cell's samples that the shards cover."""
-    return {position for shard in shards for position in shard.positions}
+    return set().union(*(shard.positions for shard in shards))
