@@ -6,6 +6,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+NUMBERS = {
+    kind().id
+    for kind in (
+        pa.int8, pa.int16, pa.int32, pa.int64, pa.uint8, pa.uint16, pa.uint32, pa.uint64,
+        pa.float16, pa.float32, pa.float64,
+    )
+}  # fmt: skip
+
 
 def as_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
     """Its values; numbers that are missing are NaN, texts that are None."""
@@ -15,14 +23,14 @@ def as_numpy(column: pa.ChunkedArray) -> NDArray[Any]:
 
 def _values(chunk: pa.Array) -> NDArray[Any]:
     kind, whole = chunk.type, not chunk.null_count
-    if whole and (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
+    number = kind.id in NUMBERS
+    if whole and number:
         return np.from_dlpack(chunk)
     if whole and pa.types.is_boolean(kind):
         bits = np.unpackbits(np.frombuffer(chunk.buffers()[1], np.uint8), bitorder="little")
         return bits[chunk.offset : chunk.offset + len(chunk)].astype(bool)
     if whole and pa.types.is_string(kind) and (texts := _of_one_length(chunk)) is not None:
         return texts
-    number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
     return np.array(chunk.to_pylist(), dtype=float if number else object)
 
 

@@ -128,9 +128,11 @@ def _check_column(name: str, values: NDArray[Any], column: Column) -> None:
         raise ValueError(f"has {values.dtype} in {name}, where text values belong")
     if column.kind in ("truth", "text"):
         return
-    low, high = np.fmin.reduce(values), np.fmax.reduce(values)  # of what is a number
-    if not column.nan and np.isnan(values).any():
-        raise ValueError(f"has no value of {name} for some samples")
+    low, high = np.minimum.reduce(values), np.maximum.reduce(values)
+    if np.isnan(low):  # as some value is
+        if not column.nan:
+            raise ValueError(f"has no value of {name} for some samples")
+        low, high = np.fmin.reduce(values), np.fmax.reduce(values)  # of what is a number
     if low < column.low - ROUNDING or high > column.high + ROUNDING:
         raise ValueError(f"has {name} outside {column.low:g} to {column.high:g}")
 
