@@ -7,10 +7,11 @@ agree with it is as if it were not there.
 """
 
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from fnmatch import fnmatch
+from fnmatch import translate
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +27,7 @@ LIBRARIES = ("numpy", "pyarrow", "pydantic", "rich", "scipy", "tabulate")
 DIGEST = 64  # characters of a hash
 KEPT = 64  # texts
 
+_READ, _UNREAD = re.compile("|".join(map(translate, READ))), re.compile(translate(UNREAD))
 Said = tuple[str, Sequence[StoreError]]
 
 
@@ -67,7 +69,7 @@ def _place(folder: Path, asked: object, code: str) -> Path | None:
         digest.update(folder.resolve(strict=True).name.encode(errors="surrogateescape"))  # it may be that of a cell
         for path in _files(str(folder)):
             content = _content(path)
-            digest.update(f"{os.path.relpath(path, folder)!r} {len(content)}\n".encode())
+            digest.update(f"{path[len(str(folder)) :]!r} {len(content)}\n".encode())
             digest.update(content)
     except (OSError, ValueError):
         return None
@@ -85,7 +87,7 @@ def _files(folder: str) -> Iterator[str]:
         if any(os.path.islink(os.path.join(place, name)) for name in below):  # noqa: PTH114, PTH118
             raise ValueError(place)
         for name in sorted(names):
-            if any(fnmatch(name, each) for each in READ) and not fnmatch(name, UNREAD):
+            if _READ.match(name) and not _UNREAD.match(name):
                 yield os.path.join(place, name)  # noqa: PTH118 ten thousand of them
 
 
