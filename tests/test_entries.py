@@ -4,6 +4,8 @@ import copy
 import io
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -350,6 +352,10 @@ class TestPictures:
         pictures._examples = {other.key[:8]: list(entry.rglob(f"*{SUFFIX}"))}
         assert pictures.of(replace(row, cell=other)) is None
         assert "names a path" in pictures.missing["npz(path=/etc/passwd)"]
+
+    def test_a_site_of_rows_without_examples_takes_no_torch(self):
+        code = "import sys, bench.cli.site; sys.exit('torch' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
     def test_a_file_that_is_no_proof_of_these_samples_shows_nothing(self, entry, tmp_path):
         path = next(entry.rglob(SHARDS))

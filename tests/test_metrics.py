@@ -30,6 +30,13 @@ class TestCalibration:
         assert adaptive_calibration_error(confidence[::-1], correct[::-1]) == pytest.approx(by_hand)
         assert by_hand > calibration_error(confidence, correct)
 
+    @pytest.mark.parametrize("n", [1, 14, 15, 16, 29, 30, 200, 1000])
+    def test_equal_bins_differ_by_one_sample_the_larger_ones_first(self, n):
+        rng = np.random.default_rng(n)
+        confidence, correct = np.sort(rng.uniform(size=n)), rng.uniform(size=n) < 0.5
+        by_hand = sum(abs(part.sum()) for part in np.array_split(confidence - correct, 15)) / n
+        assert adaptive_calibration_error(confidence, correct) == pytest.approx(by_hand)
+
     @pytest.mark.parametrize("error", [calibration_error, adaptive_calibration_error])
     def test_a_calibrated_sampler_has_none_but_noise(self, error):
         n = 60_000
