@@ -5,10 +5,15 @@
 
 First, the scheduler alone: 1,000 units of one sample each, whose workers answer at once with what was measured before.
 The time of the processor and of the clock for each, all in all, and without what the store takes to write and read
-them. With data, Square by one process and by two on the same shards, in turns: the ratio of their times.
+them, and the memory of this process meanwhile. Then as many units of a cell by real workers, in processes and, where it
+is installed, in Ray: what a unit costs all processes together, and their memory. With data, Square by one process, by
+two, and by two workers of Ray on the same shards, in turns: the ratios of their times. To begin costs processes what a
+command of its own would pay in the first round alone; later ones are forked from what that has loaded.
 """
 
 import argparse
+import importlib.util
+import os
 import statistics
 import tempfile
 import time
@@ -27,7 +32,8 @@ from bench.plan.tasks import Loader, Task, expand
 from bench.registry import load_plugins
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
-from bench.run.executor import Done, Listener, Pool
+from bench.run.executor import Done, Executor, Listener, Pool
+from bench.run.on_ray import OnRay
 from bench.run.processes import Processes
 from bench.run.runner import run
 from bench.run.units import Unit
@@ -38,6 +44,72 @@ CPU = torch.device("cpu")
 CELLS, SAMPLES = 4, 250  # units of one sample
 AIM = 2.0                # milliseconds for each
 ROUNDS = 3
+EARLY, LATE = 50, 250    # units after which clock, processor and memory are looked at
+UNITS, WARM = 16, 4      # of Square; once so many have ended, all workers are at work
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def family() -> list[int]:
+    """This process and all that it has begun, and these."""
+    parents: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
+        except OSError:  # it has ended
+            continue
+    found = [os.getpid()]
+    for pid in found:
+        found += parents.get(pid, [])
+    return found
+
+
+def processor() -> float:
+    """The seconds of the processor that the family has taken, with those that have ended."""
+    ticks = 0
+    for pid in family():
+        try:
+            ticks += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]))
+        except OSError:
+            continue
+    return ticks / TICK
+
+
+def memory() -> float:
+    """The MiB of the family; what several share is counted once, in parts."""
+    pages = 0
+    for pid in family():
+        try:
+            rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+        except OSError:
+            continue
+        pages += sum(int(line.split()[1]) for line in rollup.splitlines() if line.startswith("Pss:"))
+    return pages / 1024
+
+
+class Noting(Quiet):
+    """Notes clock and processor when the first unit begins and after so many have ended, and memory then, too."""
+
+    def __init__(self, looks: Sequence[int] = ()) -> None:
+        self.ended, self.looks, self.seen = 0, looks, dict.fromkeys(looks, (0.0, 0.0, 0.0))
+        self.first = (0.0, 0.0)
+
+    def start(self, task: Task, unit: Unit) -> None:
+        if self.begun is None:
+            self.first = time.perf_counter(), processor()
+        super().start(task, unit)
+
+    def end(self, unit: Unit, samples: int) -> None:
+        self.ended += 1
+        if self.ended in self.looks:
+            self.seen[self.ended] = memory(), time.perf_counter(), processor()
+
+
+def crews(processes: Sequence[int]) -> dict[str, Executor]:
+    """Workers in so many processes, and two in Ray where that is installed."""
+    found: dict[str, Executor] = {f"processes x {many}": Processes([CPU] * many) for many in processes}
+    if importlib.util.find_spec("ray"):
+        found["ray x 2"] = OnRay(None, 2, "cpu")
+    return found
 
 
 class Instant:
@@ -114,7 +186,7 @@ def scheduler() -> None:
         measured = Store(folder / "measured").open()
         run(tasks, measured, pipeline, SAMPLES, 256, Quiet())
         answers = {unit: answer for task in tasks for unit, answer in cut(measured.row(task.cell))}
-        rounds = []
+        rounds, notes = [], Noting([EARLY, len(answers)])
         for number in range(ROUNDS):
             store = Timed(folder / f"again-{number}")
             store.open()
@@ -122,11 +194,35 @@ def scheduler() -> None:
             run(tasks, store, pipeline, 1, 256, Quiet(), executor=Instant(answers))
             spent = time.process_time() - processor, time.perf_counter() - clock
             rounds.append((*spent, spent[0] - store.processor, spent[1] - store.clock))
+        run(tasks, Store(folder / "noted").open(), pipeline, 1, 256, notes, executor=Instant(answers))
     print(f"{len(answers):,} units, milliseconds for each, medians of {len(rounds)} runs")
     for place, name in enumerate(("all, processor", "all, clock", "without the store, processor", "without, clock")):
         value = 1000 * statistics.median(each[place] for each in rounds) / len(answers)
         aimed = f" (aim: {AIM:g})" if place == 2 else ""
         print(f"  {name:30} {value:.2f}{aimed}")
+    (early, *_), (late, *_) = notes.seen.values()
+    print(f"  memory after {EARLY} units {early:.0f} MiB, after {len(answers):,} {late:.0f} MiB")
+
+
+def workers() -> None:
+    """What a unit costs all processes together that computes next to nothing."""
+    print(f"{LATE} units of one sample by real workers, milliseconds for each of the last {LATE - EARLY}")
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        (folder / "network.py").write_text(NETWORK)
+        suite = {
+            "dataset": "digits", "model": f"{folder}/network.py:network", "n": LATE, "eps": 0.1, "queries": 3,
+            "attack": "noise",
+        }  # fmt: skip
+        tasks = expand(load_suite(None, suite), Loader(None, None))
+        for name, executor in crews([2]).items():
+            store, notes = Store(folder / name).open(), Noting([EARLY, LATE])
+            run(tasks, store, Pipeline(folder / "networks", CPU, 256), 1, 256, notes, executor=executor)
+            assert store.row(tasks[0].cell).complete
+            early, late = notes.seen.values()
+            clock, spent = (1000 * (late[place] - early[place]) / (LATE - EARLY) for place in (1, 2))
+            print(f"  {name:14} {clock:.1f} by the clock, {spent:.1f} by the processor; memory of all "
+                  f"after {EARLY} units {early[0]:.0f} MiB, after {LATE} {late[0]:.0f} MiB")  # fmt: skip
 
 
 def cut(row: Row) -> Iterator[tuple[Unit, Finished]]:
@@ -139,35 +235,58 @@ def cut(row: Row) -> Iterator[tuple[Unit, Finished]]:
 
 
 def pace(options: argparse.Namespace) -> None:
-    """Square by one process and by two."""
+    """Square by one process, by two, and by Ray."""
     data_dir = options.data_dir.resolve()
     suite = {
         "dataset": "cifar10", "model": options.model, "n": options.images, "attack": "square",
         "queries": options.queries, "eps": 0.0,  # nobody falls, so that all shards cost the same
     }  # fmt: skip
     tasks = expand(load_suite(None, suite), Loader(data_dir, data_dir.parent / "models"))
-    times: dict[int, list[tuple[float, float]]] = {1: [], 2: []}
+    crew = crews([1, 2])
+    spent: dict[str, list[tuple[float, ...]]] = {name: [] for name in crew}
+    print(f"square, {options.images} images in {UNITS} units, {options.queries} queries each, one thread a worker, in "
+          f"turns; the units are the last {UNITS - WARM}")  # fmt: skip
     with tempfile.TemporaryDirectory() as place:
         for number in range(options.repeats):
-            for workers in times:
-                folder, told = Path(place, f"{number}-{workers}"), Quiet()
-                store, began = Store(folder).open(), time.perf_counter()
+            for name in list(crew)[:: 1 if number % 2 == 0 else -1]:  # nobody always after the same
+                folder, told = Path(place, f"{number}-{name}"), Noting([WARM, UNITS])
+                store, began = Store(folder).open(), (time.perf_counter(), processor())
                 pipeline = Pipeline(folder / "networks", CPU, 256)
-                run(tasks, store, pipeline, options.images // 8, 256, told, executor=Processes([CPU] * workers))
-                ended = time.perf_counter()
+                run(tasks, store, pipeline, options.images // UNITS, 256, told, executor=crew[name])
                 assert store.row(tasks[0].cell).complete
-                assert told.begun
-                times[workers].append((ended - told.begun, ended - began))
-    ratios = [[one[place] / two[place] for one, two in zip(times[1], times[2], strict=True)] for place in (0, 1)]
-    first, whole = (statistics.median(each) for each in ratios)
-    print(f"square, {options.images} images in 8 units, {options.queries} queries each, one thread a process: two "
-          f"processes are {first:.2f} times as fast as one, start-up included {whole:.2f}")  # fmt: skip
+                (_, *warm), (_, *last) = told.seen.values()
+                units = [end - at for at, end in zip(warm, last, strict=True)]
+                starts = [first - at for at, first in zip(began, told.first, strict=True)]
+                spent[name].append((*units, *starts, time.perf_counter() - began[0]))
+                show(f"round {number + 1}, load {os.getloadavg()[0]:.1f}: {name}", spent[name][-1])
+    print(f"medians of {options.repeats} runs each")
+    for name, runs in spent.items():
+        show(name, [statistics.median(each) for each in zip(*runs, strict=True)])
+    alone, both = spent["processes x 1"], spent["processes x 2"]
+    print(f"two processes are {ratio(alone, both, 0):.2f} times as fast as one, start and end included "
+          f"{ratio(alone, both, 4):.2f}")  # fmt: skip
+    if "ray x 2" in spent:
+        ray = spent["ray x 2"]
+        print(f"two workers of Ray take {ratio(ray, both, 0):.3f} of the time of two processes, start and end included "
+              f"{ratio(ray, both, 4):.3f}; of the processor {ratio(ray, both, 1):.3f}")  # fmt: skip
+
+
+def show(what: str, seconds: Sequence[float]) -> None:
+    """Print what a run took."""
+    clock, cpu, start, start_cpu, whole = seconds
+    print(f"  {what:38} units {clock:.1f} s, of the processor {cpu:.1f}; to the first unit {start:.1f} s, "
+          f"of the processor {start_cpu:.1f}; all {whole:.1f} s", flush=True)  # fmt: skip
+
+
+def ratio(one: Sequence[Sequence[float]], other: Sequence[Sequence[float]], place: int) -> float:
+    """The median over the rounds of how much more one took."""
+    return statistics.median(a[place] / b[place] for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:
     load_plugins()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, help="with CIFAR-10: Square by one process and by two, too")
+    parser.add_argument("--data-dir", type=Path, help="with CIFAR-10: Square by one process, by two and by Ray, too")
     parser.add_argument("--model", default="resnet20(weights=cifar10_resnet20.safetensors)")
     parser.add_argument("--images", type=int, default=200)
     parser.add_argument("--queries", type=int, default=100)
@@ -175,6 +294,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     scheduler()
+    workers()
     if options.data_dir:
         pace(options)
 
