@@ -22,6 +22,7 @@ FOREIGN = ["torchattacks:PGD", "torchattacks:PGDL2", "torchattacks:FGSM", "torch
 # Of those that have to be told something, what fits :func:`network` and :func:`build`; of those that
 # train networks while they attack, what does so in no time.
 EXAMPLES = {
+    "avatar": "avatar(steps=2, depth=2)",
     "fine-tuning": "fine-tuning(from=cnn)",
     "lq-vae": "lq-vae(width=2, steps=2)",
     "pni": "pni(epochs=1, steps=1)",
