@@ -102,7 +102,7 @@ BOARDS = {
     "certified-cifar10-small v1": "1856da64",
     "certified-digits v2": "f85a291b",
     "data-cifar10-small v1": "bd7075bd",
-    "data-digits v1": "af8c086f",
+    "data-digits v2": "767ada00",
     "query-cifar10 v1": "8fe368a7",
     "query-digits v1": "2586bdd7",
     "query-imagenet v1": "0470f73e",
