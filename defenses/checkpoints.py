@@ -82,6 +82,13 @@ def train_checkpoints(
     return [kept[epoch] for epoch in sorted(kept)]
 
 
+def train_last(data: Dataset, network: str | None, recipe: Recipe, job: Job) -> nn.Module:
+    """The network of :func:`train_checkpoints` after the last epoch alone."""
+    last = recipe.epochs - 1
+    (trained,) = train_checkpoints(data, network, recipe, job, lambda epoch, _: epoch == last)
+    return trained
+
+
 def select(length: int, count: int) -> list[int]:
     """``count`` positions in a list of ``length`` checkpoints, evenly spread and late rather than early.
 

@@ -14,7 +14,7 @@ from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm
 from bench.training import Recipe
-from defenses.checkpoints import LevelBox, check_training, cross_entropy, gradient, protect, train_checkpoints
+from defenses.checkpoints import LevelBox, check_training, cross_entropy, gradient, protect, train_last
 from defenses.levels import whole_levels
 
 
@@ -59,9 +59,7 @@ class HypocriticalPerturbations:
 
     def __call__(self, data: Dataset, job: Job) -> Split:
         """The training split to release, uint8."""
-        recipe = Recipe.for_dataset(data, epochs=self.epochs)
-        last = recipe.epochs - 1
-        (network,) = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch == last)
+        network = train_last(data, self.network, Recipe.for_dataset(data, epochs=self.epochs), job)
         loss = cross_entropy(network)
 
         def craft(levels: Tensor, own: Tensor, rng: SampleRng) -> Iterator[Tensor]:

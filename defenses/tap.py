@@ -24,7 +24,7 @@ from defenses.checkpoints import (
     gradient,
     protect,
     stepwise,
-    train_checkpoints,
+    train_last,
 )
 from defenses.levels import whole_levels
 
@@ -82,9 +82,7 @@ class TargetedPoisons:
     def __call__(self, data: Dataset, job: Job) -> Split:
         """The training split to release, uint8."""
         check_shift(self.shift, data)
-        recipe = stepwise(data, self.epochs, RELEASED)
-        last = recipe.epochs - 1
-        (network,) = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch == last)
+        network = train_last(data, self.network, stepwise(data, self.epochs, RELEASED), job)
         loss = cross_entropy(network)
 
         def seen(rng: SampleRng) -> ImageLoss:

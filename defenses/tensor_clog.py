@@ -18,7 +18,7 @@ from bench.registry import defenses
 from bench.rng import SampleRng
 from bench.threat import Norm
 from bench.training import Recipe
-from defenses.checkpoints import ImageLoss, LevelBox, check_training, gradient, protect, train_checkpoints
+from defenses.checkpoints import ImageLoss, LevelBox, check_training, gradient, protect, train_last
 from defenses.features import features_of, last_linear
 from defenses.levels import whole_levels
 from defenses.surrogate import surrogate_job
@@ -77,9 +77,7 @@ class TensorClog:
         Raises:
             ConfigError: the network does not end in a linear layer.
         """
-        recipe = Recipe.for_dataset(data, epochs=self.epochs)
-        last = recipe.epochs - 1
-        (network,) = train_checkpoints(data, self.network, recipe, job, lambda epoch, _: epoch == last)
+        network = train_last(data, self.network, Recipe.for_dataset(data, epochs=self.epochs), job)
         old = last_linear(network, data.train.pixels(slice(2)).to(job.device))
         loss = clog(network, old, new_head(old, surrogate_job(job).seed).to(job.device))
 
