@@ -142,7 +142,7 @@ def fold_batch_norm(network: nn.Module, images: Tensor) -> int:
     seen = _Watch()
     with torch.no_grad(), seen:
         network(images.clone())
-    layers = [module for module in network.modules() if not _hooked(module) and not module.training]
+    layers = [module for module in network.modules() if not hooked(module) and not module.training]
     convolutions = {id(layer.weight): layer for layer in layers if type(layer) is nn.Conv2d}
     norms = {id(layer.running_mean): layer for layer in layers if type(layer) is nn.BatchNorm2d}
     pairs = []
@@ -199,7 +199,7 @@ def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether anything beside its own forward happens when ``module`` is called."""
     hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
@@ -263,7 +263,7 @@ def _settled(network: nn.Module) -> nn.Module:
         return network
     settled = copy.deepcopy(network)
     for module in settled.modules():
-        if type(module) in (nn.Conv2d, nn.Linear) and not _hooked(module):
+        if type(module) in (nn.Conv2d, nn.Linear) and not hooked(module):
             for parameter in module.parameters(recurse=False):
                 parameter.data = parameter.data.to(torch.bfloat16)
     return settled

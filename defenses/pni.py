@@ -18,6 +18,7 @@ from bench.ascent import ascend, total_cross_entropy, uniform
 from bench.dataset import Dataset, Split
 from bench.errors import ConfigError
 from bench.norms import project
+from bench.numerics import hooked
 from bench.oracle.surrogate import Surrogate
 from bench.protocols import Job, Stage
 from bench.ranges import Count, Positive, Radius
@@ -73,9 +74,10 @@ class ParametricNoiseInjection:
         """The weights, the statistics and the strengths, and the mean ``strength`` of the layers.
 
         Raises:
-            ConfigError: no training images, or a network without convolutions and linear layers.
+            ConfigError: no training images, or a network whose layers cannot be given noise.
         """
         network = with_noise(copy.deepcopy(model.networks[0])).requires_grad_(True).to(job.device)
+        check_drawing(network, data.train.subset(slice(3)).to(job.device).pixels())
         recipe, strengths = Recipe.for_dataset(data, epochs=self.epochs), [layer.strength for layer in noisy(network)]
         own = {id(strength) for strength in strengths}
         optimizer = recipe.build_optimizer(weight for weight in network.parameters() if id(weight) not in own)
@@ -136,11 +138,19 @@ class NoisyLayer(nn.Module):
         self.strength = nn.Parameter(torch.full((), STRENGTH, device=layer.weight.device))
         self.apply_weights = convolution(layer) if isinstance(layer, nn.Conv2d) else linear
         self.rng: SampleRng | None = None
+        self.asked = False
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the layer makes of ``x`` (B, ...): with one noise for all of it, or one for each of B streams."""
+        """What the layer makes of ``x`` (B, ...): with one noise for all of it, or one for each of B streams.
+
+        Raises:
+            ConfigError: what comes is not one row for each image.
+        """
+        self.asked = True
         if self.rng is None:
             return self.apply_weights(x, self.weight[None], self.bias)
+        if len(self.rng) not in (1, len(x)):
+            raise ConfigError(f"pni draws for each image, and a layer has {len(x)} rows for {len(self.rng)} images")
         deviation = self.strength * self.weight.detach().std()
         if len(self.rng) == 1:
             return self.apply_weights(x, self.weight + deviation * self._drawn(self.rng), self.bias)
@@ -191,16 +201,35 @@ def with_noise(network: nn.Module) -> nn.Module:
     """``network``, in place, with all of its convolutions and linear layers as :class:`NoisyLayer`.
 
     Raises:
-        ConfigError: it has none.
+        ConfigError: it has none, or some that do more than torch's own.
     """
     places = list(network.named_modules(remove_duplicate=False))  # one layer may act in several
-    layers = {part: NoisyLayer(part) for _, part in places if isinstance(part, nn.Conv2d | nn.Linear)}
-    if not layers or network in layers:
+    found = {part: name for name, part in places if isinstance(part, nn.Conv2d | nn.Linear)}
+    if not found or network in found:
         raise ConfigError("pni puts noise on convolutions and linear layers inside a network, and this has none")
+    for part, name in found.items():
+        if type(part) not in (nn.Conv2d, nn.Linear) or hooked(part):
+            raise ConfigError(
+                f"pni puts noise on nn.Conv2d and nn.Linear as torch has them, and {name} is {type(part).__name__}, or "
+                "has hooks; use a network of plain layers"
+            )
+    layers = {part: NoisyLayer(part) for part in found}
     for name, part in places:
         if part in layers:
             network.set_submodule(name, layers[part])
     return network
+
+
+def check_drawing(network: nn.Module, x: Tensor) -> None:
+    """Whether each layer of ``network``, when it answers about images ``x`` (B, C, H, W), draws for each of them.
+
+    Raises:
+        ConfigError: it does not: a layer is run past, or mixes images.
+    """
+    for count in (2, 3):  # a layer that is given something else than images has as many rows of it both times
+        rng = SampleRng.create(0, torch.arange(min(count, len(x)), device=x.device), "check")
+        with torch.no_grad(), drawing(network, rng):
+            network(x[:count])
 
 
 def noisy(network: nn.Module) -> list[NoisyLayer]:
@@ -210,15 +239,24 @@ def noisy(network: nn.Module) -> list[NoisyLayer]:
 
 @contextmanager
 def drawing(network: nn.Module, rng: SampleRng) -> Iterator[None]:
-    """Within, the layers of ``network`` draw their noise from ``rng``: one stream for all images, or one for each."""
+    """Within, the layers of ``network`` draw their noise from ``rng``: one stream for all images, or one for each.
+
+    Raises:
+        ConfigError: at the end, where the network has not asked one of them, which was without noise then.
+    """
     layers = noisy(network)
     for number, layer in enumerate(layers):
-        layer.rng = rng.fork(number)
+        layer.rng, layer.asked = rng.fork(number), False
     try:
         yield
     finally:
         for layer in layers:
             layer.rng = None
+    if idle := [tuple(layer.weight.shape) for layer in layers if not layer.asked]:
+        raise ConfigError(
+            f"pni puts noise on layers when they are called, and the network answers without calling {len(idle)} of "
+            f"{len(layers)} (weights {idle[0]}); use a network that calls its layers"
+        )
 
 
 def _takes(part: nn.Module, weights: Mapping[str, Tensor]) -> bool:

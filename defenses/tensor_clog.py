@@ -21,7 +21,7 @@ from bench.training import Recipe
 from defenses.checkpoints import ImageLoss, LevelBox, check_training, gradient, protect, train_last
 from defenses.features import features_of, last_linear
 from defenses.levels import whole_levels
-from defenses.surrogate import surrogate_job
+from defenses.surrogate import surrogate, surrogate_job
 
 
 @defenses("tensor-clog")
@@ -77,8 +77,10 @@ class TensorClog:
         Raises:
             ConfigError: the network does not end in a linear layer.
         """
+        few = data.train.pixels(slice(2)).to(job.device)
+        last_linear(surrogate(data, self.network, surrogate_job(job)).eval(), few)  # before slow work starts
         network = train_last(data, self.network, Recipe.for_dataset(data, epochs=self.epochs), job)
-        old = last_linear(network, data.train.pixels(slice(2)).to(job.device))
+        old = last_linear(network, few)
         loss = clog(network, old, new_head(old, surrogate_job(job).seed).to(job.device))
 
         def craft(levels: Tensor, own: Tensor, rng: SampleRng) -> Iterator[Tensor]:

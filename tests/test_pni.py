@@ -85,6 +85,59 @@ def test_networks_without_such_layers_and_other_paddings_are_refused():
         with_noise(nn.Sequential(nn.Conv2d(1, 1, 3, padding_mode="circular")))
 
 
+class Standardised(nn.Conv2d):
+    """A layer of another kind, whose weights are not those that are stored."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(), self.bias)
+
+
+def test_layers_that_do_more_than_torchs_are_refused():
+    with pytest.raises(ConfigError, match="0 is Standardised"):
+        with_noise(nn.Sequential(Standardised(1, 4, 3), nn.Flatten()))
+    hooked = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    hooked[0].register_forward_hook(lambda layer, given, out: out + 1)
+    with pytest.raises(ConfigError, match="has hooks"):
+        with_noise(hooked)
+
+
+class Beside(nn.Module):
+    """Uses the weights of its layer without calling it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x):
+        return F.linear(x.flatten(1), self.layer.weight, self.layer.bias)
+
+
+class SequenceFirst(nn.Module):
+    """Gives its layer one row for each row of pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 10)
+
+    def forward(self, x):
+        return self.layer(x[:, 0].transpose(0, 1)).mean(0)
+
+
+def test_a_network_that_would_answer_without_noise_or_mix_images_is_refused_before_its_training(digits):
+    transformer = nn.Sequential(
+        nn.Flatten(2), nn.TransformerEncoderLayer(64, 2, 8, batch_first=True), nn.Flatten(), nn.Linear(64, 10)
+    )
+    for net, said in (
+        (Beside(), "without calling 1 of 1"), (SequenceFirst(), "8 rows for 2 images"),
+        (transformer, "as torch has them"),  # its attention has a linear layer of its own kind
+    ):  # fmt: skip
+        trained = []
+        job = Job(progress=lambda *it, trained=trained: trained.append(it))
+        with pytest.raises(ConfigError, match=said):
+            fit_defense(ParametricNoiseInjection(epochs=1, steps=1), net.eval(), digits, job, "pni")
+        assert not trained
+
+
 def test_a_step_of_training_is_the_mean_of_both_losses_under_one_noise_for_the_batch():
     defense, net = ParametricNoiseInjection(eps=0.1, steps=2, rel_step=0.5), with_noise(network())
     x, y, rng = torch.rand(6, 1, 8, 8), torch.arange(6), rngs(6)

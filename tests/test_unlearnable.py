@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from bench.data.digits import Digits
 from bench.dataset import Dataset, Split
+from bench.errors import ConfigError
 from bench.protocols import Job
 from bench.training import Recipe
 from defenses import ntga
@@ -151,6 +152,12 @@ class TestTensorClog:
             slopes = torch.autograd.grad(F.cross_entropy(served(image), label), [head.weight, head.bias])
             norms.append(sum(slope.norm() for slope in slopes))
         torch.testing.assert_close(clog(network, network[3], head)(x, y), torch.stack(norms))
+
+    def test_a_network_that_ends_otherwise_is_refused_before_it_is_trained(self, digits):
+        told = []
+        with pytest.raises(ConfigError, match=r"ends in nn\.Linear"):
+            TensorClog(epochs=1, network="cnn(width=2, heads=2)")(digits, Job(progress=lambda *it: told.append(it)))
+        assert not told
 
     def test_a_new_head_is_drawn_anew_from_each_seed_alone(self):
         old = nn.Linear(30, 10)

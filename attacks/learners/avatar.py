@@ -96,19 +96,20 @@ class Avatar(Trainer):
         optimizer = torch.optim.Adam(net.parameters(), lr=LR)
         state = TrainingState(job, net, optimizer, {})
         streams, kept = SampleRng.create(job.seed, torch.arange(BATCH, device=job.device), "avatar"), left(job.device)
-        first = (state.resume("avatar") or {"steps": 0})["steps"]
-        for step in range(first, self.steps):
-            optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / self.steps)) / 2
-            rng = streams.fork(step)
-            x = 2 * images.pixels(rng.fork("rows").integers(len(images), 1)[:, 0]) - 1
-            time = rng.fork("time").integers(TIMES, 1)[:, 0]
-            noise = rng.fork("noise").normal(*x.shape[1:])
-            loss = F.mse_loss(net(noised(x, kept[time], noise), time), noise)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if (step + 1) % TOLD == 0 and job.scratch.due():
-                state.save("avatar", steps=step + 1)
+        with seeded(job):
+            first = (state.resume("avatar") or {"steps": 0})["steps"]
+            for step in range(first, self.steps):
+                optimizer.param_groups[0]["lr"] = LR * (1 + math.cos(math.pi * step / self.steps)) / 2
+                rng = streams.fork(step)
+                x = 2 * images.pixels(rng.fork("rows").integers(len(images), 1)[:, 0]) - 1
+                time = rng.fork("time").integers(TIMES, 1)[:, 0]
+                noise = rng.fork("noise").normal(*x.shape[1:])
+                loss = F.mse_loss(net(noised(x, kept[time], noise), time), noise)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                if (step + 1) % TOLD == 0 and job.scratch.due():
+                    state.save("avatar", steps=step + 1)
         return net.eval()
 
     @torch.no_grad()
