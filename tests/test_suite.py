@@ -10,6 +10,7 @@ import pytest
 from bench.entries.plan import asked
 from bench.errors import ConfigError
 from bench.plan.suite import load_suite, suite_names
+from bench.spec import Spec
 
 GRID = """
 [[grid]]
@@ -60,6 +61,23 @@ def test_overrides_replace_keys_in_every_grid_and_none_replaces_nothing(tmp_path
     assert [grid.n for grid in suite.grid] == [20, 30]
 
 
+def test_from_makes_each_attack_on_each_network_in_turn(tmp_path):
+    attacks = 'attack = ["mi-fgsm(momentum=0, steps=5)", "di-fgsm"]\n'
+    text = f'dataset = "digits"\nn = 5\n{attacks}[[grid]]\nmodel = "cnn"\nfrom = ["a(weights=w.pt)", "b"]\n'
+    text += '[[grid]]\nmodel = "b"\nfrom = "cnn"\n[[grid]]\nmodel = "c"\n'
+    first, second, third = load(tmp_path, text).grid
+    assert [Spec.parse(attack) for attack in first.attack] == [
+        Spec("mi-fgsm", {"momentum": 0, "steps": 5, "from": "a(weights=w.pt)"}),
+        Spec("di-fgsm", {"from": "a(weights=w.pt)"}),
+        Spec("mi-fgsm", {"momentum": 0, "steps": 5, "from": "b"}),
+        Spec("di-fgsm", {"from": "b"}),
+    ]
+    assert second.attack == ["mi-fgsm(momentum=0, steps=5, from=cnn)", "di-fgsm(from=cnn)"]
+    assert third.attack == ["mi-fgsm(momentum=0, steps=5)", "di-fgsm"]
+    picked = load(tmp_path, text, attack=["di-fgsm"]).grid
+    assert [grid.attack for grid in picked] == [[first.attack[1], first.attack[3]], [second.attack[1]], ["di-fgsm"]]
+
+
 @pytest.mark.parametrize(("eps", "value"), [("'8/255'", 8 / 255), ("0.1", 0.1), ("'0.1'", 0.1), ("0", 0.0)])
 def test_a_radius_may_be_a_number_or_a_fraction(tmp_path, eps, value):
     assert load(tmp_path, f"{GRID}eps = {eps}\n").grid[0].eps == value
@@ -79,6 +97,11 @@ def test_a_radius_may_be_a_number_or_a_fraction(tmp_path, eps, value):
         ("grid = 1 = 2", "is not TOML"),
         (GRID.replace("20", "0"), "grid 1, n is 0"),
         (GRID.replace("20", "'many'"), "grid 1, n is 'many'"),
+        (GRID + "from = []\n", "grid 1, from is []; name one model"),
+        (GRID + GRID + "from = [1]\n", "grid 2, from is [1]; name one model"),
+        (GRID.replace("attack", "# attack") + "from = 'cnn'\n", "grid 1 has a from and no attack; add"),
+        (GRID.replace("pgd", "uap(from=b)") + "from = 'cnn'\n", "grid 1 has a from, and so has uap(from=b); keep one"),
+        (GRID.replace('"pgd"', "3") + "from = 'cnn'\n", "grid 1, attack is 3"),
         (GRID + "norm = 'l3'\n", "grid 1, norm is 'l3'"),
         (GRID + "eps = 'eight'\n", "eps is 'eight'; write a number or a fraction"),
         (GRID + "eps = inf\n", "finite"),

@@ -12,10 +12,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from bench.errors import ConfigError, did_you_mean
 from bench.precision import Numerics
 from bench.ranges import Count, Whole
-from bench.spec import LONGEST, parse_chain
+from bench.spec import LONGEST, Spec, parse_chain
 from bench.threat import Norm, parse_eps
 
 CHOSEN = ("model", "defense", "attack")  # keys of which a name picks what a suite has
+FROM = "from"  # key of a grid for the networks that each of its attacks is made on in turn
 OPEN = ("model", "defense")  # keys that a board leaves to those who enter
 
 
@@ -83,14 +84,15 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
 
     Of models, defenses and attacks, what the suite has is chosen by being named, by a name without arguments whatever
     the suite gives it; grids without any are left out. What the suite does not have takes the place of what it has.
-    Keys at the top of the file are defaults for all of its grids. Without a name the overrides are the whole suite. A
-    board of which anything but models and defenses is replaced is none any more.
+    Keys at the top of the file are defaults for all of its grids; with ``from``, which files alone have, a grid makes
+    each of its attacks on each of those networks. Without a name the overrides are the whole suite. A board of which
+    anything but models and defenses is replaced is none any more.
 
     Raises:
         ConfigError: no such suite, a file that is not TOML, an unknown key, or a value of the wrong type.
     """
     content: dict[str, Any] = {"grid": [{}]} if name is None else _read(name)
-    shared = {key: content.pop(key) for key in list(content) if key in Grid.model_fields}
+    shared = {key: content.pop(key) for key in list(content) if key in (*Grid.model_fields, FROM)}
     grids = content.get("grid", [{}])
     if not isinstance(grids, list) or not all(isinstance(grid, dict) for grid in grids):
         what = "a table" if isinstance(grids, dict) else repr(grids)
@@ -98,7 +100,7 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
     given = {key: value for key, value in overrides.items() if value is not None}
     if set(given) - set(OPEN):
         content.pop("board", None)
-    merged = [{**shared, **grid} for grid in grids]
+    merged = [_on_sources({**shared, **grid}, f"suite {name}: grid {number}") for number, grid in enumerate(grids, 1)]
     for key in CHOSEN:
         if name is not None and key in given:
             merged = _choose(merged, key, given.pop(key))
@@ -109,6 +111,28 @@ def load_suite(name: str | None, overrides: Mapping[str, Any]) -> Suite:
     except pydantic.ValidationError as error:
         problem = _first(error)
         raise ConfigError(f"suite {name}: {problem}" if name else problem.removeprefix("grid 1, ")) from None
+
+
+def _on_sources(grid: dict[str, Any], where: str) -> dict[str, Any]:
+    """``grid`` with each of its attacks once for each network under ``from``, as ``ATTACK(from=NETWORK)``."""
+    if FROM not in grid:
+        return grid
+    networks, attacks = _listed(grid[FROM]), _listed(grid.get("attack", []))
+    if not networks or not all(isinstance(text, str) and text for text in networks):
+        raise ConfigError(f"{where}, from is {grid[FROM]!r}; name one model or several that attacks are made on")
+    if not attacks:
+        raise ConfigError(f"{where} has a from and no attack; add the attacks that are made on {networks[0]}")
+    made: list[object] = []
+    for network in networks:
+        for attack in attacks:
+            if not isinstance(attack, str):  # told with every other key of a wrong type
+                made.append(attack)
+                continue
+            spec = Spec.parse(attack)
+            if FROM in spec.args:
+                raise ConfigError(f"{where} has a from, and so has {attack}; keep one")
+            made.append(str(Spec(spec.name, {**spec.args, FROM: network})))
+    return {**{key: value for key, value in grid.items() if key != FROM}, "attack": made}
 
 
 def _choose(grids: list[dict[str, Any]], key: str, wanted: list[str]) -> list[dict[str, Any]]:
@@ -169,7 +193,7 @@ def _first(error: pydantic.ValidationError) -> str:
         place[0] = f"grid {int(loc[1]) + 1}"
     where = ", ".join(place)
     if problem["type"] == "extra_forbidden":
-        known = [*Grid.model_fields, *(key for key in Suite.model_fields if len(place) == 1)]
+        known = [*Grid.model_fields, FROM, *(key for key in Suite.model_fields if len(place) == 1)]
         return f"{where}: unknown key; {did_you_mean(place[-1], known)}"
     if problem["type"] == "missing":
         return f"{where} is missing; name a suite that has it, or add it as --{place[-1]}"
