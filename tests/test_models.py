@@ -65,6 +65,7 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Split:
     ("name", "shape"),
     [("cnn", (1, 8, 8)), ("cnn", (3, 64, 64)), ("resnet20", (1, 8, 8)), ("resnet20", (3, 33, 31)), ("resnet32", RGB),
      ("resnet44", RGB), ("resnet56", RGB), ("resnet18", (1, 8, 8)), ("vgg16", RGB), ("vgg16", (1, 70, 33)),
+     ("small-vgg", RGB), ("small-vgg", (1, 16, 33)),
      ("densenet121", (1, 8, 8)), ("densenet121", (3, 33, 31)), ("senet18", (1, 8, 8)), ("senet18", (3, 33, 31)),
      ("googlenet", (1, 8, 8)), ("googlenet", (3, 33, 31)), ("preact-resnet18", (1, 8, 8)),
      ("preact-resnet18", (3, 33, 31)), ("wide-resnet28-10", (1, 8, 8))],
@@ -79,7 +80,7 @@ def test_untrained_networks_give_logits_for_any_small_image(name, shape):
 
 @pytest.mark.parametrize(
     ("name", "left"),
-    [("cnn", 0), ("resnet20", 0), ("resnet18", 0), ("vgg16", 0), ("googlenet", 0),
+    [("cnn", 0), ("resnet20", 0), ("resnet18", 0), ("vgg16", 0), ("small-vgg", 0), ("googlenet", 0),
      ("senet18", 8), ("densenet121", 62), ("preact-resnet18", 9)],  # before an activation that follow a sum or a cat
 )  # fmt: skip
 def test_folding_keeps_what_a_network_says(name, left):
@@ -116,7 +117,7 @@ def test_pre_activation_networks_are_the_public_ones(name, count, layers):
     assert set(layers) <= set(network.state_dict())
 
 
-@pytest.mark.parametrize(("spec", "side"), [("vgg16", 31), ("densenet121", 7)])
+@pytest.mark.parametrize(("spec", "side"), [("vgg16", 31), ("small-vgg", 15), ("densenet121", 7)])
 def test_images_that_pooling_would_leave_nothing_of_are_refused(spec, side):
     with pytest.raises(ConfigError, match=rf"images are 40x{side}; .* below {side + 1}x{side + 1}"):
         build(spec, shape=(3, side, 40))

@@ -198,28 +198,3 @@ class RobustResNet18:
         file = Path(package.origin).parent / "examples" / "model_test.pt"
         load_weights(network, file, None, f"robust-resnet18 with {classes} classes and {shape[0]} channels")
         return network.eval()
-
-
-@models("resnet20-at")
-@dataclass(frozen=True)
-class RobustResNet20:
-    """A robust ResNet-20 for CIFAR-10, which comes with Parry: trained by N-FGSM at linf 8/255, for 15 epochs.
-
-    It gets 64.8 % of the JPEG-coded test images right, and keeps 37.2 % of 500 after 50 steps of PGD.
-    ``bench/models/files/README.md`` has its recipe, its curves and its figures.
-    """
-
-    version: ClassVar[int] = 1
-    paper: ClassVar[str] = "de Jorge et al., NeurIPS 2022, arXiv:2202.01181 (its training)"
-    trained: ClassVar[bool] = True
-
-    def __call__(self, classes: int, shape: tuple[int, int, int], model_dir: Path | None) -> nn.Module:
-        """Build it, in eval mode; see ``Architecture``.
-
-        Raises:
-            WeightsError: ten classes and three channels do not fit the data.
-        """
-        network = ResNet20().network(classes, shape[0])
-        file = Path(__file__).parent / "files" / "resnet20-at.safetensors"
-        load_weights(network, file, None, f"resnet20-at with {classes} classes and {shape[0]} channels")
-        return network.eval()
