@@ -76,7 +76,7 @@ class ParametricNoiseInjection:
         Raises:
             ConfigError: no training images, or a network whose layers cannot be given noise.
         """
-        network = with_noise(copy.deepcopy(model.networks[0])).requires_grad_(True).to(job.device)
+        network = with_noise(copy.deepcopy(model.originals[0])).requires_grad_(True).to(job.device)
         check_drawing(network, data.train.subset(slice(3)).to(job.device).pixels())
         recipe, strengths = Recipe.for_dataset(data, epochs=self.epochs), [layer.strength for layer in noisy(network)]
         own = {id(strength) for strength in strengths}

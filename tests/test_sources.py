@@ -151,6 +151,8 @@ def test_several_sources_answer_with_their_mean_and_each_counts():
     torch.testing.assert_close(logits, (one(x) + two(x)) / 2)
     logits.sum().backward()
     assert (both.forwards, both.backwards) == (6, 6)
+    both.networks[1](x[:2]).sum().backward()
+    assert (both.forwards, both.backwards) == (8, 8)
 
 
 def test_a_shard_measures_the_named_network_and_says_what_it_cost():
