@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, get_type_hints
 
 from bench.declarations import Declarations, fault, of_attack, of_defense
 from bench.errors import ConfigError, did_you_mean
-from bench.ranges import LARGEST, convert
 from bench.spec import Spec
 from bench.system import user_code
 from bench.system.interrupt import Stopped
@@ -303,6 +302,8 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> dict[str, Any]:
     """``args`` in the ranges and converted to the types of the dataclass's fields (so ``eps=1`` is a float)."""
+    from bench.ranges import convert  # which brings pydantic, and who names no argument need not wait for it
+
     hints = get_type_hints(factory, include_extras=True)
     typed = {}
     for key, value in args.items():
@@ -315,6 +316,8 @@ def _typed(factory: Callable[..., Any], args: Mapping[str, Any], who: str) -> di
 
 def _whole(value: Any) -> Any:
     """A float without a fraction as a whole number, which is how most people write it."""
+    from bench.ranges import LARGEST  # as above
+
     return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < LARGEST else value
 
 
