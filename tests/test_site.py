@@ -219,6 +219,17 @@ class TestInABrowser:
         for given, adjusted in zip(ps, found[1], strict=True):
             assert adjusted == pytest.approx(holm(np.array(given)).tolist(), abs=1e-12)
 
+    def test_boards_with_two_entries_alone_are_compared(self, page, tmp_path):
+        alone, two = [attacked("none", "rays", 30)], [attacked(each, "simba", 30) for each in ("none", "rnd")]
+        alone = [replace(row, cell=replace(row.cell, threat=replace(row.cell.threat, eps=0.1))) for row in alone]
+        write_site(boards(tables([*alone, *two])), tmp_path / "both")
+        page.goto(at(tmp_path / "both", "compare.html"))
+        assert page.locator("#board option").all_inner_texts() == ["query · digits · cnn · linf 8/255"]
+        page.locator("#said").filter(has_text="A = ").wait_for()
+        write_site(boards(tables(alone)), tmp_path / "alone")
+        page.goto(at(tmp_path / "alone", "compare.html"))
+        assert page.locator("#said").inner_text() == "No board here has two entries."
+
     def test_no_worst_case_is_shown_without_an_attack_that_has_met_a_part(self, page, tmp_path):
         whole = [attacked(each, name, 30) for each in ("none", "rnd") for name in ("rays", "simba")]
         part = attacked("rnd", "square", 20)

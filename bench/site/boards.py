@@ -191,6 +191,11 @@ class Board:
         return _file_name(self.table.title, self.table.title)
 
     @property
+    def pairs(self) -> bool:
+        """Whether it has two entries to compare."""
+        return len(self.entries) > 1
+
+    @property
     def of(self) -> str:
         """The board that it is a table of, where the site shows several."""
         return self.table.board

@@ -67,14 +67,16 @@ def _write_entry(page: jinja2.Template, board: Board, entry: Entry, out: Path) -
 
 
 def _compare(templates: jinja2.Environment, boards: Sequence[Board]) -> str:
+    """The page of all boards on which there are two to compare."""
     listed = [
         {
             "id": board.id, "title": in_terminal(board.table.title), "track": board.track.name,
             "entries": [{"id": entry.id, "name": in_terminal(entry.label)} for entry in board.entries],
         }
         for board in boards
+        if board.pairs
     ]  # fmt: skip
-    return templates.get_template("compare.html").render(root="", boards=boards, listed=listed)
+    return templates.get_template("compare.html").render(root="", listed=listed)
 
 
 def outcomes(rows: Iterable[Row]) -> dict[str, Any]:

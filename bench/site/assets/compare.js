@@ -246,6 +246,7 @@
   };
 
   document.addEventListener("DOMContentLoaded", () => {
+    if (!boards.length) { said.textContent = "No board here has two entries."; return; }
     const [first, second] = location.hash.slice(1).split(",").filter(Boolean);
     const asked = boards.find((each) => each.entries.some((entry) => entry.id === first));
     if (asked) board.value = asked.id;
