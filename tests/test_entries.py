@@ -111,6 +111,13 @@ def forge(folder: Path, change: Callable[[Stored, torch.Tensor], tuple[Stored, t
     reseal(folder, again)
 
 
+def with_code(stored: Stored, code: str) -> Stored:
+    """``stored`` as if the file of its defense had the hash ``code``."""
+    cell = stored.shard.cell
+    chain = tuple(replace(part, version=f"1+{code}") for part in cell.defense)
+    return stored._replace(shard=replace(stored.shard, cell=replace(cell, defense=chain)))
+
+
 def is_defended(stored: Stored) -> bool:
     return bool(stored.shard.cell.defense)
 
@@ -188,6 +195,30 @@ class TestBoards:
         assert len({len(board.rows) for board in boards}) == 1
         of = {table.board: frozenset().union(*(line.marks for line in table.lines)) for table in standings(boards)}
         assert {name: "self-reported" in marks for name, marks in of.items()} == {"other": False, "tiny": True}
+
+    def test_authors_who_call_their_files_alike_both_stand_each_with_a_mark_of_their_own(self, made, entry, tmp_path):
+        other = Path(shutil.copytree(entry, tmp_path / "other"))
+        reseal(other, lambda said: said["about"].update(name="Other"))
+        forge(other, lambda stored, examples: (with_code(stored, "f" * 32), examples), figures=True)
+        ended = bench("verify", entry, "--code", f"{made[0] / 'my_defense.py'}:Rounded", "--by", "B", "--seed", 3)
+        assert ended.code == 0, ended.out + ended.err
+        boards, damaged = boards_in([tmp_path])
+        assert damaged == []
+        (table,) = standings(boards)
+        whole, alone = ({line.defense: line for line in standings(boards_in([folder])[0])[0].lines}
+                        for folder in (tmp_path, entry))  # fmt: skip
+        (theirs,) = (name for name in whole if name.endswith("#ffffff"))
+        (ours,) = (name for name in whole if name not in (theirs, "none"))
+        marks = {ours: {"verified"}, theirs: {"self-reported"}}
+        for name, mark in marks.items():
+            found = [line for line in table.lines if line.defense == name]
+            assert [line.attack for line in found] == ["worst of 2", "noise", "square"]
+            assert all(line.marks & {"verified", "self-reported"} == mark for line in found)
+        texts = [{head: share.text() for head, share in of[ours].shares.items()} for of in (whole, alone)]
+        assert texts[0] == texts[1]
+        assert table.notes == standings(boards_in([entry])[0])[0].notes, "nothing is left out"
+        listed = bench("leaderboard", tmp_path).out
+        assert f"- Other by A. Newcomer, =cmd|x ({theirs}): self-reported" in listed.replace("\\", "")
 
     def test_an_entry_of_another_version_than_todays_is_told_so(self, entry):
         reseal(entry, lambda said: said.update(suite="query-digits", board="query-digits v0"))
@@ -327,6 +358,13 @@ class TestTampering:
         code.write_text(code.read_text().replace("decimals: int = 1", "decimals: int = 9"))
         forge(entry, lambda *same: same, figures=False)
         assert "my_defense.py:Rounded has hash" in wrong(looked_at(entry))
+
+    def test_cells_of_other_source_than_the_rest_are_caught_whichever_come_first(self, entry):
+        for attack in ("square", "noise"):
+            altered = Path(shutil.copytree(entry, entry.parent / attack))
+            forge(altered, lambda stored, examples, of=attack: (
+                with_code(stored, "f" * 32) if stored.shard.cell.attack.spec == of else stored, examples), figures=True)
+            assert f"my_defense.py:Rounded has hash {'f' * 32}" in wrong(looked_at(altered))
 
 
 class TestPictures:

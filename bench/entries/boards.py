@@ -66,7 +66,8 @@ def standings(boards: Sequence[OnBoard], budgets: Sequence[int] = (), all_versio
     """
     found = []
     for board in boards:
-        own = marked(tables(board.rows, budgets, all_versions), board.entries)
+        entered = frozenset(code for known in board.entries for code in known.codes)
+        own = marked(tables(board.rows, budgets, all_versions, entered), board.entries)
         if len(boards) > 1:
             own = [replace(table, title=f"{board.name} · {table.title}", board=board.name) for table in own]
         found += own

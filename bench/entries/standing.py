@@ -1,6 +1,6 @@
 """What stands behind the figures of an entry: its authors' word, or somebody who has run a part of it again."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from bench.entries.folder import ENTRY, VERIFIED
 from bench.entries.statement import Entry, Hash, read_entry
 from bench.errors import ConfigError, StoreError
+from bench.plan.cell import Component
 from bench.report.standings import Table
+from bench.report.versions import Code
 from bench.results.shards import content_of
 
 LARGEST = 1 << 20  # bytes of verified.json
@@ -42,13 +44,28 @@ class Known(NamedTuple):
     entry: Entry
     verified: Verified | None
 
+    @property
+    def codes(self) -> list[Code]:
+        """Those of its defenses that are code of its authors."""
+        return [code for code in self.chain if "+" in code[1]]
+
+    @property
+    def chain(self) -> list[Code]:
+        """Its defenses, each as it is written, with its version."""
+        return [(part.spec, part.version) for part in self.entry.components if part.kind == "defense"]
+
     def __str__(self) -> str:
         about = self.entry.about
-        told = f"{about.name} by {', '.join(about.authors)}: "
+        told = f"{about.name} by {', '.join(about.authors)} ({self._label}): "
         if self.verified is None:
             return f"{told}self-reported"
         share = f"{100 * self.verified.fraction:g} %"
         return f"{told}verified by {self.verified.by}, {self.verified.finished[:10]}, on {share} of the samples"
+
+    @property
+    def _label(self) -> str:
+        """What tables call its defense."""
+        return " + ".join(Component(spec, version).label for spec, version in self.chain) or self.entry.defense
 
 
 def verification(folder: Path) -> Verified | None:
@@ -105,22 +122,24 @@ def check_boards(known: Iterable[Known]) -> None:
 
 
 def marked(tables: Sequence[Table], known: Iterable[Known]) -> list[Table]:
-    """The tables, the lines of each entered defense with the mark of what stands behind it."""
-    marks = {each.entry.defense: "verified" if each.verified else "self-reported" for each in known}
+    """The tables, the lines of each entered defense with the mark of what stands behind it.
+
+    Two authors may call their files alike, so a defense is known by the hash of its code, too.
+    """
+    careful = sorted(known, key=lambda each: each.verified is None)  # of two entries of one chain, the one less sure
+    marks = {frozenset(each.chain): "verified" if each.verified else "self-reported" for each in careful}
     if not marks:
         return list(tables)
-    return [
-        replace(table, lines=[
-            replace(line, marks=line.marks | ({marks[name]} if (name := _written(line.defense)) in marks else set()))
-            for line in table.lines
-        ])
-        for table in tables
-    ]  # fmt: skip
+    return [_marked(table, marks) for table in tables]
 
 
-def _written(label: str) -> str:
-    """A defense as entries name it: without the hash that tables show of users' code."""
-    return " + ".join(part.partition(" #")[0] for part in label.split(" + "))
+def _marked(table: Table, marks: Mapping[frozenset[Code], str]) -> Table:
+    chains = {row.cell.defense_label: row.cell.defense for row in table.rows}
+    of = {label: marks.get(frozenset((part.spec, str(part.version)) for part in chain), "")
+          for label, chain in chains.items()}  # fmt: skip
+    return replace(table, lines=[
+        replace(line, marks=line.marks | {of[line.defense]}) if of.get(line.defense) else line for line in table.lines
+    ])  # fmt: skip
 
 
 def _plain(path: Path, largest: int) -> bytes:

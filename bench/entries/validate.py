@@ -152,7 +152,8 @@ def _complete(entry: Entry, rows: list[Row]) -> Iterator[str]:
 
 def _code(folder: Path, rows: list[Row]) -> Iterator[str]:
     """Whether the copies of the source have the hash that is part of each cell's key; they are read and not run."""
-    parts = {part.spec: part for row in rows for part in (row.cell.model, row.cell.attack, *row.cell.defense)}
+    parts = {(part.spec, str(part.version)): part
+             for row in rows for part in (row.cell.model, row.cell.attack, *row.cell.defense)}  # fmt: skip
     for part in parts.values():
         _, plus, stated = str(part.version).partition("+")
         if plus and stated != (found := _hash_of(folder / CODE, part)):

@@ -46,10 +46,11 @@ class Line:
 
 
 def by_defense(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """The rows of each chain of defenses, as suites write it."""
+    """The rows of each chain of defenses, as suites write it, with the hash of what is users' code."""
     result: dict[str, list[Row]] = {}
     for row in ordered(rows):
-        result.setdefault(row.cell.defense_name, []).append(row)
+        chain = [f"{part.spec} #{part.version}" if part.of_a_file else part.spec for part in row.cell.defense]
+        result.setdefault(" + ".join(chain) or "none", []).append(row)
     return result
 
 

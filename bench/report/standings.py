@@ -1,13 +1,13 @@
 """Stored rows as standings: who stands after how many queries, under each attack and the worst of them, and ranks."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bench.report.flags import Flag, flags
 from bench.report.line import Line, ordered, seed_label
 from bench.report.settings import by_setting, place
-from bench.report.versions import by_version, versioned
+from bench.report.versions import Code, by_version, versioned
 from bench.results.store import Row
 from bench.tracks import track_of
 
@@ -27,15 +27,21 @@ class Table:
     board: str = ""  # its name, where tables of several boards are shown together; then the title begins with it
 
 
-def tables(rows: Iterable[Row], budgets: Sequence[int] = (), all_versions: bool = False) -> list[Table]:
+def tables(
+    rows: Iterable[Row],
+    budgets: Sequence[int] = (),
+    all_versions: bool = False,
+    entered: Collection[Code] = frozenset(),
+) -> list[Table]:
     """One table for each model under each threat, one for the learners on each data set.
 
     Args:
         rows: what :meth:`bench.results.store.Store.rows` read.
         budgets: query budgets to show; those that the rows have run with are always there.
         all_versions: show the rows of older versions of a component, too; they are never ranked.
+        entered: users' defenses each of which somebody has entered; they outdate nothing of the same name.
     """
-    newest, older = by_version(rows)
+    newest, older = by_version(rows, entered)
     shown = by_setting([*newest, *older] if all_versions else newest)
     outdated = {id(row) for row in older}
     left_out = {} if all_versions else _by_place(older)
