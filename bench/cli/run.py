@@ -145,7 +145,7 @@ def run(
     pipeline = Pipeline(store.root / "networks", where, batch_size, isolate=isolate, max_cost=most)
     try:
         pipeline.try_services(tasks)
-        with Screen(console, len(tasks)) as screen:
+        with Screen(console, (task.cell for task in tasks)) as screen:
             outcome = run_tasks(
                 tasks, store, pipeline, shard_size, batch_size, screen, examples, share, who, unit_timeout, worst_only,
                 rule,

@@ -57,7 +57,7 @@ def verify(
     with tempfile.TemporaryDirectory(prefix="parry-verify-") as dropped:
         store = Store((work or Path(dropped)).resolve()).open()
         pipeline = Pipeline(store.root / "networks", where, 256)
-        with Screen(console, len(report.rows)) as screen:
+        with Screen(console, (row.cell for row in report.rows)) as screen:
             verdict = run_again(report, parts, given, fraction, seed, pipeline, store, 256, screen)
         rows, _ = store.rows()
     console.print(f"seed {seed}: {outcome(verdict)}", soft_wrap=True)

@@ -1,5 +1,6 @@
 """What a run shows while it runs: one line for each finished cell, and a bar with rate and time left."""
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -12,15 +13,29 @@ from bench.report.leaderboard import summary
 from bench.results.store import Row
 
 if TYPE_CHECKING:
+    from bench.plan.cell import Cell
     from bench.plan.tasks import Task
     from bench.run.units import Unit
+
+
+def _called(cell: "Cell") -> str:
+    return f"{cell.defense_name} × {cell.attack.spec}"
+
+
+def _traits(cell: "Cell") -> list[str]:
+    queries = f"{cell.threat.query_budget:,} queries" if cell.threat.query_budget else "no queries"
+    return [cell.dataset.spec, cell.model.spec, str(cell.threat), queries, f"seed {cell.seed}", cell.numerics]
 
 
 class Screen:
     """A :class:`bench.run.runner.Reporter` on the terminal; where there is none, only the lines of finished cells."""
 
-    def __init__(self, console: Console, cells: int) -> None:
-        self.console, self.cells = console, cells
+    def __init__(self, console: Console, cells: "Iterable[Cell]") -> None:
+        self.console, cells = console, list(cells)
+        self.cells = len(cells)
+        self._traits: dict[str, list[list[str]]] = {}  # of the cells that are called alike
+        for cell in cells:
+            self._traits.setdefault(_called(cell), []).append(_traits(cell))
         self._places: dict[str, int] = {}  # of cells, in the order in which they were started first
         self._progress = _progress(console)
         self._total: TaskID | None = None
@@ -43,7 +58,7 @@ class Screen:
         self._progress.update(self._total, total=samples)
 
     def start(self, task: "Task", unit: "Unit") -> None:
-        label = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}"
+        label = f"{self._place(task)} {self._name(task.cell)}"
         which = f"{len(unit.chosen)} samples" if unit.chosen else f"samples {unit.start + 1} to {unit.stop}"
         what = "what it needs" if unit.makes else f"{which} of {len(task.cell.ids)}"
         self._bars[unit] = self._progress.add_task(in_terminal(f"{label}, {what}"), total=None)
@@ -65,7 +80,7 @@ class Screen:
 
     def finish(self, task: "Task", row: Row, seconds: float) -> None:
         style = "red" if row.errors else "default"
-        told = f"{self._place(task)} {task.cell.defense_name} × {task.cell.attack.spec}: {summary(row)}"
+        told = f"{self._place(task)} {self._name(task.cell)}: {summary(row)}"
         line = Text(in_terminal(told), style=style)
         line.append(f"  ({duration(seconds)})", style="dim")
         self.console.print(line, soft_wrap=True)
@@ -74,6 +89,12 @@ class Screen:
         if not self._waiting:
             self.console.print(f"waiting for {cells} of {self.cells} cells that other runs are at", style="dim")
         self._waiting = True
+
+    def _name(self, cell: "Cell") -> str:
+        """Its defense and its attack, and what tells it from others of the same two."""
+        alike = zip(*self._traits.get(_called(cell), [_traits(cell)]), strict=True)
+        telling = [own for own, of in zip(_traits(cell), alike, strict=True) if len(set(of)) > 1]
+        return ", ".join([_called(cell), *telling])
 
     def _place(self, task: "Task") -> str:
         return f"[{self._places.setdefault(task.cell.key, len(self._places) + 1)}/{self.cells}]"
