@@ -139,16 +139,23 @@ class TestSubmit:
         ended = bench("leaderboard", folder / "entry")
         assert ended.code == 0
         assert "◦ entered, and nobody but its authors has run it" in ended.out
-        assert "- Rounded by A. Newcomer, =cmd\\|x: self-reported" in ended.out
+        assert "- Rounded by A. Newcomer, =cmd\\|x (my_defense.py:Rounded #" in ended.out
 
     def test_what_is_missing_is_told_before_anything_runs(self, made, tmp_path):
         folder, _ = made
         defense = f"{folder / 'my_defense.py'}:Rounded"
-        assert "name is missing" in complaint(bench("submit", defense, "--track", "query"))
+        told = complaint(bench("submit", defense, "--track", "query"))
+        assert "name and authors are missing; write them into --about FILE, or add --name and --authors" in told
+        assert "authors is missing" in complaint(bench("submit", defense, "--track", "query", "--name", "x"))
         said = ["--name", "x", "--authors", "y", "--out", tmp_path / "x"]
         assert "did you mean 'query'?" in complaint(bench("submit", defense, "--track", "qery", *said))
         suite = ["--suite", folder / "tiny.toml"]
         assert "change --suite or --track" in complaint(bench("submit", defense, "--track", "data", *suite, *said))
+        broken = tmp_path / "broken.py"
+        broken.write_text((folder / "my_defense.py").read_text().replace("return Rounding", "return Nothing"))
+        asked = [f"{broken}:Rounded", "--track", "query", *suite, *said]
+        told = complaint(bench("submit", *asked, "--model", "cmn"))
+        assert "no model is named 'cmn'" in told, "before bench check, which takes half a minute, finds what is broken"
         assert "is there already" in complaint(
             bench("submit", defense, "--track", "query", *suite, *said[:4], "--out", folder / "entry")
         )

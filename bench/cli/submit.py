@@ -95,11 +95,11 @@ def submit(
     batch_size = batch_size or (1024 if where.type == "cuda" else 256)
     specs = [*parse_chain(defense), *(Spec.parse(name) for grid in plan.grid for name in (*grid.model, *grid.attack))]
     say_whose_code(specs)
-    if checks:
-        _check(parse_chain(defense))
     tasks = expand(plan, loader(data_dir, model_dir), limit)
     if (found := entered_track(task.cell for task in tasks)) != track:
         raise ConfigError(f"the suite {suite} is of the track {found}, not {track}; change --suite or --track")
+    if checks:
+        _check(parse_chain(defense))
     for attack in untried([task.cell for task in tasks]) if track == "query" else ():
         console.print(
             f"{defense} says that {attack} knows it, which {suite} does not have: the entry will not be ranked",
@@ -108,7 +108,7 @@ def submit(
     store = Store((work or Path("runs") / f"submit-{out.name}").resolve()).open()
     pipeline = Pipeline(store.root / "networks", where, batch_size)
     try:
-        with Screen(console, len(tasks)) as screen:
+        with Screen(console, (task.cell for task in tasks)) as screen:
             outcome = run_tasks(tasks, store, pipeline, 1000, batch_size, screen, examples=True)
     except Stopped as stop:
         say_stopped(f"stopped; finished cells are kept in {store.root}, the same command goes on")

@@ -27,22 +27,26 @@ class About(BaseModel):
     summary: Text = ""
 
 
-def read_about(path: Path | None, flags: Mapping[str, Any]) -> About:
-    """What the TOML file at ``path`` says, ``flags`` that are given taking the place of its keys.
+def read_about(path: Path | None, given: Mapping[str, Any]) -> About:
+    """What the TOML file at ``path`` says, flags that are ``given`` taking the place of its keys.
 
     Raises:
         ConfigError: no such file, no TOML, an unknown key, or a name or authors that nobody has given.
     """
     content = _toml(path) if path else {}
     try:
-        return About.model_validate({**content, **{key: value for key, value in flags.items() if value}})
+        return About.model_validate({**content, **{key: value for key, value in given.items() if value}})
     except pydantic.ValidationError as error:
         problem = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a typing error explains
         key, where = str(problem["loc"][0]), f"{path}: " if path else ""
         if problem["type"] == "extra_forbidden":
             raise ConfigError(f"{where}{key}: unknown key; {did_you_mean(key, About.model_fields)}") from None
         if problem["type"] == "missing":
-            raise ConfigError(f"{key} is missing; write it into --about FILE, or add --{key}") from None
+            keys = [str(each["loc"][0]) for each in error.errors() if each["type"] == "missing"]
+            be, it = ("is", "it") if len(keys) == 1 else ("are", "them")
+            flags = " and ".join(f"--{key}" for key in keys)
+            told = f"{' and '.join(keys)} {be} missing; write {it} into --about FILE, or add {flags}"
+            raise ConfigError(told) from None
         raise ConfigError(f"{where}{key} is {problem['input']!r}; {problem['msg'].lower()}") from None
 
 
