@@ -227,6 +227,18 @@ class TestBoards:
         listed = bench("leaderboard", tmp_path).out
         assert f"- Other by A. Newcomer, =cmd|x ({theirs}): self-reported" in listed.replace("\\", "")
 
+    def test_its_page_says_whose_it_is_and_others_pages_do_not(self, entry, tmp_path):
+        about = {"summary": "One decimal.", "paper": "Rounding, 2026"}
+        reseal(entry, lambda said: said["about"].update(**about))
+        assert bench("site", entry, "--out", tmp_path / "site").code == 0
+        (own,) = (tmp_path / "site" / "entry").glob("my-defense*.html")
+        (none,) = (tmp_path / "site" / "entry").glob("none*.html")
+        words = ("<b>Rounded</b> by A. Newcomer, =cmd|x, self-reported. <q>One decimal.</q>", "Rounding, 2026",
+                 "https://example.org")  # fmt: skip
+        for said in words:
+            assert said in own.read_text()
+            assert said not in none.read_text()
+
     def test_an_entry_of_another_version_than_todays_is_told_so(self, entry):
         reseal(entry, lambda said: said.update(suite="query-digits", board="query-digits v0"))
         assert "it answers query-digits v0, and the board is query-digits v1" in wrong(looked_at(entry))

@@ -14,7 +14,7 @@ from bench.oracle import NEVER
 from bench.plan.cell import Cell, Component
 from bench.report.portrait import curve
 from bench.report.sequence import confidence_sequence
-from bench.report.standings import tables
+from bench.report.standings import Table, tables
 from bench.report.stats import holm, mcnemar, mcnemar_of, paired_bootstrap, wilson
 from bench.results.shards import Shard
 from bench.results.store import Row, Store
@@ -77,8 +77,14 @@ def rows() -> list[Row]:
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     out = tmp_path_factory.mktemp("site")
-    write_site(boards(tables(rows(), (100,))), out)
+    write_site(boards(map(entered, tables(rows(), (100,)))), out)
     return out
+
+
+def entered(table: Table) -> Table:
+    """``table`` as if its hostile defenses were entered by somebody whose words are ``EVIL``, too."""
+    said = dict.fromkeys(("entered as", "by", "standing", "summary", "paper", "link"), EVIL)
+    return replace(table, words={line.defense: [said] for line in table.lines if "window.hurt" in line.defense})
 
 
 @pytest.fixture(scope="module")
@@ -262,6 +268,7 @@ class TestInABrowser:
         page.wait_for_selector(".plot .main-svg")
         text = page.locator("main").inner_text()
         assert text.count("<script>window.hurt = 1</script>") > 10
+        assert page.locator(".who").inner_text().count("<script>window.hurt = 1</script>") == 4
         assert "onerror" in "".join(page.locator("svg text").all_text_contents()) + text
         page.locator("a", has_text="Compare with another").click()
         page.wait_for_selector("#pairs tbody tr")

@@ -54,13 +54,25 @@ class Known(NamedTuple):
         """Its defenses, each as it is written, with its version."""
         return [(part.spec, part.version) for part in self.entry.components if part.kind == "defense"]
 
+    @property
+    def standing(self) -> str:
+        """Who has verified it, and how much of it."""
+        if self.verified is None:
+            return "self-reported"
+        share = f"{100 * self.verified.fraction:g} %"
+        return f"verified by {self.verified.by}, {self.verified.finished[:10]}, on {share} of the samples"
+
+    @property
+    def words(self) -> dict[str, str]:
+        """What its authors say of it, and what stands behind it."""
+        about = self.entry.about
+        told = {"entered as": about.name, "by": ", ".join(about.authors), "summary": about.summary,
+                "paper": about.paper, "link": about.link, "standing": self.standing}  # fmt: skip
+        return {name: text for name, text in told.items() if text.strip()}
+
     def __str__(self) -> str:
         about = self.entry.about
-        told = f"{about.name} by {', '.join(about.authors)} ({self._label}): "
-        if self.verified is None:
-            return f"{told}self-reported"
-        share = f"{100 * self.verified.fraction:g} %"
-        return f"{told}verified by {self.verified.by}, {self.verified.finished[:10]}, on {share} of the samples"
+        return f"{about.name} by {', '.join(about.authors)} ({self._label}): {self.standing}"
 
     @property
     def _label(self) -> str:
@@ -122,24 +134,30 @@ def check_boards(known: Iterable[Known]) -> None:
 
 
 def marked(tables: Sequence[Table], known: Iterable[Known]) -> list[Table]:
-    """The tables, the lines of each entered defense with the mark of what stands behind it.
+    """The tables, the lines of each entered defense with the mark of what stands behind it, and its authors' words.
 
     Two authors may call their files alike, so a defense is known by the hash of its code, too.
     """
-    careful = sorted(known, key=lambda each: each.verified is None)  # of two entries of one chain, the one less sure
-    marks = {frozenset(each.chain): "verified" if each.verified else "self-reported" for each in careful}
-    if not marks:
-        return list(tables)
-    return [_marked(table, marks) for table in tables]
+    entered: dict[frozenset[Code], list[Known]] = {}
+    for each in known:
+        entered.setdefault(frozenset(each.chain), []).append(each)
+    return [_marked(table, entered) for table in tables] if entered else list(tables)
 
 
-def _marked(table: Table, marks: Mapping[frozenset[Code], str]) -> Table:
+def _marked(table: Table, entered: Mapping[frozenset[Code], Sequence[Known]]) -> Table:
     chains = {row.cell.defense_label: row.cell.defense for row in table.rows}
-    of = {label: marks.get(frozenset((part.spec, str(part.version)) for part in chain), "")
-          for label, chain in chains.items()}  # fmt: skip
-    return replace(table, lines=[
-        replace(line, marks=line.marks | {of[line.defense]}) if of.get(line.defense) else line for line in table.lines
-    ])  # fmt: skip
+    found = {label: entered.get(frozenset((part.spec, str(part.version)) for part in chain), ())
+             for label, chain in chains.items()}  # fmt: skip
+    marks = {label: "verified" if all(each.verified for each in of) else "self-reported"
+             for label, of in found.items() if of}  # fmt: skip
+    return replace(
+        table,
+        lines=[
+            replace(line, marks=line.marks | {marks[line.defense]}) if line.defense in marks else line
+            for line in table.lines
+        ],
+        words={label: [each.words for each in of] for label, of in found.items() if of},
+    )
 
 
 def _plain(path: Path, largest: int) -> bytes:

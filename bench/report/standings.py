@@ -25,6 +25,7 @@ class Table:
     track: str = ""  # its name
     whole: list[Line] = field(default_factory=list)  # all its lines, where ``lines`` are a selection
     board: str = ""  # its name, where tables of several boards are shown together; then the title begins with it
+    words: Mapping[str, Sequence[Mapping[str, str]]] = field(default_factory=dict)  # of who entered each defense
 
 
 def tables(

@@ -1,7 +1,7 @@
 """What the site shows: a board for each table of the standings, an entry for each defense on it."""
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from hashlib import sha256
@@ -80,6 +80,7 @@ class Entry:
     flags: list[Flag]
     board: str  # the title of its board
     pictures: list[Picture]
+    words: Sequence[Mapping[str, str]] = ()  # of those who entered it
 
     @property
     def id(self) -> str:
@@ -255,7 +256,7 @@ def _board(table: Table, sheets: Sequence[Path], pictured: Pictured) -> Board:
         flags.setdefault(flag.defense, []).append(flag)
     entries = [
         Entry(label, lines[label], rows[label], flags.get(label, []), table.title,
-              _pictures(rows[label], lines[label], sheets, pictured))
+              _pictures(rows[label], lines[label], sheets, pictured), table.words.get(label, ()))
         for label in lines if label in rows
     ]  # fmt: skip
     return Board(table, entries)
