@@ -17,7 +17,7 @@ from bench.spec import Spec
 from bench.system.process_state import undisturbed
 from tests.registered import EXAMPLES, FOREIGN
 
-SMALL_MODELS = ["cnn", "resnet20", "resnet20-at"]  # the others take long to make
+SMALL_MODELS = ["cnn", "resnet20", "resnet20-at", "small-vgg", "small-vgg-standard"]  # the others take long to make
 
 
 def subjects() -> dict[str, Subject]:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from bench.ascent import pgd
 from bench.dataset import Split
 from bench.errors import ConfigError, WeightsError
 from bench.models import check_logits, resolve
+from bench.models.included import FILES
 from bench.models.resnet import ZeroPadded
 from bench.models.weights import load_weights, save_parts, state_fingerprint
 from bench.models.zoo import _loading
@@ -200,19 +202,32 @@ def test_the_robust_resnet18_refuses_other_data():
         build("robust-resnet18", classes=100)
 
 
-def test_the_reference_network_is_as_right_as_its_page_says_and_robust(cifar):
-    network = build("resnet20-at")
-    p, n = 0.6475, len(cifar)  # over all 10,000 test images
-    assert accuracy(network, cifar) == pytest.approx(p, abs=3 * (p * (1 - p) / n) ** 0.5)
+@pytest.mark.parametrize(("name", "p"), [("resnet20-at", 0.6475), ("small-vgg-standard", 0.839)])  # of 10,000
+def test_an_included_network_is_as_right_as_its_page_says(cifar, name, p):
+    assert accuracy(build(name), cifar) == pytest.approx(p, abs=3 * (p * (1 - p) / len(cifar)) ** 0.5)
+
+
+@pytest.mark.parametrize(("name", "robust"), [("resnet20-at", True), ("small-vgg-standard", False)])
+def test_of_the_included_networks_an_adversary_leaves_something_of_the_robust_one_alone(cifar, name, robust):
+    network = build(name)
     x, y = cifar.pixels(slice(32)), cifar.labels[:32]
     rng = SampleRng.create(0, torch.arange(32), "test")
     x_adv = pgd(plain(network), x, y, Threat("linf", 8 / 255, "gradients"), rng, 5, 0.5)
-    assert (network(x_adv).argmax(1) == y).float().mean() > 0.1  # nothing is left of a network that is not robust
+    assert ((network(x_adv).argmax(1) == y).float().mean() > 0.1) == robust
 
 
-def test_the_reference_network_refuses_other_data():
-    with pytest.raises(WeightsError, match=r"resnet20-at with 100 classes .*linear\.weight \(10, 64\) instead of"):
-        build("resnet20-at", classes=100)
+@pytest.mark.parametrize(("name", "features"), [("resnet20-at", 64), ("small-vgg-standard", 192)])
+def test_an_included_network_refuses_other_data(name, features):
+    wrong = rf"{name} with 100 classes .*linear\.weight \(10, {features}\) instead of"
+    with pytest.raises(WeightsError, match=wrong):
+        build(name, classes=100)
+
+
+def test_included_weights_are_small_and_have_their_place_on_the_page():
+    page = (FILES / "README.md").read_text()
+    files = sorted(FILES.glob("*.safetensors"))
+    assert [file.stem for file in files] == re.findall("^## `(.+)`$", page, re.MULTILINE)
+    assert all(file.stat().st_size < 2_000_000 for file in files)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

@@ -8,6 +8,7 @@ from torch import nn
 
 from bench.models.resnet import ResNet20
 from bench.models.small import SmallImageNetwork
+from bench.models.vgg import SmallVGG
 from bench.models.weights import load_weights
 from bench.registry import models
 
@@ -48,3 +49,16 @@ class ResNet20AT(_Included):
     name = "resnet20-at"
     untrained = ResNet20()
     paper = "de Jorge et al., NeurIPS 2022, arXiv:2202.01181 (its training)"
+
+
+@models("small-vgg-standard")
+class SmallVGGStandard(_Included):
+    """A small VGG for CIFAR-10, which comes with Parry: trained in the ordinary way, by ``none``, for 30 epochs.
+
+    It gets 83.9 % of the JPEG-coded test images right; 50 steps of PGD at linf 8/255 leave 0.0 % of 500.
+    ``bench/models/files/README.md`` has its recipe, its curve and its figures.
+    """
+
+    name = "small-vgg-standard"
+    untrained = SmallVGG()
+    paper = "Simonyan and Zisserman, ICLR 2015, arXiv:1409.1556 (its family)"
