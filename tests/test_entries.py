@@ -31,6 +31,7 @@ from bench.results.examples import SUFFIX, read_examples, write_examples
 from bench.results.shards import SHARDS, Stored, read_shard
 from bench.results.store import Row, Store
 from bench.site.boards import PNG, _png, boards
+from bench.system.claims import claim
 from tests.rows import learner, row
 from tests.test_cli import MODEL, Ended, bench, complaint
 from tests.test_docs import blocks
@@ -129,6 +130,21 @@ class TestSubmit:
         assert "git add entries/entry" in ended.out
         assert "bench validate" in ended.out
         assert str(folder) not in (folder / "entry" / ENTRY).read_text()
+
+    def test_two_at_once_write_one_entry_and_the_other_is_told(self, made, tmp_path):
+        folder, _ = made
+        asked = ["submit", f"{folder / 'my_defense.py'}:Rounded", "--track", "query", "--suite", folder / "tiny.toml",
+                 "--no-check", "--about", folder / "about.toml", "--work", folder / "work"]  # fmt: skip
+        theirs = tmp_path / ".x.tmp" / "half"
+        theirs.mkdir(parents=True)
+        with claim(tmp_path / ".x.lock"):
+            ended = bench(*asked, "--out", tmp_path / "x")
+        assert (ended.code, "another run is writing" in ended.err, "free some space" in ended.err) == (2, True, False)
+        assert theirs.is_dir(), "what it has written so far is left alone"
+        assert not (tmp_path / "x").exists()
+        assert bench(*asked, "--out", tmp_path / "x").code == 0
+        assert [path.name for path in tmp_path.iterdir()] == ["x"], "and what a killed one has left is not"
+        assert wrong(looked_at(tmp_path / "x")) == ""
 
     def test_the_entry_is_whole_and_valid_and_readable_as_rows(self, made):
         folder, _ = made
@@ -454,6 +470,10 @@ class TestHostile:
         assert ended.code == 1
         assert told in ended.out
         assert ended.err == ""
+
+    def test_a_folder_without_one_says_what_to_name(self, tmp_path):
+        told = f"{tmp_path} holds no {ENTRY}; name a folder that bench submit has written"
+        assert told in wrong(looked_at(tmp_path))
 
     def test_a_key_that_is_there_twice_is_no_entry(self, entry):
         text = (entry / ENTRY).read_text().replace('"track": "query"', '"track": "data",\n "track": "query"')

@@ -14,6 +14,7 @@ from bench.plan.suite import Suite
 from bench.plan.tasks import Task
 from bench.results.store import Row, Store, place
 from bench.spec import Spec
+from bench.system.claims import Held, claim
 from bench.system.files import slug
 from bench.system.user_code import local_files
 
@@ -38,8 +39,21 @@ def assemble(
         Its rows.
 
     Raises:
+        ConfigError: another run has written it meanwhile, or is about to.
         StoreError: the disk is full.
     """
+    try:
+        with claim(out.with_name(f".{out.name}.lock")):
+            check_place(out)
+            return _assemble(tasks, store, pipeline, out, about, suite, specs)
+    except Held:
+        raise ConfigError(f"another run is writing {out}; wait for it, or choose another --out") from None
+
+
+def _assemble(
+    tasks: Sequence[Task], store: Store, pipeline: Pipeline, out: Path, about: About, suite: Suite,
+    specs: Iterable[Spec],
+) -> list[Row]:  # fmt: skip
     beside = out.with_name(f".{out.name}.tmp")
     shutil.rmtree(beside, ignore_errors=True)
     try:
@@ -56,7 +70,6 @@ def assemble(
         files = {name: {"bytes": sizes[name], "sha256": digest} for name, digest in hashed(beside, sizes).items()}
         said = statement(rows, about, suite.name, suite.label, suite.budgets)
         (beside / ENTRY).write_bytes(sealed({**said, "files": files}))
-        out.parent.mkdir(parents=True, exist_ok=True)
         beside.rename(out)
     except OSError as error:
         raise StoreError(f"cannot write {out}: {error.strerror or error}; free some space and submit again") from None

@@ -65,6 +65,8 @@ def validate(folder: Path, loader: Loader, code: Path | None, device: torch.devi
     report = Report(folder)
     try:
         sizes = contents(folder)
+        if not (folder / ENTRY).exists():
+            raise StoreError(f"{folder} holds no {ENTRY}; name a folder that bench submit has written")
         entry, said = read_entry(folder / ENTRY)
         verified = verification(folder)
     except StoreError as error:
