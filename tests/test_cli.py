@@ -145,6 +145,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ended]:
         (["leaderboard", "nowhere"], "no results folder nowhere", "run a suite with --out nowhere first"),
         (["leaderboard", ".", "--format", "html"], "format is 'html'", "md, csv, latex, json"),
         (["compare"], "neither of --published and --defense", "give one of the two, or name two runs"),
+        (["compare", "a", "b", "c"], "3 folder(s) and no --defense", "name two runs, or give --defense twice"),
         (["compare", "--published", "--defense", "rnd"], "both of --published and --defense", "give one of the two"),
         (["compare", "--published", "--budget", "9"], "--budget with --published", "leave it out"),
         (["compare", ".", "--defense", "rnd"], "--defense is given 1 time(s)", "once for each chain"),

@@ -51,6 +51,8 @@ def compare(
     if style not in get_args(Format):
         raise ConfigError(f"format is {style!r}; use one of {', '.join(get_args(Format))}")
     two_runs = not published and len(folders or ()) == 2 and len(defense or ()) < 2
+    if folders and not published and not defense and not two_runs:
+        raise ConfigError(f"{len(folders)} folder(s) and no --defense; name two runs, or give --defense twice")
     if published == bool(defense) and not two_runs:
         raise ConfigError(
             f"{'both' if published else 'neither'} of --published and --defense; give one of the two, or name two runs"
