@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from bench.cli.new import RUNS, _text
+from bench.cli.new import LONGEST, RUNS, _text
+from bench.entries.plan import entry_suite
+from bench.entries.statement import entered_track
+from bench.plan.tasks import Loader, expand
 from bench.registry import GROUP, attacks, defenses, models
 from bench.spec import Spec
 from tests.test_cli import bench, complaint
@@ -38,14 +41,25 @@ def new(template: str, name: str, *arguments: object) -> list[str]:
 @pytest.mark.parametrize("template", KINDS)
 def test_a_template_runs_as_it_says(template, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check, run, test = new(template, "my-own")
+    check, run, test, *submit = new(template, "my-own")
     assert check == "bench check ./my_own.py:MyOwn"
     assert run == RUNS[template].format("./my_own.py:MyOwn")
     assert test == "python -m pytest test_my_own.py"
+    assert len(submit) == (KINDS[template] == "defense")
     assert Path("my_own.py").is_file()
     planned = bench(*run.split()[1:], "--dry-run")
     assert planned.code == 0, planned.err
     assert "my_own" in planned.out
+
+
+@pytest.mark.parametrize("template", [name for name, kind in KINDS.items() if kind == "defense"])
+def test_the_last_command_submits_it_to_a_suite_that_takes_it(template, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = new(template, "my-own")[-1].split()
+    told = dict(zip(words[3::2], words[4::2], strict=True))
+    assert [*words[:3], told["--name"]] == ["bench", "submit", "./my_own.py:MyOwn", "MyOwn"]
+    tasks = expand(entry_suite(told["--suite"], words[2], []), Loader(None, None), 2)
+    assert entered_track(task.cell for task in tasks) == told["--track"]
 
 
 @pytest.mark.parametrize("template", KINDS)
@@ -103,7 +117,8 @@ def test_nothing_is_overwritten(tmp_path, monkeypatch):
     (("attack", "a b"), "use letters"),
     (("attack", "../a"), "use letters"),
     (("attack", "a\x1b[2J"), "use letters"),
-    (("attack", "square"), "named 'square' already"),
+    (("attack", "square"), "an attack is named 'square' already"),
+    (("attack", "x" * 300), f"name has 300 characters; use at most {LONGEST}"),
     (("attack", "torch"), "would hide a module"),
     (("attack", "class"), "choose another"),
     (("attack", "my-own", "--out", "file"), "cannot write to file"),

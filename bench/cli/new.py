@@ -21,6 +21,7 @@ from bench.spec import Spec
 Kind = Literal["defense", "attack", "model"]
 REGISTRIES: dict[str, Registry[object]] = {"defense": defenses, "attack": attacks, "model": models}  # type: ignore[dict-item]
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9]*([-_][A-Za-z0-9]+)*")
+LONGEST = 100  # characters of a name, as of an entry; names of files have an end, too
 
 # A first run of what each template makes; the suite has the data, the network and the budget.
 RUNS = {
@@ -30,6 +31,8 @@ RUNS = {
     "attack": "bench run quick --defense none --attack square --attack {}",
     "model": "bench run quick --defense none --model cnn --model {} --attack square",
 }  # fmt: skip
+
+TRIALS = {"output": "query", "training": "white-box", "data": "data"}  # tracks, with suites on digits for a trial
 
 
 def new(
@@ -56,6 +59,8 @@ def new(
     console.print(f"wrote {', '.join(str(folder / each) for each in files)}; next:", soft_wrap=True)
     shown, test = _in_shell(spec), quote(str(folder / f"test_{module}.py"))
     steps = [f"bench check {shown}", RUNS[template].format(shown), f"python -m pytest {test}"]
+    if track := TRIALS.get(template):
+        steps.append(f"bench submit {shown} --track {track} --suite {track}-digits --name {title} --authors YOU")
     if package:
         steps.insert(0, f"pip install --editable {quote(str(folder))}")
     for step in steps:
@@ -88,8 +93,11 @@ def _names(kind: str, name: str) -> tuple[str, str]:
     """
     if not NAME.fullmatch(name):
         raise ConfigError(f"name is {name!r}; use letters, digits and single hyphens, as in my-{kind}")
+    if len(name) > LONGEST:
+        raise ConfigError(f"name has {len(name)} characters; use at most {LONGEST}")
     if name in listed(REGISTRIES[kind]):
-        raise ConfigError(f"a {kind} is named {name!r} already; choose another name, as in my-{name}")
+        article = "an" if kind == "attack" else "a"
+        raise ConfigError(f"{article} {kind} is named {name!r} already; choose another name, as in my-{name}")
     module = name.lower().replace("-", "_")
     title = "".join(word[0].upper() + word[1:] for word in re.split("[-_]", name))
     if keyword.iskeyword(module) or keyword.iskeyword(title) or name == "none":
