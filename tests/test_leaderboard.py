@@ -241,6 +241,15 @@ def test_what_is_not_whole_is_marked_at_a_glance_too():
     assert "50.0 |" not in text
 
 
+def test_a_control_is_marked_at_a_glance_where_it_leaves_less_than_the_worst_case():
+    rows = [row([9, NEVER], attack=attack) for attack in ("square", "nes")]
+    alone = row([1, 1])
+    control = replace(alone, cell=replace(alone.cell, attack=Component("transfer", control=True)))
+    text = render(tables([*rows, control]), "md").partition("At a glance")[2].partition("\n\nWhat")[0]
+    told = {line.split("|")[1].split()[0]: line.split("|")[2].strip() for line in text.splitlines() if "|" in line}
+    assert (told["worst"], told["transfer"]) == ("50.0", "0.0 ⇄")
+
+
 def test_latex_escapes_what_it_would_read_as_its_own():
     text = render(tables(ROWS, [10]), "latex")
     assert r"50\%\_\&\_more" in text

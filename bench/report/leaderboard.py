@@ -7,7 +7,7 @@ from typing import Any
 from bench.report.escape import Format, Lines, columns, in_markdown, latex_table, markdown_table, tidy
 from bench.report.figures import BY_NAME, Place, legend, placed
 from bench.report.line import Line, hardest
-from bench.report.marks import PARTIAL, signs
+from bench.report.marks import APART, signs
 from bench.report.marks import legend as marks_legend
 from bench.report.outcomes import failure
 from bench.report.standings import Table
@@ -128,7 +128,7 @@ def _glance(table: Table) -> Lines:
         if line.left:
             column, share = line.left
             name = line.attack.partition(" of ")[0] + (f" {column}" if column.startswith("@") else "")
-            shown[name] = f"{100 * share.value:.1f} {signs(line.marks & PARTIAL)}".strip()
+            shown[name] = f"{100 * share.value:.1f} {signs(line.marks & APART)}".strip()
     if all(len(shown) <= 1 for shown in found.values()):
         return []
     attacks = columns(found.values())

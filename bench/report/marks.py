@@ -100,6 +100,7 @@ MARKS = (  # in the order in which they stand
 )
 UNRANKED = frozenset(mark.name for mark in MARKS if mark.bars)
 PARTIAL = frozenset(mark.name for mark in MARKS if mark.partial)
+APART = PARTIAL | {"control"}  # of shares that may be below the worst case beside them
 POOLED = frozenset(mark.name for mark in MARKS if mark.pooled)
 
 

@@ -220,7 +220,7 @@
     const counted = pairs.filter((pair) => !pair[0].control);
     const groups = Map.groupBy(pairs, (pair) => named(pair[0]));
     const pooled = !["data", "certificate"].includes(here.track) && new Set(counted.map((pair) => named(pair[0]))).size > 1 && !apart.length;
-    const lines = [...groups].sort().flatMap(([name, group]) => versus(name, group, ids, here.track, !pooled));
+    const lines = [...groups].sort().flatMap(([name, group]) => versus(group[0][0].control ? `${name} ⇄` : name, group, ids, here.track, !pooled));
     const worst = pooled ? versus(`worst of ${new Set(counted.map((pair) => named(pair[0]))).size}`, counted, ids, here.track, true) : [];
     said.textContent = `A = ${names[0]}, B = ${names[1]}: ${ids.length} images in common.`;
     if (apart.length) {
