@@ -133,7 +133,7 @@ BOARDS = {
     "universal-cifar10 v1": "1bdfe3ce",
     "white-box-cifar10-small v1": "dc5952c9",
     "white-box-cifar10 v1": "a7d9ac68",
-    "white-box-digits v3": "b63f9ddb",
+    "white-box-digits v3": "8a31709f",
 }
 
 
