@@ -6,7 +6,7 @@ jinja2 and filelock, in the root of a checkout, which need not be installed (one
     python3 -m pip install -q --no-index --no-deps --upgrade --target runs/site carried/*.whl;
     PYTHONPATH=.:runs/site PYTHONUNBUFFERED=1 python3 benchmarks/gpu.py --data-dir carried --out "$OUT"
 
-What travels is the checkout (37 MiB) and beside it the folder ``carried`` (21 MiB), which git ignores: CIFAR-10, all
+What travels is the checkout (74 MiB) and beside it the folder ``carried`` (21 MiB), which git ignores: CIFAR-10, all
 60,000 images, as ``carried/cifar10/{train,test}-00000-of-00001.parquet`` (18 MiB), and wheels of what such a machine
 may lack (3 MiB): pydantic and its parts, and ``torchattacks`` 3.5.1, which is attacked beside ours and needs none of
 its own requirements here. They come from where there is a network:
